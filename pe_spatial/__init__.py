@@ -1,0 +1,26 @@
+"""Meta's Perception Encoder for dense prediction. Importing this package needs torch alone."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "PerceptionEncoder": "pe_spatial.encoder.vit",
+    "EncoderConfig": "pe_spatial.encoder.variants",
+    "VARIANTS": "pe_spatial.encoder.variants",
+    "SimpleFeaturePyramid": "pe_spatial.encoder.pyramid",
+    "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
+    "load_checkpoint": "pe_spatial.encoder.checkpoint",
+}
+__all__ = list(_HOME)  # noqa: PLE0604  (strings, listed once in _HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pe_spatial' has no attribute {name!r}; it offers {', '.join(_HOME)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,144 @@
+"""From the encoder's single-scale maps to the pyramid that detection and segmentation heads expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of (B, C, H, W)."""
+
+    def __init__(self, num_features: int, eps: float = 1e-6) -> None:
+        super().__init__(num_features, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _resample(channels: int, scale: float) -> tuple[list[nn.Module], int]:
+    """Return the layers that change the resolution by `scale` (a power of two) and the channels that they leave."""
+    layers: list[nn.Module] = []
+    if scale < 1:
+        factor = round(1 / scale)
+        return [nn.MaxPool2d(factor, factor)], channels
+    for step in range(round(math.log2(scale))):
+        if step:
+            layers += [ChannelLayerNorm(channels), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
+        channels //= 2
+    return layers, channels
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """ViTDet's pyramid: every level from the last map alone, by deconvolution or pooling.
+
+    Equal to detectron2@02b5c4e:detectron2/modeling/backbone/vit.py (`SimpleFeaturePyramid`) with norm 'LN' and
+    `LastLevelMaxPool`: a level coarser than 32 pixels is the stride-2 subsampling of the level before it.
+
+    Args:
+        in_channels: channels of the map.
+        out_channels: channels of every level, or one number for each of `strides`.
+        strides: of the levels, in pixels, ascending; `in_stride` times a power of two.
+        in_stride: stride of the map: the encoder's patch size, in pixels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        out_channels: int | Sequence[int] = 256,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        in_stride: int = 16,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.out_channels = _per_level(out_channels, self.strides)
+        _check_strides(self.strides, in_stride)
+        self.levels = nn.ModuleList()
+        for stride, channels, before in zip(self.strides, self.out_channels, (0, *self.out_channels), strict=False):
+            # LastLevelMaxPool: subsample the finished level before instead of building one from the map.
+            if stride > 2 * in_stride and 2 * in_stride in self.strides and channels == before:
+                self.levels.append(nn.MaxPool2d(1, stride=2))
+                continue
+            layers, width = _resample(in_channels, in_stride / stride)
+            layers += [
+                nn.Conv2d(width, channels, 1, bias=False),
+                ChannelLayerNorm(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                ChannelLayerNorm(channels),
+            ]
+            self.levels.append(nn.Sequential(*layers))
+
+    def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(B, C, h, w), or a sequence of just that, -> one map for each of `strides`."""
+        if not isinstance(maps, Tensor):
+            if len(maps) != 1:
+                raise ValueError(
+                    f"SimpleFeaturePyramid takes one map but got {len(maps)}; ask the encoder for one of out_indices, "
+                    "or use FusedFeaturePyramid for several"
+                )
+            maps = maps[0]
+        levels: list[Tensor] = []
+        for level in self.levels:
+            levels.append(level(levels[-1] if isinstance(level, nn.MaxPool2d) else maps))
+        return tuple(levels)
+
+
+class FusedFeaturePyramid(nn.Module):
+    """A pyramid on several intermediate layers, above all for frozen encoders.
+
+    PE's best features lie at different depths for different tasks, so a frozen encoder should offer more than its last
+    block. Every map is normalised (residual streams grow with depth), brought to one width by its own 1x1 convolution,
+    and their sum, through a GELU, feeds a `SimpleFeaturePyramid`.
+
+    Args:
+        in_channels: channels of each map, one entry for each of the encoder's `out_indices`.
+        out_channels: as in `SimpleFeaturePyramid`.
+        strides: as in `SimpleFeaturePyramid`.
+        in_stride: as in `SimpleFeaturePyramid`.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        *,
+        out_channels: int | Sequence[int] = 256,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        in_stride: int = 16,
+    ) -> None:
+        super().__init__()
+        width = in_channels[-1]
+        self.norms = nn.ModuleList(ChannelLayerNorm(channels) for channels in in_channels)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
+        self.pyramid = SimpleFeaturePyramid(width, out_channels=out_channels, strides=strides, in_stride=in_stride)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A sequence of (B, C_i, h, w), all of one size, -> one map for each of `strides`."""
+        if len(maps) != len(self.lateral):
+            raise ValueError(f"got {len(maps)} maps for in_channels of {len(self.lateral)}; out_indices must match it")
+        fused = torch.stack(
+            [lateral(norm(x)) for lateral, norm, x in zip(self.lateral, self.norms, maps, strict=True)]
+        ).sum(0)
+        return tuple(self.pyramid(F.gelu(fused)))
+
+
+def _per_level(channels: int | Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    per_level = (channels,) * len(strides) if isinstance(channels, int) else tuple(channels)
+    if len(per_level) != len(strides):
+        raise ValueError(f"out_channels {per_level} and strides {tuple(strides)} differ in length")
+    return per_level
+
+
+def _check_strides(strides: Sequence[int], in_stride: int) -> None:
+    wrong = [s for s in strides if s <= 0 or not math.log2(s / in_stride).is_integer()]
+    if wrong or list(strides) != sorted(set(strides)):
+        raise ValueError(
+            f"strides {tuple(strides)} must ascend and be in_stride {in_stride} times powers of two; "
+            "an encoder of patch 14 is brought to 16 with patch_size=16"
+        )

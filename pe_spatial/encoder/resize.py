@@ -1,0 +1,47 @@
+"""Learned positions and patch kernels at other sizes than the pretraining one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POS_EMBED_MODES = ("bilinear", "bicubic", "bicubic_antialias", "tile")
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> Tensor:
+    """Bring learned positions (1, G, G, C) to (1, h, w, C).
+
+    - 'bilinear': the released encoder (perception_models@3e352cc:core/vision_encoder/pe.py, `_sample_abs_posemb`).
+    - 'bicubic': detectron2's `get_abs_pos`, used by the released detectors that do not tile.
+    - 'bicubic_antialias': timm's `resample_abs_pos_embed`.
+    - 'tile': repeat the pretraining grid and crop, the released detectors.
+
+    The pretraining grid itself comes back untouched in every mode.
+    """
+    side = pos_embed.shape[1]
+    if grid == (side, side):
+        return pos_embed
+    if mode == "tile":
+        repeats = [-(-n // side) for n in grid]
+        return pos_embed.repeat(1, *repeats, 1)[:, : grid[0], : grid[1]]
+    antialias = mode == "bicubic_antialias"
+    resized = F.interpolate(
+        pos_embed.permute(0, 3, 1, 2).contiguous(),
+        size=grid,
+        mode="bilinear" if mode == "bilinear" else "bicubic",
+        align_corners=False,
+        antialias=antialias,
+    )
+    return resized.permute(0, 2, 3, 1)
+
+
+def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Bring a patch kernel (C, in, p, p) to (C, in, size, size), bicubically.
+
+    Neither antialiased nor rescaled: perception_models@3e352cc:apps/detection/detectron2_pe/tools/convert_d2.py.
+    """
+    if kernel.shape[-1] == size:
+        return kernel
+    resized = F.interpolate(kernel.to(torch.float32), size=(size, size), mode="bicubic", align_corners=False)
+    return resized.to(kernel.dtype)

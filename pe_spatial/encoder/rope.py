@@ -1,0 +1,77 @@
+"""Rotary positions on a 2-D grid (perception_models@3e352cc:core/vision_encoder/rope.py, `Rope2D`).
+
+Pairs of the head dimension are interleaved; the first half of it turns with the column (x), the second with the row
+(y); theta is 10000. Only differences of positions matter between patches; the class token stands at position 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_THETA = 10000.0
+_MAX_TABLES = 64
+_tables: dict[tuple[object, ...], Tensor] = {}
+
+
+def _build(
+    grid: tuple[int, int], head_dim: int, scale: tuple[float, float], offset: int, prefix: int, device: torch.device
+) -> Tensor:
+    pairs = head_dim // 4  # pairs for each axis
+    freqs = _THETA ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    rows, cols = (
+        (torch.arange(n, device=device, dtype=torch.float32) + offset) * s for n, s in zip(grid, scale, strict=True)
+    )
+    angles = torch.cat(
+        (
+            (cols[:, None] * freqs)[None].expand(grid[0], -1, -1),
+            (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1),
+        ),
+        dim=-1,
+    ).flatten(0, 1)  # (h * w, head_dim / 2)
+    angles = torch.cat((angles.new_zeros(prefix, head_dim // 2), angles))
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rope_table(
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    scale: tuple[float, float] = (1.0, 1.0),
+    offset: int = 0,
+    prefix: int = 0,
+    device: torch.device,
+) -> Tensor:
+    """Return cosines and sines, (2, prefix + h * w, head_dim / 2) in float32, for tokens in row-major order.
+
+    Args:
+        grid: (h, w) in tokens.
+        head_dim: a multiple of 4.
+        scale: (y, x); token i of an axis stands at `(i + offset) * scale`.
+        offset: 1 where the encoder has a class token, which itself is not turned; else 0.
+        prefix: number of tokens before the grid that are not turned.
+        device: where the table lives.
+
+    A table depends on its arguments alone: it is computed once and kept outside of any module, so that nothing is
+    saved, copied or synchronised with a model.
+    """
+    if torch.compiler.is_compiling():
+        return _build(grid, head_dim, scale, offset, prefix, device)
+    key = (grid, head_dim, scale, offset, prefix, device)
+    table = _tables.get(key)
+    if table is None:
+        with torch.inference_mode(False), torch.no_grad():
+            table = _build(grid, head_dim, scale, offset, prefix, device)
+        if type(table) is Tensor:  # a fake or otherwise wrapped tensor belongs to its tracer, not to us
+            while len(_tables) >= _MAX_TABLES:
+                _tables.pop(next(iter(_tables)), None)
+            _tables[key] = table
+    return table
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs of `x` (B, N, ..., D) by `table` (2, N, D / 2); computed in float32, returned in x's type."""
+    shape = (x.shape[1], *(1,) * (x.ndim - 3), table.shape[-1])
+    cos, sin = table[0].view(shape), table[1].view(shape)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

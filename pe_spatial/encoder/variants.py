@@ -1,0 +1,159 @@
+"""One row per released checkpoint, and the geometries they are used with.
+
+Source of the rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The shape of a Perception Encoder.
+
+    Args:
+        img_size: side of the pretraining images, in pixels; any other input size may be used later.
+        patch_size: side of a patch, in pixels.
+        embed_dim: width of the tokens; a multiple of `4 * num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `embed_dim`.
+        in_chans: channels of the input images.
+        class_token: whether token 0 is a learned class token.
+        init_values: initial value of LayerScale; None means that the blocks have none.
+    """
+
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    in_chans: int = 3
+    class_token: bool = True
+    init_values: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} must give a head dimension that is a "
+                "multiple of 4, because rotary positions turn pairs of it on each of two axes"
+            )
+        if self.img_size < self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is smaller than patch_size {self.patch_size}")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the grid of learned positions, in tokens."""
+        return self.img_size // self.patch_size
+
+
+_T = EncoderConfig(img_size=384, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+_S = EncoderConfig(img_size=384, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+_B = EncoderConfig(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+_L = EncoderConfig(img_size=336, patch_size=14, embed_dim=1024, depth=24, num_heads=16)
+_G = EncoderConfig(
+    img_size=448, patch_size=14, embed_dim=1536, depth=50, num_heads=16, mlp_ratio=8960 / 1536, class_token=False
+)
+
+_RELEASED: dict[str, EncoderConfig] = {
+    "PE-Spatial-T16-512": replace(_T, img_size=512),
+    "PE-Spatial-S16-512": replace(_S, img_size=512),
+    "PE-Spatial-B16-512": replace(_B, img_size=512),
+    "PE-Spatial-L14-448": replace(_L, img_size=448),
+    "PE-Spatial-G14-448": replace(_G, init_values=0.1),
+    "PE-Core-T16-384": _T,
+    "PE-Core-S16-384": _S,
+    "PE-Core-B16-224": _B,
+    "PE-Core-L14-336": _L,
+    "PE-Core-G14-448": _G,
+    "PE-Lang-L14-448": replace(_L, img_size=448, depth=23, init_values=0.1),
+    "PE-Lang-G14-448": replace(_G, depth=47, init_values=0.1),
+    "PE-Lang-L14-448-Tiling": replace(_L, img_size=448, depth=23, init_values=0.1),
+    "PE-Lang-G14-448-Tiling": replace(_G, depth=47, init_values=0.1),
+}
+
+RELEASED_NAMES: dict[str, str] = {name.lower().replace("-", "_"): name for name in _RELEASED}
+"""Our name of a variant -> the released one, for instance 'pe_spatial_b16_512' -> 'PE-Spatial-B16-512'."""
+
+VARIANTS: dict[str, EncoderConfig] = {ours: _RELEASED[released] for ours, released in RELEASED_NAMES.items()}
+"""Our name of a variant -> its configuration. 'pe_spatial_b16_512' and the like."""
+
+
+def variant_key(name: str) -> str:
+    """Return our name of a variant given by ours or by the released one; ValueError lists the known ones."""
+    key = name.lower().replace("-", "_")
+    if key not in VARIANTS:
+        raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}, also by their released names")
+    return key
+
+
+def get_config(variant: str | EncoderConfig | Mapping[str, Any]) -> EncoderConfig:
+    """Return the configuration of a variant's name (ours or the released one), a mapping of fields, or itself."""
+    if isinstance(variant, EncoderConfig):
+        return variant
+    if isinstance(variant, Mapping):
+        return EncoderConfig(**variant)
+    return VARIANTS[variant_key(variant)]
+
+
+class ViTDetRecipe(NamedTuple):
+    """What a full fine-tuning in the ViTDet manner sets by the depth of the encoder."""
+
+    global_attn_indexes: tuple[int, ...]
+    drop_path_rate: float
+    layer_decay_rate: float
+
+
+VITDET_RECIPES: dict[int, ViTDetRecipe] = {
+    12: ViTDetRecipe((2, 5, 8, 11), 0.1, 0.7),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
+    24: ViTDetRecipe((5, 11, 17, 23), 0.4, 0.8),  # PE paper, Tab. 24
+    50: ViTDetRecipe((12, 24, 36, 49), 0.5, 0.9),  # PE paper, Tab. 24
+}
+"""Depth -> recipe. Only these depths were ever published; others must be spelled out."""
+
+
+def vitdet_recipe(depth: int) -> ViTDetRecipe:
+    """Return the published ViTDet recipe of an encoder of `depth` blocks, or say that there is none."""
+    if depth not in VITDET_RECIPES:
+        raise ValueError(
+            f"no ViTDet recipe is published for {depth} blocks, only for {', '.join(map(str, VITDET_RECIPES))}; "
+            "give global_attn_indexes, drop_path_rate and layer_decay_rate yourself"
+        )
+    return VITDET_RECIPES[depth]
+
+
+PRESETS = ("release", "timm", "vitdet")
+
+
+def preset_options(preset: str, variant: str | EncoderConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `PerceptionEncoder` that make up a known geometry.
+
+    - 'release': the released encoder. Learned positions resized bilinearly, rotary positions run on as integers
+      (perception_models@3e352cc:core/vision_encoder/pe.py).
+    - 'timm': timm 1.0's. Equal to 'release' at the pretraining size; elsewhere learned positions are resized
+      bicubically with antialias and rotary positions rescaled to the pretraining grid.
+    - 'vitdet': the released detectors. Patches of 16 pixels, windows of the pretraining grid, four global blocks,
+      learned positions tiled, rotary positions compressed into the pretraining range, drop path by depth
+      (perception_models@3e352cc:apps/detection/detectron2_pe).
+    """
+    config = get_config(variant)
+    if preset == "release":
+        return {"pos_embed_mode": "bilinear", "rope_mode": "extrapolate"}
+    if preset == "timm":
+        return {"pos_embed_mode": "bicubic_antialias", "rope_mode": "interpolate", "rope_grid": config.grid_size}
+    if preset == "vitdet":
+        recipe = vitdet_recipe(config.depth)
+        return {
+            "patch_size": 16,
+            "window_size": config.grid_size,
+            "global_attn_indexes": recipe.global_attn_indexes,
+            "pos_embed_mode": "tile",
+            "rope_mode": "interpolate",
+            "rope_grid": config.grid_size,
+            "drop_path_rate": recipe.drop_path_rate,
+        }
+    raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")

@@ -1,0 +1,358 @@
+"""PerceptionEncoder: images in, one feature map for each requested block out.
+
+Shapes: B images, h x w patches on the grid, N tokens in a sequence, C channels, H heads, D head dimension.
+Reference: facebookresearch/perception_models@3e352cc:core/vision_encoder/pe.py; windows and compressed rotary positions
+as in apps/detection/detectron2_pe/modeling/backbone/pev1_det.py of the same commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .resize import POS_EMBED_MODES, resize_pos_embed
+from .rope import apply_rope, rope_table
+from .variants import EncoderConfig, get_config, variant_key
+from .windows import real_tokens, window_partition, window_unpartition
+
+_EPS = 1e-5  # of every LayerNorm in the encoder, whatever the released detection configs say
+ROPE_MODES = ("extrapolate", "interpolate")
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, C), table (2, N, D / 2), mask of the keys (B, 1, 1, N) or None -> (B, N, C)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        v = qkv[:, :, 2].transpose(1, 2)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with optional LayerScale and drop path."""
+
+    def __init__(self, config: EncoderConfig, drop_path: float) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.attn = Attention(dim, config.num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        for name in ("gamma_1", "gamma_2"):
+            gamma = None if config.init_values is None else nn.Parameter(torch.full((dim,), config.init_values))
+            self.register_parameter(name, gamma)
+
+    def forward(self, x: Tensor, rope: Tensor, real: Tensor | None, mask: Tensor | None, images: int) -> Tensor:
+        """(B * n, N, C) -> the same, for n windows of each of `images` images (n = 1 where attention is global).
+
+        `real` (B * n, N, 1) is 0 on padding: the released detectors pad windows with zeros after norm1, and these take
+        part as keys. `mask` (B * n, 1, 1, N) instead keeps padding out of the attention.
+        """
+        y = self.norm1(x)
+        if real is not None:
+            y = y * real.to(y.dtype)
+        x = x + self._branch(self.attn(y, rope, mask), self.gamma_1, images)
+        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2, images)
+
+    def _branch(self, y: Tensor, gamma: Tensor | None, images: int) -> Tensor:
+        if gamma is not None:
+            y = y * gamma
+        if self.drop_path == 0.0 or not self.training:
+            return y
+        keep = 1.0 - self.drop_path
+        scale = y.new_empty(images, 1, 1, 1).bernoulli_(keep).div_(keep)  # one draw an image, for all its windows
+        return (y.unflatten(0, (images, -1)) * scale).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path:.3f}"
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map, without bias."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, h, w, C)."""
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class PerceptionEncoder(nn.Module):
+    """Meta's Perception Encoder as a backbone for dense prediction.
+
+    Args:
+        variant: a key of `VARIANTS`, a released name such as 'PE-Spatial-B16-512', an `EncoderConfig` or its fields.
+        out_indices: blocks whose output is returned, in this order; 0-based, negatives count from the end. Blocks after
+            the last of them are not built.
+        window_size: side of the attention windows, in tokens; None means global attention everywhere. A class token is
+            copied into every window for a run of windowed blocks; at the end of the run the copies are averaged.
+        global_attn_indexes: the blocks that keep global attention (with `window_size`).
+        pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
+            'bicubic_antialias' (as timm) or 'tile'.
+        rope_mode: 'extrapolate' counts tokens on; 'interpolate' maps an axis of n tokens to positions
+            `i / n * rope_grid`, where n is the window in windowed blocks and the grid in global ones.
+        rope_grid: side of the grid to which 'interpolate' maps; one number, or (windows, global); the default is the
+            pretraining grid.
+        patch_size: side of a patch, in pixels, if not the released one; `load_checkpoint` resizes the kernel.
+        drop_path_rate: stochastic depth of the last block of the whole network; rises linearly from 0.
+        grad_checkpointing: True for every block, or the indices of the blocks whose activations are recomputed.
+        frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
+            run in evaluation mode and without autograd.
+        mask_window_padding: keep the padding of windows that do not divide the grid out of the attention. The released
+            detectors let it take part as keys.
+    """
+
+    def __init__(
+        self,
+        variant: str | EncoderConfig | Mapping[str, Any],
+        *,
+        out_indices: Sequence[int] = (-1,),
+        window_size: int | None = None,
+        global_attn_indexes: Sequence[int] = (),
+        pos_embed_mode: str = "bilinear",
+        rope_mode: str = "extrapolate",
+        rope_grid: int | Sequence[int] | None = None,
+        patch_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool | Sequence[int] = False,
+        frozen_stages: int = -1,
+        mask_window_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        config = get_config(variant)
+        self.variant = variant_key(variant) if isinstance(variant, str) else None
+        self.config = config
+        self.patch_size = patch_size or config.patch_size
+        self.embed_dim = config.embed_dim
+        self.out_indices = _block_indices("out_indices", out_indices, config.depth)
+        if not self.out_indices:
+            raise ValueError("out_indices is empty; name at least one block, for instance (-1,) for the last")
+        self.depth = max(self.out_indices) + 1
+        self.window_size = window_size
+        self.global_attn_indexes = _block_indices("global_attn_indexes", global_attn_indexes, config.depth)
+        self.pos_embed_mode = _one_of("pos_embed_mode", pos_embed_mode, POS_EMBED_MODES)
+        self.rope_mode = _one_of("rope_mode", rope_mode, ROPE_MODES)
+        self.rope_grid = _rope_grid(rope_grid, rope_mode, config.grid_size)
+        self.mask_window_padding = mask_window_padding
+        if window_size is None and (global_attn_indexes or mask_window_padding):
+            raise ValueError("global_attn_indexes and mask_window_padding mean nothing without window_size; give it too")
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"window_size is {window_size}; it is in tokens and at least 1, or None for no windows")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; it is a probability below 1")
+        if not -1 <= frozen_stages <= self.depth:
+            raise ValueError(f"frozen_stages is {frozen_stages}; -1 (none) to {self.depth} (all blocks) are allowed")
+        self.frozen_stages = frozen_stages
+        self.grad_checkpointing = grad_checkpointing
+
+        dim, grid = config.embed_dim, config.grid_size
+        self.prefix = int(config.class_token)
+        self.patch_embed = PatchEmbed(config.in_chans, dim, self.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid * grid, dim))
+        self.norm_pre = nn.LayerNorm(dim, eps=_EPS)
+        rates = [drop_path_rate * i / max(config.depth - 1, 1) for i in range(self.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        # Neighbouring blocks of one kind run together: tokens enter and leave the windows once a run.
+        windowed = [window_size is not None and i not in self.global_attn_indexes for i in range(self.depth)]
+        self._runs = [(kind, tuple(run)) for kind, run in groupby(range(self.depth), key=lambda i: windowed[i])]
+        self._init_parameters()
+        self._freeze()
+
+    @property
+    def grad_checkpointing(self) -> tuple[int, ...]:
+        """Blocks whose activations are recomputed in the backward pass; set with a bool or with block indices."""
+        return self._checkpointed
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, blocks: bool | Sequence[int]) -> None:
+        chosen = range(self.depth if blocks else 0) if isinstance(blocks, bool) else blocks
+        self._checkpointed = _block_indices("grad_checkpointing", chosen, self.config.depth)
+
+    def _init_parameters(self) -> None:
+        # As released: positions and class token at width ** -0.5, Xavier for the packed qkv.
+        for token in (self.pos_embed, self.cls_token):
+            if token is not None:
+                nn.init.normal_(token, std=self.embed_dim**-0.5)
+        for block in self.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.eval().requires_grad_(False)
+        if self.frozen_stages >= 0:
+            for token in (self.pos_embed, self.cls_token):
+                if token is not None:
+                    token.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.patch_embed, self.norm_pre, *self.blocks[: self.frozen_stages]]
+
+    def train(self, mode: bool = True) -> PerceptionEncoder:
+        """Set training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Encode `images` (B, 3, H, W), normalised, into maps (B, C, H / p, W / p), one for each of `out_indices`.
+
+        Maps are the residual stream after a block: the released models end without a norm. Raises ValueError if a side
+        is not a multiple of the patch size p.
+        """
+        grid = self._grid(images)
+        with _autograd(self.frozen_stages < 0):
+            x = self._embed(images, grid)
+        maps: dict[int, Tensor] = {}
+        for windowed, run in self._runs:
+            rope = self._rope(windowed, grid, x.device)
+            real, mask = self._padding(windowed, grid, x)
+            if windowed:
+                x = self._enter_windows(x, grid)
+            for i in run:
+                with _autograd(i >= self.frozen_stages):
+                    x = self._block(i, x, rope, real, mask, images.shape[0])
+                if i in self.out_indices:
+                    maps[i] = self._map(x, grid, windowed)
+            if windowed:
+                x = self._leave_windows(x, grid)
+        return tuple(maps[i] for i in self.out_indices)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(f"images are {tuple(images.shape)}; expected (B, {self.config.in_chans}, H, W)")
+        (h, w), p = images.shape[2:], self.patch_size
+        if h % p or w % p or not h or not w:
+            raise ValueError(
+                f"image size {h}x{w} is not a multiple of patch_size {p}; "
+                f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
+            )
+        return h // p, w // p
+
+    def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        side = self.config.grid_size
+        pos = self.pos_embed[:, self.prefix :].unflatten(1, (side, side))
+        x = (self.patch_embed(images) + resize_pos_embed(pos, grid, mode=self.pos_embed_mode)).flatten(1, 2)
+        if self.cls_token is not None:
+            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+            x = torch.cat((cls_token.to(x.dtype), x), dim=1)
+        return self.norm_pre(x)
+
+    def _rope(self, windowed: bool, grid: tuple[int, int], device: torch.device) -> Tensor:
+        if windowed and self.window_size is not None:
+            grid = (self.window_size, self.window_size)
+        target = self.rope_grid[0 if windowed else 1]
+        scale = (1.0, 1.0) if self.rope_mode == "extrapolate" else (target / grid[0], target / grid[1])
+        head_dim = self.embed_dim // self.config.num_heads
+        return rope_table(grid, head_dim, scale=scale, offset=self.prefix, prefix=self.prefix, device=device)
+
+    def _padding(self, windowed: bool, grid: tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return (real, mask) of `Block.forward`: at most one of them is not None."""
+        real = real_tokens(grid, self.window_size, x.device) if windowed and self.window_size is not None else None
+        if real is None:
+            return None, None
+        real = F.pad(real, (self.prefix, 0), value=True).repeat(x.shape[0], 1)  # (B * n, N)
+        return (None, real[:, None, None]) if self.mask_window_padding else (real[..., None], None)
+
+    def _enter_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        assert self.window_size is not None
+        windows = window_partition(x[:, self.prefix :].unflatten(1, grid), self.window_size)
+        if self.prefix:
+            copies = x[:, :1].repeat_interleave(windows.shape[0] // x.shape[0], dim=0)
+            windows = torch.cat((copies, windows), dim=1)
+        return windows
+
+    def _leave_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        assert self.window_size is not None
+        patches = window_unpartition(x[:, self.prefix :], self.window_size, grid).flatten(1, 2)
+        if self.prefix:
+            cls_token = x[:, :1].unflatten(0, (patches.shape[0], -1)).mean(dim=1)
+            patches = torch.cat((cls_token, patches), dim=1)
+        return patches
+
+    def _block(self, i: int, x: Tensor, *args: Any) -> Tensor:
+        block = self.blocks[i]
+        if i in self._checkpointed and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, x, *args, use_reentrant=False)
+            return out
+        return block(x, *args)  # type: ignore[no-any-return]
+
+    def _map(self, x: Tensor, grid: tuple[int, int], windowed: bool) -> Tensor:
+        patches = x[:, self.prefix :]
+        if windowed and self.window_size is not None:
+            tokens = window_unpartition(patches, self.window_size, grid)
+        else:
+            tokens = patches.unflatten(1, grid)
+        return tokens.permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.config}, patch_size={self.patch_size}, out_indices={self.out_indices}, "
+            f"window_size={self.window_size}, global_attn_indexes={self.global_attn_indexes}, "
+            f"pos_embed_mode={self.pos_embed_mode!r}, rope_mode={self.rope_mode!r}, rope_grid={self.rope_grid}, "
+            f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}"
+        )
+
+
+def _autograd(enabled: bool) -> AbstractContextManager[None]:
+    return torch.set_grad_enabled(enabled and torch.is_grad_enabled())
+
+
+def _block_indices(name: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
+    indices = tuple(indices)
+    if any(not -depth <= i < depth for i in indices):
+        raise ValueError(f"{name} is {indices}, out of range for {depth} blocks; {-depth} to {depth - 1} are allowed")
+    return tuple(i % depth for i in indices)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: int) -> tuple[int, int]:
+    if rope_grid is None:
+        return default, default
+    if rope_mode == "extrapolate":
+        raise ValueError("rope_grid means nothing with rope_mode='extrapolate'; use rope_mode='interpolate'")
+    pair = (rope_grid, rope_grid) if isinstance(rope_grid, int) else tuple(rope_grid)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"rope_grid is {rope_grid}; give one positive number, or two: (windows, global)")
+    return pair[0], pair[1]
