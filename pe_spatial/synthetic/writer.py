@@ -1,0 +1,222 @@
+"""Scenes on disk: pictures, COCO json with boxes, masks and tracks, depth and instance maps.
+
+    <root>/world.json                              parameters and version of the set
+    <root>/annotations/instances_<split>.json      COCO, with `videos` and per-image camera
+    <root>/<split>/<scene>/<frame>.jpg             rgb, e.g. train/0003/00001.jpg
+    <root>/depth/<split>/<scene>/<frame>.png       16 bit, millimetres along the optical axis, always valid (> 0)
+    <root>/instances/<split>/<scene>/<frame>.png   palette, 0 = room, else the object's number in its scene
+
+An image's `file_name` is `<scene>/<frame>.jpg`; depth and instances have the same name with `.png`. Beyond COCO, an
+image has `video_id, frame_id, time` (seconds), `intrinsics` (3x3) and `camera_to_world` (4x4), and an annotation has
+`instance_id` (its track, unique in the split) and `object_id` (its value in the instance map). Boxes are tight:
+x + w and y + h are exclusive. An object of which less than `MIN_VISIBLE` of the image is visible is not annotated in
+that image; its pixels keep their value in the instance map.
+
+Seeds: scene i of a split is `sample_scene((seed, SPLITS.index(split), i))`, so no two splits share a scene, and a
+longer set with the same seed begins with the shorter one.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .render import Frame, render_frame
+from .scene import CATEGORIES, sample_scene
+
+SPLITS = ("train", "val", "test", "pretrain")
+MIN_VISIBLE = 1e-3  # of the image's pixels
+VERSION = 1  # raise it whenever the same parameters give other files
+JPEG_QUALITY = 95
+
+
+def write_dataset(
+    root: str | os.PathLike[str],
+    *,
+    scenes: Mapping[str, int],
+    frames_per_scene: int = 2,
+    size: tuple[int, int] = (256, 256),
+    duration: float = 2.0,
+    seed: int = 0,
+    workers: int = 1,
+) -> Path:
+    """Write a set, or reuse the one at `root` if it was written with the same parameters.
+
+    The set is built in a hidden sibling of `root` and renamed at the end: `root` is complete or absent, whenever
+    the process dies (a killed one leaves its `.<name>.*` sibling, which may be deleted).
+
+    Args:
+        root: folder to create.
+        scenes: number of scenes (videos) of each split, e.g. {"train": 200, "val": 50}.
+        frames_per_scene: frames evenly over `duration`, both ends included; 1 or 2 give the most variety for
+            detection, 8 or more a video for tracking.
+        size: (H, W) in pixels.
+        duration: of each scene, in seconds.
+        seed: of the whole set.
+        workers: processes; the files do not depend on it. With more than one, the calling script needs the usual
+            `if __name__ == "__main__":` guard.
+
+    Returns:
+        `root` as a Path.
+
+    Raises:
+        ValueError: if a parameter is out of range.
+        FileExistsError: if `root` holds anything else than this set.
+    """
+    root = Path(root).absolute()
+    if not scenes or not set(scenes) <= set(SPLITS) or min(scenes.values()) < 1:
+        raise ValueError(f"scenes {dict(scenes)} must map some of {SPLITS} to at least one scene each")
+    if frames_per_scene < 1 or workers < 1 or seed < 0:
+        raise ValueError(
+            f"frames_per_scene {frames_per_scene} and workers {workers} must be at least 1 and seed {seed} at least 0"
+        )
+    world = {
+        "version": VERSION,
+        "seed": seed,
+        "scenes": {split: int(scenes[split]) for split in SPLITS if split in scenes},
+        "frames_per_scene": frames_per_scene,
+        "size": list(size),
+        "duration": duration,
+    }
+    if _is_complete(root, world):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as parent:
+        build = Path(parent) / "world"
+        (build / "annotations").mkdir(parents=True)
+        for split in world["scenes"]:
+            _write_json(build / "annotations" / f"instances_{split}.json", _write_split(build, split, world, workers))
+        _write_json(build / "world.json", world)
+        try:
+            build.rename(root)
+        except OSError:  # somebody else was faster
+            if not _is_complete(root, world):
+                raise
+    return root
+
+
+def _is_complete(root: Path, world: dict[str, Any]) -> bool:
+    """Whether `root` holds the set `world`; False where there is nothing, an error where there is something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    path = root / "world.json"
+    if not path.is_file():
+        raise FileExistsError(f"{root} exists and is no synthetic set (no world.json); choose another root")
+    found = json.loads(path.read_text())
+    if found != world:
+        differing = sorted(key for key in {*found, *world} if found.get(key) != world.get(key))
+        raise FileExistsError(
+            f"{root} holds another synthetic set: "
+            + ", ".join(f"{key} is {found.get(key)}, asked for {world.get(key)}" for key in differing)
+            + "; delete it, choose another root, or ask for the parameters in its world.json"
+        )
+    return True
+
+
+def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -> dict[str, Any]:
+    """Write the pictures of a split and return its COCO dictionary."""
+    jobs = [(build, split, index, world) for index in range(world["scenes"][split])]
+    if workers == 1:
+        videos = [_write_scene(job) for job in jobs]
+    else:  # spawn: forking a process that runs torch's threads may hang
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            videos = list(pool.map(_write_scene, jobs, chunksize=max(1, math.ceil(len(jobs) / (8 * workers)))))
+    coco: dict[str, Any] = {
+        "info": {"description": "pe_spatial synthetic world", "version": str(VERSION), "split": split},
+        "licenses": [],
+        "categories": [{"id": i, "name": name, "supercategory": "solid"} for i, name in enumerate(CATEGORIES, 1)],
+        "videos": [],
+        "images": [],
+        "annotations": [],
+    }
+    tracks: dict[tuple[int, int], int] = {}
+    for video_id, frames in enumerate(videos, 1):
+        height, width = world["size"]
+        coco["videos"].append({"id": video_id, "name": _scene_name(video_id - 1), "height": height, "width": width})
+        for image, annotations in frames:
+            image_id = len(coco["images"]) + 1
+            coco["images"].append({"id": image_id, "video_id": video_id, **image})
+            for annotation in annotations:
+                track = tracks.setdefault((video_id, annotation["object_id"]), len(tracks) + 1)
+                ids = {"id": len(coco["annotations"]) + 1, "image_id": image_id, "video_id": video_id}
+                coco["annotations"].append({**ids, "instance_id": track, **annotation})
+    return coco
+
+
+def _write_scene(job: tuple[Path, str, int, dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Write the pictures of one scene; (image, annotations) of each frame, without the numbers of the whole split."""
+    from PIL import Image
+
+    build, split, index, world = job
+    scene = sample_scene((world["seed"], SPLITS.index(split), index), duration=world["duration"])
+    category_ids = {solid.id: CATEGORIES.index(solid.category) + 1 for solid in scene.solids}
+    folders = [build / kind / _scene_name(index) for kind in (split, f"depth/{split}", f"instances/{split}")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    frames = []
+    for frame_id in range(world["frames_per_scene"]):
+        time = world["duration"] * frame_id / max(world["frames_per_scene"] - 1, 1)
+        frame = render_frame(scene, time, tuple(world["size"]))
+        name = f"{frame_id:05d}"
+        Image.fromarray(frame.rgb).save(folders[0] / f"{name}.jpg", quality=JPEG_QUALITY)
+        Image.fromarray(np.round(frame.depth * 1000).astype(np.uint16)).save(folders[1] / f"{name}.png")
+        ids = Image.fromarray(frame.instances.astype(np.uint8))
+        ids.putpalette(_palette())
+        ids.save(folders[2] / f"{name}.png")
+        image = {
+            "file_name": f"{_scene_name(index)}/{name}.jpg",
+            "height": world["size"][0],
+            "width": world["size"][1],
+            "frame_id": frame_id,
+            "time": time,
+            "intrinsics": frame.intrinsics.tolist(),
+            "camera_to_world": frame.camera_to_world.tolist(),
+        }
+        frames.append((image, _annotate(frame, category_ids)))
+    return frames
+
+
+def _annotate(frame: Frame, category_ids: Mapping[int, int]) -> list[dict[str, Any]]:
+    """One annotation, still without ids, for every sufficiently visible object."""
+    from pycocotools import mask as rle
+
+    annotations = []
+    for object_id, category_id in category_ids.items():
+        mask = frame.instances == object_id
+        area = int(mask.sum())
+        if area < max(1, MIN_VISIBLE * mask.size):
+            continue
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x, y = int(columns[0]), int(rows[0])
+        code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+        annotations.append(
+            {
+                "object_id": object_id,
+                "category_id": category_id,
+                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                "area": area,
+                "iscrowd": 0,
+                "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
+            }
+        )
+    return annotations
+
+
+def _scene_name(index: int) -> str:
+    return f"{index:04d}"
+
+
+def _palette() -> list[int]:
+    """Pascal VOC's colours for 0 ... 15: bits 0, 1, 2 (then 3) of the id switch red, green, blue (then dark red)."""
+    return [128 * (i >> c & 1) + (64 * (i >> 3 & 1) if c == 0 else 0) for i in range(16) for c in range(3)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")))
