@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class LoadReport:
         resized: tensors that were resized, each with 'shape -> shape'.
     """
 
-    path: Path
+    path: str | Path
     layout: str
     left_out: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
@@ -88,7 +89,20 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
     path = _locate(source, model)
-    state, layout, left_out = to_timm_names(read_state_dict(path))
+    report = load_state(model, read_state_dict(path), path=path)
+    _log.info("%s: %s layout, left out %s", path, report.layout, sorted(set(report.left_out.values())))
+    return report
+
+
+def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: str | Path = "state dict") -> LoadReport:
+    """Load a state dict of the released or timm's layout into `model`, as `load_checkpoint` does with a file.
+
+    Args:
+        model: the encoder; one on the meta device takes the tensors over as they are.
+        state: name -> tensor.
+        path: where it came from, for errors and the report.
+    """
+    state, layout, left_out = to_timm_names(state)
     for name in list(state):
         block = re.match(r"blocks\.(\d+)\.", name)
         if block and model.depth <= int(block[1]) < model.config.depth:
@@ -96,7 +110,6 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
             left_out[name] = f"block after the last of out_indices ({model.depth - 1})"
     resized = _resize_kernel(state, model)
     _load_strictly(model, state, path)
-    _log.info("%s: %s layout, %d tensors, left out %s", path, layout, len(state), sorted(set(left_out.values())))
     return LoadReport(path, layout, left_out, resized)
 
 
@@ -132,22 +145,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a .pt or .safetensors file")
+    content: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
+        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to read it nevertheless
+        if code:
             raise CheckpointError(
-                f"{path} holds more than tensors and plain data, so it is not read (it could run code): "
-                f"{str(error).splitlines()[0]} Save its state dict alone and load that"
+                f"{path} holds more than tensors and plain data ({code[1]}), so it is not read: it could run code. "
+                "Save its state dict alone and load that"
             ) from None
-        raise CheckpointError(f"{path} is truncated or no torch checkpoint; download it again") from None
+        raise CheckpointError(
+            f"{path} is truncated or not written by torch.save; download it again, or save its state dict anew"
+        ) from None
     except Exception as error:
         # safetensors and torch raise a dozen types for broken files: RuntimeError, EOFError, SafetensorError, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise CheckpointError(f"{path} is truncated or no checkpoint ({reason}); download it again") from error
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
@@ -178,7 +196,7 @@ def _resize_kernel(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[s
     return {name: f"{tuple(kernel.shape)} -> {tuple(state[name].shape)}"}
 
 
-def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: Path) -> None:
+def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: str | Path) -> None:
     ours = model.state_dict()
     missing = sorted(ours.keys() - state.keys())
     unexpected = sorted(state.keys() - ours.keys())
@@ -215,7 +233,7 @@ def _locate(source: str | Path, model: PerceptionEncoder) -> Path:
         text = f"hf://facebook/{RELEASED_NAMES[model.variant]}"
     if not text.startswith("hf://"):
         return Path(text)
-    owner, repo, filename = (text.removeprefix("hf://").split("/", 2) + ["", ""])[:3]
+    owner, repo, filename = [*text.removeprefix("hf://").split("/", 2), "", ""][:3]
     if not owner or not repo:
         raise CheckpointError(f"{text!r} is no address on the hub; write hf://owner/repo or hf://owner/repo/file")
     filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")

@@ -30,7 +30,7 @@ def _build(
         dim=-1,
     ).flatten(0, 1)  # (h * w, head_dim / 2)
     angles = torch.cat((angles.new_zeros(prefix, head_dim // 2), angles))
-    return torch.stack((angles.cos(), angles.sin()))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def rope_table(
@@ -42,7 +42,7 @@ def rope_table(
     prefix: int = 0,
     device: torch.device,
 ) -> Tensor:
-    """Return cosines and sines, (2, prefix + h * w, head_dim / 2) in float32, for tokens in row-major order.
+    """Return cosines and sines, (prefix + h * w, head_dim / 2, 2) in float32, for tokens in row-major order.
 
     Args:
         grid: (h, w) in tokens.
@@ -70,8 +70,13 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs of `x` (B, N, ..., D) by `table` (2, N, D / 2); computed in float32, returned in x's type."""
-    shape = (x.shape[1], *(1,) * (x.ndim - 3), table.shape[-1])
-    cos, sin = table[0].view(shape), table[1].view(shape)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    """Turn the pairs of `x` (B, N, ..., D) by `table` (N, D / 2, 2); computed in float32, returned in x's type."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, ..., D / 2, 2)
+    table = table.view(table.shape[0], *(1,) * (x.ndim - 3), *table.shape[1:])
+    if torch.compiler.is_compiling():
+        # The compiler fuses the real form and knows no complex numbers; eagerly one complex product is far faster.
+        (even, odd), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).type_as(x)

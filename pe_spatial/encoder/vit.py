@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, C), table (2, N, D / 2), mask of the keys (B, 1, 1, N) or None -> (B, N, C)."""
+        """(B, N, C), table (N, D / 2, 2), mask of the keys (B, 1, 1, N) or None -> (B, N, C)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
         q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         v = qkv[:, :, 2].transpose(1, 2)

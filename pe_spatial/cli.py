@@ -1,0 +1,171 @@
+"""What the command lines in tools/ share: arguments, configuration, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
+from pe_spatial.encoder.checkpoint import CheckpointError
+from pe_spatial.errors import ConfigError, DatasetError
+
+try:
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+except ImportError:  # OpenMMLab's own mmengine, which always unpickles without restriction
+    from mmengine.logging import HistoryBuffer
+
+    def get_torch_safe_globals() -> list[Any]:
+        """Return what mmengine's checkpoints hold beyond tensors."""
+        return [HistoryBuffer, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType]
+
+
+_OURS = (CheckpointError, ConfigError, DatasetError)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that all tools have."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("config", help="configuration file")
+    result.add_argument("--work-dir", help="folder for logs and checkpoints (default work_dirs/<name of the config>)")
+    result.add_argument("--data-root", help="folder of the data; moves every path that begins with the config's data_root")
+    result.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512",
+    )
+    result.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    result.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
+    result.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return result
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the arguments that all tools have."""
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    with _as_config_error(args.config):
+        cfg = Config.fromfile(args.config)
+        if args.data_root is not None:
+            _move_data_root(cfg, args.data_root)
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config asks for."""
+    with _as_config_error(cfg.filename):
+        return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise CheckpointError unless `path` is a checkpoint that loads without running code.
+
+    mmengine falls back to unpickling without restriction, so this comes first.
+    """
+    if "://" in path:
+        return
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}; give the path of a .pth file that tools/train.py wrote")
+    try:
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is truncated, or holds more than tensors and plain data and could run code "
+            f"({str(error).splitlines()[0]}); give a checkpoint that tools/train.py wrote"
+        ) from None
+    except Exception as error:
+        # torch raises RuntimeError, EOFError, OSError and others for broken files.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is truncated or no checkpoint ({reason}); copy it again") from error
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise CheckpointError(f"{path} holds no state_dict; give a checkpoint that tools/train.py wrote")
+
+
+def load_strictly(runner: Runner) -> None:
+    """Have `runner` refuse a checkpoint that does not fit; mmengine would take what happens to fit and go on."""
+    load = runner.load_checkpoint
+
+    def strictly(filename: str, **options: Any) -> Any:
+        try:
+            return load(filename, **{**options, "strict": True})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{filename} is no checkpoint of this config: {reason[:400]} ...") from error
+
+    runner.load_checkpoint = strictly
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run `main`; errors that the user can mend end in one sentence on stderr and exit code 1."""
+    try:
+        main(args)
+    except _OURS as error:
+        if args.traceback:
+            raise
+        # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        sys.exit(f"error: {sentence}")
+
+
+def explain_missing_weights(cfg: Config, error: CheckpointError) -> CheckpointError:
+    """Add to a checkpoint's error the options of this config that mend it."""
+    place = next(_encoders(cfg.model, "model"), None)
+    if place is None:
+        return error
+    return CheckpointError(
+        f"{error}, with --cfg-options {place}.init_cfg.checkpoint=FILE; "
+        f"or start from random weights on purpose with --cfg-options {place}.init_cfg=None"
+    )
+
+
+def _encoders(node: Any, place: str) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if node.get("type") in ("PerceptionEncoder", "PerceptionEncoderPyramid") and node.get("init_cfg"):
+            yield place
+        for key, value in node.items():
+            yield from _encoders(value, f"{place}.{key}")
+
+
+def _move_data_root(cfg: Config, root: str) -> None:
+    old = cfg.get("data_root")
+    if not old:
+        raise ConfigError("it has no data_root at its top level that --data-root could move; set the paths themselves")
+    new = root.rstrip("/") + "/"
+
+    def move(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: move(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(map(move, node))
+        return new + node[len(old) :] if isinstance(node, str) and node.startswith(old) else node
+
+    cfg.merge_from_dict(move(cfg.to_dict()))
+
+
+@contextmanager
+def _as_config_error(filename: str | None) -> Iterator[None]:
+    try:
+        yield
+    except _OURS:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, SyntaxError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise ConfigError(f"{filename} cannot be used: {' '.join(text.split()) or type(error).__name__}") from error

@@ -1,0 +1,299 @@
+"""COCO annotations and pictures, checked: an error that names the file and the remedy, or a counted skip."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmdet.datasets import CocoDataset
+from mmengine import fileio
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, TRANSFORMS
+from PIL import Image, ImageOps
+
+from pe_spatial.errors import DatasetError
+
+_NAMED = 5  # how many offenders an error names before it says 'and so many more'
+_ROUNDING = 0.5  # pixels by which a box may leave its picture without being counted as clipped
+
+
+@DATASETS.register_module()
+class CheckedCocoDataset(CocoDataset):
+    """COCO instances, checked once when they are loaded.
+
+    Boxes that leave their picture are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
+    finite are skipped; one log line counts them. Anything that cannot be read as COCO, classes that the file does not
+    have, and missing pictures raise DatasetError.
+
+    Args:
+        skip_missing: leave out, and count, pictures that are not there, instead of raising; only for training, because
+            the evaluation would count their objects as missed.
+        options: those of mmdet's `CocoDataset`.
+    """
+
+    def __init__(self, *args: Any, skip_missing: bool = False, **options: Any) -> None:
+        self.skip_missing = skip_missing
+        super().__init__(*args, **options)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Read, check and clean the annotation file, then let mmdet parse it."""
+        content = read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
+        self._check_classes(content)
+        counts = clean_coco(content, self.ann_file)
+        counts.update(missing=self._check_pictures(content["images"]))
+        self._check_masks(content)
+        coco = self.COCOAPI()
+        coco.dataset = content
+        coco.createIndex()
+        coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs
+        self.COCOAPI = _Prepared(coco)  # what mmdet calls with the file's path
+        try:
+            data_list = super().load_data_list()
+        finally:
+            del self.COCOAPI
+        self._report(content, counts)
+        return data_list
+
+    def _check_classes(self, content: Mapping[str, Any]) -> None:
+        # mmdet would leave unknown classes out, and thereby silently renumber the others.
+        names = [category["name"] for category in content["categories"]]
+        absent = [name for name in self.metainfo["classes"] if name not in names]
+        if absent:
+            raise DatasetError(
+                f"{self.ann_file} has no categories {_some(absent)}; it has {_some(names, 20)}. "
+                "Set metainfo=dict(classes=(...)) of the datasets, and num_classes of the heads, to those"
+            )
+
+    def _check_pictures(self, images: list[dict[str, Any]]) -> int:
+        """Remove or report pictures that are not there; how many there were."""
+        folder = self.data_prefix.get("img", "")
+        if "://" in folder:
+            return 0
+        listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each picture
+
+        def exists(image: Mapping[str, Any]) -> bool:
+            parent, name = os.path.split(os.path.join(folder, image["file_name"]))
+            if parent not in listed:
+                listed[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else set()
+            return name in listed[parent]
+
+        missing = [image for image in images if not exists(image)]
+        if missing and (self.test_mode or not self.skip_missing):
+            files = _some([os.path.join(folder, image["file_name"]) for image in missing])
+            remedy = "" if self.test_mode else ", or set skip_missing=True of the dataset to train without them"
+            raise DatasetError(
+                f"{len(missing)} of the {len(images)} pictures that {self.ann_file} lists are not there: {files}; "
+                f"check data_root (--data-root) and data_prefix{remedy}"
+            )
+        gone = {image["id"] for image in missing}
+        images[:] = [image for image in images if image["id"] not in gone]
+        return len(missing)
+
+    def _check_masks(self, content: Mapping[str, Any]) -> None:
+        loaders = [step for step in self.pipeline.transforms if getattr(step, "with_mask", False)]
+        real = [a for a in content.get("annotations", ()) if not a.get("iscrowd")] if loaders else []
+        without = [a["id"] for a in real if not a.get("segmentation")]
+        if without:
+            raise DatasetError(
+                f"{len(without)} annotations of {self.ann_file} have no segmentation (ids {_some(without)}) but masks are "
+                "to be loaded; add them, or train a detector without masks (with_mask=False, no mask head)"
+            )
+        encoded = [a["id"] for a in real if isinstance(a["segmentation"], Mapping)]
+        if encoded and not all(getattr(step, "poly2mask", True) for step in loaders):
+            raise DatasetError(
+                f"{len(encoded)} annotations of {self.ann_file} hold run-length masks (ids {_some(encoded)}), which "
+                "LoadAnnotations(poly2mask=False) would drop; set poly2mask=True"
+            )
+
+    def _report(self, content: Mapping[str, Any], counts: Counter[str]) -> None:
+        annotations = content.get("annotations", [])
+        empty = len(content["images"]) - len({a["image_id"] for a in annotations})
+        skipped = ", ".join(f"{counts[kind]} {kind}" for kind in _SKIPPED if counts[kind]) or "none"
+        print_log(
+            f"{self.ann_file}: {len(content['images'])} pictures ({empty} without boxes, {counts['missing']} missing), "
+            f"{len(annotations)} boxes ({counts['clipped']} clipped); skipped boxes: {skipped}",
+            logger="current",
+        )
+
+
+class _Prepared:
+    """Stands for the COCO class where mmdet reads the file: calling it gives what was read and cleaned already."""
+
+    def __init__(self, coco: Any) -> None:
+        self.coco = coco
+
+    def __call__(self, _: str) -> Any:
+        return self.coco
+
+
+@TRANSFORMS.register_module()
+class LoadPicture(BaseTransform):
+    """Read a picture of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
+
+    Grey, palette, transparent (transparency is dropped), CMYK and 16-bit pictures become three channels of 8 bits. PIL
+    decodes, as in the released recipe.
+
+    Args:
+        skip_broken: for training: log a picture that cannot be used, and have another one drawn, instead of raising.
+        backend_args: of mmengine's file backend.
+    """
+
+    def __init__(self, *, skip_broken: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
+        self.skip_broken = skip_broken
+        self.backend_args = backend_args
+        self.broken: set[str] = set()  # seen by this process
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Add img (H, W, 3) uint8 BGR, img_shape and ori_shape; None for a picture to skip."""
+        path = results["img_path"]
+        try:
+            image = decode_rgb(fileio.get(path, backend_args=self.backend_args), path)
+            expected = results.get("height", image.shape[0]), results.get("width", image.shape[1])
+            if image.shape[:2] != expected:
+                raise DatasetError(
+                    f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its annotations "
+                    f"say {expected[0]}x{expected[1]}; mend the annotation file or restore the picture"
+                )
+        except (DatasetError, OSError) as error:
+            problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
+            if not self.skip_broken:
+                raise problem from error
+            self._log_once(path, problem)
+            return None
+        results["img"] = image[..., ::-1]
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+    def _log_once(self, path: str, problem: Exception) -> None:
+        if path not in self.broken:
+            self.broken.add(path)
+            print_log(
+                f"skipped ({len(self.broken)} pictures so far in this process): {problem}", logger="current", level=30
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(skip_broken={self.skip_broken})"
+
+
+def decode_rgb(data: bytes, path: str) -> np.ndarray:
+    """Decode a picture to (H, W, 3) uint8 RGB, turned as its EXIF says; DatasetError names `path` if that fails."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
+            grey = np.round(np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+            picture = Image.fromarray(grey)
+        elif picture.mode == "F":
+            raise ValueError("floating-point pixels have no defined range")
+        return np.asarray(picture.convert("RGB"))
+    except Exception as error:
+        # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"{path} cannot be decoded ({reason}); restore the file or remove it from the set") from error
+
+
+def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a COCO json and check its form.
+
+    Args:
+        path: the file, or what mmengine's file backends take.
+        annotated: whether it must hold annotations (a test set need not).
+        backend_args: of mmengine's file backend.
+
+    Raises DatasetError if it is missing, no json, or not COCO.
+    """
+    try:
+        content = json.loads(fileio.get_text(path, backend_args=backend_args))
+    except FileNotFoundError:
+        raise DatasetError(f"no annotation file at {path}; check data_root (--data-root) and ann_file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read as text ({error}); give a COCO json") from error
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{path} is truncated or no json ({error}); download or write it again") from error
+    fields = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
+    if annotated or (isinstance(content, dict) and "annotations" in content):
+        fields["annotations"] = ("id", "image_id", "category_id", "bbox")
+    for name, keys in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise DatasetError(f"{path} is no COCO instance file: it has no list {name!r}; give an instances_*.json")
+        for i, entry in enumerate(content[name]):
+            absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if absent:
+                raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; mend or remove it")
+        twice = [key for key, count in Counter(entry["id"] for entry in content[name]).items() if count > 1]
+        if twice:
+            raise DatasetError(f"{path}: {name} holds ids more than once ({_some(twice)}); number them uniquely")
+    if not content["images"] or (annotated and not content["annotations"]):
+        what = "pictures" if not content["images"] else "annotations, so there is nothing to learn from it"
+        raise DatasetError(f"{path} holds no {what}; give the file of an annotated set")
+    return content
+
+
+_SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown pictures")
+
+
+def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
+    """Clip boxes to their pictures and remove those that are unusable, in place.
+
+    Returns how many were 'clipped' (by more than rounding) and how many skipped, by kind. Raises DatasetError for
+    category ids that the file does not define.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    known = {category["id"] for category in content["categories"]}
+    annotations = content.get("annotations", [])
+    unknown = Counter(a["category_id"] for a in annotations if a["category_id"] not in known)
+    if unknown:
+        raise DatasetError(
+            f"{path}: {unknown.total()} annotations have category ids that the file does not define "
+            f"({_some(sorted(unknown, key=str))}); add these categories or remove the annotations"
+        )
+    counts: Counter[str] = Counter()
+    kept = []
+    for annotation in annotations:
+        size = sizes.get(annotation["image_id"])
+        if size is None:
+            counts["of unknown pictures"] += 1
+            continue
+        box, kind = _clip(annotation["bbox"], *size)
+        counts[kind] += 1
+        if box is None:
+            continue
+        annotation["bbox"] = box
+        area = annotation.get("area")
+        annotation["area"] = area if _is_number(area) and area > 0 else box[2] * box[3]
+        annotation.setdefault("iscrowd", 0)
+        kept.append(annotation)
+    if annotations:
+        content["annotations"] = kept
+    return counts
+
+
+def _clip(box: Any, width: float, height: float) -> tuple[list[float] | None, str]:
+    """Return the part of `box` (x, y, w, h) inside the picture, None if unusable, and the kind to count it under."""
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return None, "not finite"
+    x, y, w, h = box
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if w > 0 and h > 0 and (right <= left or bottom <= top):
+        return None, "outside"
+    if right - left < 1 or bottom - top < 1:
+        return None, "smaller than a pixel"
+    moved = max(left - x, top - y, x + w - right, y + h - bottom)
+    return [left, top, right - left, bottom - top], "clipped" if moved > _ROUNDING else "whole"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _some(values: list[Any], limit: int = _NAMED) -> str:
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more

@@ -1,0 +1,9 @@
+"""Errors that a user can mend. The command lines print them as one sentence; `CheckpointError` is the core's own."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be read or built; the message says what came and what is allowed."""
+
+
+class DatasetError(ValueError):
+    """Input data that cannot be used; the message names the file and the remedy, on one line."""

@@ -1,0 +1,240 @@
+"""Measure speed and memory of the encoder against its peers in the same run; print one markdown table.
+
+Every time is the median of several runs that alternate with the peer's; the ratio is the median of the ratios of
+neighbouring runs, so that a busy machine slows both. Peak memory is measured apart, one process for each cell: on CUDA
+what torch allocated, on the CPU the resident size of the whole process (Python, torch and weights included).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from pe_spatial import PerceptionEncoder
+from pe_spatial.encoder.checkpoint import load_state
+from pe_spatial.encoder.variants import get_config, preset_options
+
+Step = Callable[[], "Tensor | None"]
+TIMM = {"t16": "tiny_patch16", "s16": "small_patch16", "b16": "base_patch16"}
+
+
+class PartitionsEveryBlock(PerceptionEncoder):
+    """The peer of the windowed encoder: in and out of the windows in each block, as detectron2's ViTDet does."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._runs = [(windowed, (i,)) for windowed, run in self._runs for i in run]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what `ours` and `peer` build is called once a run."""
+
+    key: str
+    what: str
+    peer_name: str
+    batch: int
+    ours: Callable[[], Step]
+    peer: Callable[[], Step]
+    equal: bool = False  # both return the same tensor
+    rate: bool = False  # report images/s and the share of the device's matrix products
+
+
+def images(variant: str, batch: int, size: int | None, device: torch.device) -> Tensor:
+    size = size or get_config(variant).img_size
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def training_step(variant: str, batch: int, size: int, device: torch.device, kind: type[PerceptionEncoder]) -> Step:
+    torch.manual_seed(0)
+    model = kind(variant, **preset_options("vitdet", variant)).to(device).train()
+    x = images(variant, batch, size, device)
+
+    def step() -> None:
+        model(x)[0].square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def forward_step(variant: str, batch: int, device: torch.device, dtype: torch.dtype, mode: str) -> Step:
+    """`mode` is 'ours', 'compiled' or 'timm'; all have the same weights."""
+    torch.manual_seed(0)
+    source = PerceptionEncoder(variant, **preset_options("release", variant))
+    x = images(variant, batch, None, device).to(dtype)
+    if mode == "timm":
+        import timm
+
+        _, _, size, side = variant.split("_")
+        theirs = timm.create_model(f"vit_pe_spatial_{TIMM[size]}_{side}", num_classes=0)
+        theirs.load_state_dict(source.state_dict())
+        theirs = theirs.eval().to(device, dtype)
+        grid = get_config(variant).grid_size
+
+        def run() -> Tensor:
+            return theirs.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+
+    else:
+        model = PerceptionEncoder(variant, **preset_options("release", variant))
+        load_state(model, source.state_dict())
+        model = model.eval().to(device, dtype)
+        forward = torch.compile(model, fullgraph=True) if mode == "compiled" else model
+
+        def run() -> Tensor:
+            return forward(x)[0]
+
+    return torch.inference_mode()(run)
+
+
+def table_rows(device: torch.device, *, quick: bool, sections: list[str]) -> list[Row]:
+    cuda = device.type == "cuda"
+    rows = []
+    if "windows" in sections:
+        batch = 4 if cuda else 1
+        for variant in ("pe_spatial_s16_512",) if quick else ("pe_spatial_s16_512", "pe_spatial_b16_512"):
+            step = partial(training_step, variant, batch, 512 if quick and not cuda else 1024, device)
+            what = f"{variant} windowed, forward + backward, {512 if quick and not cuda else 1024} px"
+            rows.append(
+                Row(f"windows-{variant}", what, "partition in every block", batch,
+                    partial(step, PerceptionEncoder), partial(step, PartitionsEveryBlock))
+            )  # fmt: skip
+    if "timm" in sections:
+        batch = 16 if cuda else 1
+        for size in ("t16",) if quick else ("t16", "s16", "b16"):
+            variant = f"pe_spatial_{size}_512"
+            step = partial(forward_step, variant, batch, device, torch.float32)
+            rows.append(
+                Row(f"timm-{variant}", f"{variant} plain forward, 512 px", "timm", batch,
+                    partial(step, "ours"), partial(step, "timm"), equal=True)
+            )  # fmt: skip
+    if "half" in sections:
+        batch = 32 if cuda else 1
+        for size in ("t16",) if quick else ("t16", "s16", "b16"):
+            variant = f"pe_spatial_{size}_512"
+            step = partial(forward_step, variant, batch, device, torch.bfloat16)
+            for mode in ("ours", "compiled"):
+                name = f"{variant} bf16 forward, 512 px" + (", torch.compile" if mode == "compiled" else "")
+                rows.append(
+                    Row(f"half-{mode}-{variant}", name, "timm, bf16", batch,
+                        partial(step, mode), partial(step, "timm"), rate=True)
+                )  # fmt: skip
+    return rows
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product: the best of several runs."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
+    return 2 * n**3 / best
+
+
+def operations(step: Step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_mib(key: str, side: str, args: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--peak-of", key, side, "--device", str(args.device)]
+    command += ["--quick"] if args.quick else []
+    done = subprocess.run([*command, "--sections", *args.sections], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def measure_peak(row: Row, side: str, device: torch.device) -> float:
+    """Peak memory in MiB of two runs of one side; meant for a process of its own."""
+    step = getattr(row, side)()
+    for _ in range(2):
+        seconds(step, device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def measure(row: Row, rounds: int, args: argparse.Namespace) -> str:
+    device = args.device
+    ours, peer = row.ours(), row.peer()
+    outputs = [step() for step in (ours, peer)]  # also the warm-up
+    if row.equal:
+        assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    # each side goes first as often as the other
+    times = [
+        [seconds(step, device) for step in ((ours, peer), (peer, ours))[i % 2]][:: 1 - 2 * (i % 2)]
+        for i in range(rounds)
+    ]
+    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(a / b for a, b in times)
+    share = "-"
+    if row.rate:
+        eager = row.peer()
+        share = f"{operations(eager) / mine / matmul_rate(device, torch.bfloat16):.0%}"
+    peaks = " / ".join(f"{peak_mib(row.key, side, args):.0f}" for side in ("ours", "peer"))
+    cells = [row.what, row.batch, row.peer_name, f"{1e3 * mine:.1f}", f"{1e3 * theirs:.1f}", f"{ratio:.2f}"]
+    return " | ".join(map(str, [*cells, f"{row.batch / mine:.1f}", share, peaks]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smallest variants, three rounds; on the CPU also 512 px")
+    parser.add_argument(
+        "--rounds", type=int, help="runs of each side (default: 3 when quick, 7 on the CPU, 30 on CUDA)"
+    )
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=("windows", "timm", "half"),
+        help="'windows': runs of windows against partitioning in every block; 'timm': plain forward; 'half': bf16 with "
+        "and without torch.compile, images/s, share of the device's matrix-product rate (default: all; on the CPU all "
+        "but 'half')",
+    )
+    parser.add_argument("--peak-of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cuda = args.device.type == "cuda"
+    args.sections = args.sections or ["windows", "timm", *(["half"] if cuda else [])]
+    rows = table_rows(args.device, quick=args.quick, sections=args.sections)
+    if args.peak_of:
+        key, side = args.peak_of
+        print(measure_peak(next(row for row in rows if row.key == key), side, args.device))
+        return
+    import timm
+
+    rounds = args.rounds or (3 if args.quick else 30 if cuda else 7)
+    name = torch.cuda.get_device_name(args.device) if cuda else f"{platform.machine()} CPU"
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, {name}, {torch.get_num_threads()} CPU threads, "
+        f"TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}, median of {rounds} alternating runs\n"
+    )
+    print("| what | batch | peer | ms | peer's ms | ratio | images/s | of matmul rate | peak MiB, ours / peer |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {measure(row, rounds, args)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Evaluate a checkpoint, and write or show its predictions.
+
+    python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
+    python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
+"""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from pe_spatial import cli
+from pe_spatial.errors import ConfigError
+
+
+def draw(cfg: Config, args: argparse.Namespace) -> None:
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None:
+        raise ConfigError(f"{args.config} has no default_hooks.visualization to draw with")
+    hook.draw = True
+    if args.show:
+        hook.show, hook.wait_time = True, args.wait_time
+    if args.show_dir:
+        hook.test_out_dir = str(Path(args.show_dir).resolve())
+
+
+def augment(cfg: Config, args: argparse.Namespace) -> None:
+    absent = [name for name in ("tta_model", "tta_pipeline") if name not in cfg]
+    if absent:
+        raise ConfigError(f"{args.config} has no {' and no '.join(absent)}, so it cannot be tested with --tta")
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    if "tta_evaluator" in cfg:
+        cfg.test_evaluator = cfg.tta_evaluator
+        print(f"--tta: evaluates {cfg.tta_evaluator.get('metric')} only")
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_checkpoint(args.checkpoint)
+    cfg = cli.load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        draw(cfg, args)
+    if args.tta:
+        augment(cfg, args)
+    if args.out:
+        dump = dict(type="DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults", out_file_path=args.out)
+        metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*metrics, dump]
+    runner = cli.build_runner(cfg)
+    cli.load_strictly(runner)
+    runner.test()
+
+
+if __name__ == "__main__":
+    parser = cli.parser(__doc__)
+    parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote")
+    parser.add_argument("--out", help="write the predictions to this .pkl file")
+    parser.add_argument("--show", action="store_true", help="show predictions in a window")
+    parser.add_argument("--show-dir", help="draw predictions, beside the ground truth, into this folder")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits (default 2)")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
+    arguments = parser.parse_args()
+    if arguments.out and not arguments.out.endswith((".pkl", ".pickle")):
+        parser.error(f"--out {arguments.out} must end in .pkl")
+    cli.run(main, arguments)
