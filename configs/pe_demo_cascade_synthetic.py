@@ -8,8 +8,7 @@
 # What is small: pictures of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same
 # world (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.
 
-custom_imports = dict(imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.detection'], allow_failed_imports=False)
-default_scope = 'mmdet'
+_base_ = '_base_/detection_runtime.py'
 
 classes = ('sphere', 'box', 'cylinder', 'cone', 'torus')
 size = 192
@@ -58,6 +57,8 @@ model = dict(
                 roi_feat_size=7,
                 num_classes=len(classes),
                 reg_class_agnostic=True,
+                cls_predictor_cfg=dict(type='Float32Linear'),
+                reg_predictor_cfg=dict(type='Float32Linear'),
                 bbox_coder=dict(
                     type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.2 / k, 0.2 / k, 0.4 / k, 0.4 / k]),
                 loss_cls=dict(type='CrossEntropyLoss', loss_weight=1.0),
@@ -96,9 +97,9 @@ model = dict(
         rpn=dict(nms_pre=200, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=30, mask_thr_binary=0.5)))
 
-dataset = dict(type='CocoDataset', data_root='work_dirs/demo/world/', metainfo=dict(classes=classes))
+dataset = dict(type='CheckedCocoDataset', data_root='work_dirs/demo/world/', metainfo=dict(classes=classes))
 load = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    dict(type='LoadPicture'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
 ]
 train_dataloader = dict(
@@ -150,13 +151,6 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=30, end=iterations),
 ]
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=25),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=iterations, max_keep_ckpts=1),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='DetVisualizationHook'))
-visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
-log_processor = dict(by_epoch=False)
+    logger=dict(interval=25), checkpoint=dict(interval=iterations, max_keep_ckpts=1))
+log_processor = dict(window_size=25)
 randomness = dict(seed=0)
-env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))

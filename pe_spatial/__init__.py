@@ -13,7 +13,7 @@ _HOME = {
     "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
 }
-__all__ = list(_HOME)  # noqa: PLE0604  (strings, listed once in _HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

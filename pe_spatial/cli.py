@@ -40,7 +40,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="configuration file")
     result.add_argument("--work-dir", help="folder for logs and checkpoints (default work_dirs/<name of the config>)")
-    result.add_argument("--data-root", help="folder of the data; moves every path that begins with the config's data_root")
+    result.add_argument(
+        "--data-root", help="folder of the data; moves every path that begins with the config's data_root"
+    )
     result.add_argument(
         "--cfg-options",
         nargs="+",
@@ -121,7 +123,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         if args.traceback:
             raise
         # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.
-        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        kind = type(error)
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         sys.exit(f"error: {sentence}")
 
 

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint, and write or show its predictions.
 
-    python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
-    python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
+python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
+python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Train what a config describes: detection, depth, tracking.
 
-    python tools/train.py configs/pe_spatial_cascade_coco.py --data-root data/coco
-    torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
-    python tools/train.py CONFIG --resume                    # the latest checkpoint of the work dir, if there is one
+python tools/train.py configs/pe_spatial_cascade_coco.py --data-root data/coco
+torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
+python tools/train.py CONFIG --resume                    # the latest checkpoint of the work dir, if there is one
 """
 
 import argparse
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="continue a run; default: its latest checkpoint"
     )
-    parser.add_argument("--amp", action="store_true", help="mixed precision in bfloat16, if the config does not ask for it")
+    parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16), if the config has none")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     arguments = parser.parse_args()
     cli.run(main, arguments)

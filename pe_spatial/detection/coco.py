@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -11,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine import fileio
+from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pe_spatial.errors import DatasetError
 
@@ -41,6 +43,11 @@ class CheckedCocoDataset(CocoDataset):
     def __init__(self, *args: Any, skip_missing: bool = False, **options: Any) -> None:
         self.skip_missing = skip_missing
         super().__init__(*args, **options)
+        if self.test_mode and any(getattr(step, "skip_broken", False) for step in self.pipeline.transforms):
+            raise DatasetError(
+                f"LoadPicture(skip_broken=True) in the test pipeline of {self.ann_file}: a test cannot draw another "
+                "picture; set skip_broken=False there"
+            )
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Read, check and clean the annotation file, then let mmdet parse it."""
@@ -61,6 +68,31 @@ class CheckedCocoDataset(CocoDataset):
         self._report(content, counts)
         return data_list
 
+    def filter_data(self) -> list[dict[str, Any]]:
+        """Filter as mmdet does; nothing left is an error."""
+        kept = super().filter_data()
+        if not kept:
+            raise DatasetError(
+                f"no picture of {self.ann_file} is left: filter_cfg={self.filter_cfg} and the classes "
+                f"{_some(list(self.metainfo['classes']))} leave none with a usable box; see the counts logged above"
+            )
+        return kept
+
+    def __getitem__(self, idx: int) -> Any:
+        """Return a sample; in training another one where the pipeline gives None."""
+        if self.test_mode:
+            return super().__getitem__(idx)
+        self.full_init()
+        for _ in range(self.max_refetch + 1):
+            sample = self.prepare_data(idx)
+            if sample is not None:
+                return sample
+            idx = self._rand_another()
+        raise DatasetError(
+            f"{self.max_refetch + 1} draws from {self.ann_file} gave no usable picture (the log names broken ones): "
+            "check data_root (--data-root), or restore the pictures"
+        )
+
     def _check_classes(self, content: Mapping[str, Any]) -> None:
         # mmdet would leave unknown classes out, and thereby silently renumber the others.
         names = [category["name"] for category in content["categories"]]
@@ -70,11 +102,21 @@ class CheckedCocoDataset(CocoDataset):
                 f"{self.ann_file} has no categories {_some(absent)}; it has {_some(names, 20)}. "
                 "Set metainfo=dict(classes=(...)) of the datasets, and num_classes of the heads, to those"
             )
+        # mmdet numbers the labels as the file orders its categories, and names them as `classes` does.
+        order = [name for name in names if name in self.metainfo["classes"]]
+        if order != list(self.metainfo["classes"]):
+            raise DatasetError(
+                f"{self.ann_file} has its categories in the order {_some(order, 20)}, the classes are "
+                f"{_some(list(self.metainfo['classes']), 20)}; set metainfo=dict(classes=(...)) in the file's order, "
+                "and name each category once"
+            )
 
     def _check_pictures(self, images: list[dict[str, Any]]) -> int:
         """Remove or report pictures that are not there; how many there were."""
         folder = self.data_prefix.get("img", "")
-        if "://" in folder:
+        steps = [step for step in self.pipeline.transforms if isinstance(step, LoadPicture | LoadImageFromFile)]
+        backend_args = (steps and steps[0].backend_args) or self.backend_args
+        if not isinstance(fileio.get_file_backend(folder, backend_args=backend_args), LocalBackend):
             return 0
         listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each picture
 
@@ -102,8 +144,8 @@ class CheckedCocoDataset(CocoDataset):
         without = [a["id"] for a in real if not a.get("segmentation")]
         if without:
             raise DatasetError(
-                f"{len(without)} annotations of {self.ann_file} have no segmentation (ids {_some(without)}) but masks are "
-                "to be loaded; add them, or train a detector without masks (with_mask=False, no mask head)"
+                f"{len(without)} annotations of {self.ann_file} have no segmentation (ids {_some(without)}) but masks "
+                "are to be loaded; add them, or train a detector without masks (with_mask=False, no mask head)"
             )
         encoded = [a["id"] for a in real if isinstance(a["segmentation"], Mapping)]
         if encoded and not all(getattr(step, "poly2mask", True) for step in loaders):
@@ -154,12 +196,14 @@ class LoadPicture(BaseTransform):
         """Add img (H, W, 3) uint8 BGR, img_shape and ori_shape; None for a picture to skip."""
         path = results["img_path"]
         try:
-            image = decode_rgb(fileio.get(path, backend_args=self.backend_args), path)
-            expected = results.get("height", image.shape[0]), results.get("width", image.shape[1])
+            data = fileio.get(path, backend_args=self.backend_args)
+            size = (results["height"], results["width"]) if "height" in results else None
+            image = decode_rgb(data, path, size=size)
+            expected = size or image.shape[:2]
             if image.shape[:2] != expected:
                 raise DatasetError(
-                    f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its annotations "
-                    f"say {expected[0]}x{expected[1]}; mend the annotation file or restore the picture"
+                    f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its "
+                    f"annotations say {expected[0]}x{expected[1]}; mend the annotation file or restore the picture"
                 )
         except (DatasetError, OSError) as error:
             problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
@@ -175,29 +219,45 @@ class LoadPicture(BaseTransform):
         if path not in self.broken:
             self.broken.add(path)
             print_log(
-                f"skipped ({len(self.broken)} pictures so far in this process): {problem}", logger="current", level=30
+                f"skipped ({len(self.broken)} pictures so far in this process): {problem}",
+                logger="current",
+                level=logging.WARNING,
             )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(skip_broken={self.skip_broken})"
 
 
-def decode_rgb(data: bytes, path: str) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8 RGB, turned as its EXIF says; DatasetError names `path` if that fails."""
+def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode a picture to (H, W, 3) uint8 RGB, turned as its EXIF says; DatasetError names `path` if that fails.
+
+    If `size` (height, width) is that of the picture as stored and not as turned, boxes refer to it as stored: it is not
+    turned. Where both are of one size, it is turned, as MMDetection does.
+    """
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
+        stored, picture = picture, ImageOps.exif_transpose(picture)
+        if size is not None and picture.size != size[::-1] == stored.size:
+            picture = stored
         if picture.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
+            if picture.getextrema()[1] > 65535:
+                raise ValueError("pixels of 32 bits have no defined range")
             grey = np.round(np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
             picture = Image.fromarray(grey)
         elif picture.mode == "F":
             raise ValueError("floating-point pixels have no defined range")
-        return np.asarray(picture.convert("RGB"))
+        return np.array(picture.convert("RGB"))  # a copy: asarray would be read-only
+    except MemoryError:
+        raise  # not the picture's fault
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{path} is no picture (or empty); restore the file or remove it from the set") from error
     except Exception as error:
         # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"{path} cannot be decoded ({reason}); restore the file or remove it from the set") from error
+        raise DatasetError(
+            f"{path} cannot be decoded ({reason}); restore the file or remove it from the set"
+        ) from error
 
 
 def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -228,6 +288,10 @@ def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
             absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if absent:
                 raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; mend or remove it")
+        for i, entry in enumerate(content[name]):
+            wrong = [key for key in keys if key in _FIELDS and not _FIELDS[key](entry[key])]
+            if wrong:
+                raise DatasetError(f"{path}: {name}[{i}] has {wrong[0]} {entry[wrong[0]]!r}; mend or remove it")
         twice = [key for key, count in Counter(entry["id"] for entry in content[name]).items() if count > 1]
         if twice:
             raise DatasetError(f"{path}: {name} holds ids more than once ({_some(twice)}); number them uniquely")
@@ -237,6 +301,15 @@ def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
     return content
 
 
+_FIELDS = {
+    "id": lambda value: isinstance(value, int | str),
+    "image_id": lambda value: isinstance(value, int | str),
+    "category_id": lambda value: isinstance(value, int | str),
+    "height": lambda value: _is_number(value) and value > 0,
+    "width": lambda value: _is_number(value) and value > 0,
+    "file_name": lambda value: isinstance(value, str) and value,
+    "name": lambda value: isinstance(value, str),
+}
 _SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown pictures")
 
 

@@ -27,7 +27,7 @@ class Float32RPNHead(RPNHead):
 
 @MODELS.register_module()
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 under autocast: `cls_predictor_cfg` and `reg_predictor_cfg` of box heads."""
+    """A linear layer in float32 under autocast, for `cls_predictor_cfg` and `reg_predictor_cfg` of box heads."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmdet.models.test_time_augs import DetTTAModel
 from mmdet.structures import DetDataSample
 from mmengine.registry import MODELS
@@ -9,11 +11,16 @@ from mmengine.registry import MODELS
 
 @MODELS.register_module()
 class BoxTTA(DetTTAModel):
-    """Merge the boxes of several views of an image; masks, which mmdet cannot merge, are left out."""
+    """Merge the boxes of several views of an image; masks, which mmdet cannot merge, are not predicted."""
 
-    def merge_preds(self, data_samples_list: list[list[DetDataSample]]) -> list[DetDataSample]:
-        """Merge the views (inner lists) of each image into one sample without masks."""
-        for views in data_samples_list:
-            for view in views:
-                view.pred_instances.pop("masks", None)
-        return super().merge_preds(data_samples_list)
+    def test_step(self, data: Any) -> list[DetDataSample]:
+        """Predict the boxes of all views and merge them."""
+        roi_head = getattr(self.module, "roi_head", None)
+        mask_head = getattr(roi_head, "mask_head", None)
+        if mask_head is None:
+            return super().test_step(data)
+        roi_head.mask_head = None
+        try:
+            return super().test_step(data)
+        finally:
+            roi_head.mask_head = mask_head

@@ -238,9 +238,13 @@ def _locate(source: str | Path, model: PerceptionEncoder) -> Path:
         raise CheckpointError(f"{text!r} is no address on the hub; write hf://owner/repo or hf://owner/repo/file")
     filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(f"{owner}/{repo}", filename))
+        try:  # first, because without a network the client asks for it again and again
+            return Path(hf_hub_download(f"{owner}/{repo}", filename, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(f"{owner}/{repo}", filename))
     except Exception as error:
         # The hub client raises its own errors, the HTTP library's and OSError; all of them mean: not at hand.
         raise CheckpointError(

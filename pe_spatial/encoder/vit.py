@@ -59,6 +59,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with optional LayerScale and drop path."""
 
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
     def __init__(self, config: EncoderConfig, drop_path: float) -> None:
         super().__init__()
         dim = config.embed_dim
@@ -70,6 +73,9 @@ class Block(nn.Module):
         for name in ("gamma_1", "gamma_2"):
             gamma = None if config.init_values is None else nn.Parameter(torch.full((dim,), config.init_values))
             self.register_parameter(name, gamma)
+        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, rope: Tensor, real: Tensor | None, mask: Tensor | None, images: int) -> Tensor:
         """(B * n, N, C) -> the same, for n windows of each of `images` images (n = 1 where attention is global).
@@ -93,6 +99,7 @@ class Block(nn.Module):
         return (y.unflatten(0, (images, -1)) * scale).flatten(0, 1)
 
     def extra_repr(self) -> str:
+        """Show what differs from block to block."""
         return f"drop_path={self.drop_path:.3f}"
 
 
@@ -187,7 +194,8 @@ class PerceptionEncoder(nn.Module):
         # Neighbouring blocks of one kind run together: tokens enter and leave the windows once a run.
         windowed = [window_size is not None and i not in self.global_attn_indexes for i in range(self.depth)]
         self._runs = [(kind, tuple(run)) for kind, run in groupby(range(self.depth), key=lambda i: windowed[i])]
-        self._init_parameters()
+        for token in self._tokens():
+            nn.init.normal_(token, std=dim**-0.5)
         self._freeze()
 
     @property
@@ -200,23 +208,15 @@ class PerceptionEncoder(nn.Module):
         chosen = range(self.depth if blocks else 0) if isinstance(blocks, bool) else blocks
         self._checkpointed = _block_indices("grad_checkpointing", chosen, self.config.depth)
 
-    def _init_parameters(self) -> None:
-        # As released: positions and class token at width ** -0.5, Xavier for the packed qkv.
-        for token in (self.pos_embed, self.cls_token):
-            if token is not None:
-                nn.init.normal_(token, std=self.embed_dim**-0.5)
-        for block in self.blocks:
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+    def _tokens(self) -> list[nn.Parameter]:
+        return [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():
             module.eval().requires_grad_(False)
         if self.frozen_stages >= 0:
-            for token in (self.pos_embed, self.cls_token):
-                if token is not None:
-                    token.requires_grad_(False)
+            for token in self._tokens():
+                token.requires_grad_(False)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -311,7 +311,7 @@ class PerceptionEncoder(nn.Module):
         if i in self._checkpointed and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, x, *args, use_reentrant=False)
             return out
-        return block(x, *args)  # type: ignore[no-any-return]
+        return block(x, *args)
 
     def _map(self, x: Tensor, grid: tuple[int, int], windowed: bool) -> Tensor:
         patches = x[:, self.prefix :]
@@ -322,6 +322,7 @@ class PerceptionEncoder(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
+        """Show the geometry."""
         return (
             f"{self.config}, patch_size={self.patch_size}, out_indices={self.out_indices}, "
             f"window_size={self.window_size}, global_attn_indexes={self.global_attn_indexes}, "

@@ -63,10 +63,12 @@ class Backbone(PerceptionEncoder):
 
 class _Float32Levels:
     # Under bfloat16 autocast torch's layer norm gives float32 on CUDA but bfloat16 on CPU, and mmdet's RoI extractors
-    # cast the boxes to the type of the levels: in bfloat16 a coordinate near 1000 moves by up to 4 pixels.
+    # cast the boxes to the type of the levels: in bfloat16 a coordinate near 1000 moves by up to 4 pixels. And each of
+    # up to six RoIAlign calls would bring the channels-last levels that the norms leave to contiguous ones again.
     def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As in the core, but always in float32."""
-        return tuple(level.float() for level in super().forward(maps))  # type: ignore[misc]
+        """As in the core, but always float32 and contiguous."""
+        levels = super().forward(maps)  # type: ignore[misc]
+        return tuple(level.to(torch.float32, memory_format=torch.contiguous_format) for level in levels)
 
 
 @MODELS.register_module()
@@ -87,7 +89,7 @@ class PerceptionEncoderPyramid(nn.Module):
 
     Args:
         variant: as in `PerceptionEncoder`.
-        pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` where `out_indices` names several blocks.
+        pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` if `out_indices` names several blocks.
         options: those of `Backbone`.
     """
 
@@ -134,7 +136,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning-rate decay for every PerceptionEncoder in the model.
 
     `paramwise_cfg` takes `layer_decay_rate`, a number or 'vitdet' (the published rate for the encoder's depth), and
-    `decay_norm_bias` (default True: norms, biases and learned positions decay like the rest, as in the released recipe).
+    `decay_norm_bias` (default True: norms, biases and learned positions decay like the rest, as released).
     """
 
     def _validate_cfg(self) -> None:
@@ -142,10 +144,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         unknown = set(options) - {"layer_decay_rate", "decay_norm_bias"}
         if unknown or "layer_decay_rate" not in options:
             raise ConfigError(
-                f"paramwise_cfg is {options}; it needs layer_decay_rate (a number or 'vitdet') and allows decay_norm_bias"
+                f"paramwise_cfg is {options}; it needs layer_decay_rate (a number or 'vitdet') and allows "
+                "decay_norm_bias"
             )
         if self.base_lr is None:
-            raise ConfigError(f"the optimizer {self.optimizer_cfg} has no lr, so there is none to decay over the layers")
+            raise ConfigError(
+                f"the optimizer {self.optimizer_cfg} has no lr, so there is none to decay over the layers"
+            )
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
         """Append one group for each pair of learning rate and weight decay; frozen parameters are left out."""
@@ -163,7 +168,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             lr = self.base_lr
             prefix = next((p for p in encoders if name.startswith(p)), None)
             if prefix is not None:
-                lr *= lr_factor(name.removeprefix(prefix), depth=encoders[prefix].depth, rate=self._rate(encoders[prefix]))
+                encoder = encoders[prefix]
+                lr *= lr_factor(name.removeprefix(prefix), depth=encoder.depth, rate=self._rate(encoder))
             exempt = not self.paramwise_cfg.get("decay_norm_bias", True) and is_norm_or_bias(name, parameter)
             # Without weight_decay in a group, the optimizer's own holds.
             new = {"params": [], "lr": lr, **({"weight_decay": 0.0} if exempt else {})}

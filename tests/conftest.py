@@ -1,0 +1,63 @@
+"""Fixtures of all tests, and a bound on threads."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pe_spatial import EncoderConfig, PerceptionEncoder
+
+REPO = Path(__file__).resolve().parents[1]
+torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+TINY = EncoderConfig(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
+TINY_NO_CLASS = replace(TINY, class_token=False, init_values=0.1)
+
+
+def shared_folder(environ: Mapping[str, str]) -> Path:
+    """Find the reference data; skip where they are absent, but fail in CI, where they must be there."""
+    path = (REPO / environ.get("PE_SPATIAL_SHARED", "../shared")).resolve()
+    if not path.is_dir():
+        reason = f"no reference data at {path}; set PE_SPATIAL_SHARED to the folder that holds them"
+        (pytest.fail if environ.get("CI") else pytest.skip)(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data and pictures that are too large for the repository."""
+    return shared_folder(os.environ)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference values computed with the released code, copied from `shared / 'golden'`."""
+    return REPO / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Return a function that fills every parameter, those that start as zeros or ones too, so that each one matters."""
+
+    def fill(module: torch.nn.Module) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in module.named_parameters():
+            scale = {1: 0.1, 2: parameter.shape[-1] ** -0.5, 3: 1.0, 4: 0.1}[parameter.ndim]
+            offset = 1.0 if parameter.ndim == 1 and not name.endswith("bias") else 0.0  # norms and LayerScale
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
+        return module
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def tiny(randomize) -> Callable[..., PerceptionEncoder]:
+    """Return `tiny(class_token=True, **options)`: a small encoder in eval mode, always with the same weights."""
+
+    def build(class_token: bool = True, **options: object) -> PerceptionEncoder:
+        return randomize(PerceptionEncoder(TINY if class_token else TINY_NO_CLASS, **options)).eval()
+
+    return build

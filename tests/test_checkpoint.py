@@ -1,0 +1,273 @@
+"""Checkpoints: every released layout maps one to one, and a bad file gets one sentence and never runs."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder, load_checkpoint
+from pe_spatial.encoder.checkpoint import LEFT_OUT, CheckpointError, load_state, read_state_dict
+from pe_spatial.encoder.resize import resize_patch_kernel
+from pe_spatial.encoder.variants import RELEASED_NAMES
+
+CONFIG = EncoderConfig(img_size=64, patch_size=16, embed_dim=48, depth=4, num_heads=3)
+TIMM_SIZES = dict(zip(("t16", "s16", "b16"), ("tiny_patch16", "small_patch16", "base_patch16"), strict=True))
+TIMM_SIZES |= {"l14": "large_patch14", "g14": "gigantic_patch14"}
+
+
+def timm_name(variant: str) -> str:
+    _, family, size, side = variant.removesuffix("_tiling").split("_")
+    return f"vit_pe_{family}_{TIMM_SIZES[size]}_{side}"
+
+
+# (file, name in it, our variant); timm has one name for a model and its tiling
+LAYOUTS = [("release", RELEASED_NAMES[v], v) for v in VARIANTS] + [("timm", timm_name(v), v) for v in VARIANTS]
+
+
+@pytest.fixture
+def checkpoint(golden):
+    return golden / "encoder" / "encoder_cls_p16.pt"
+
+
+@pytest.fixture
+def state(checkpoint) -> dict[str, torch.Tensor]:
+    return read_state_dict(checkpoint)
+
+
+# --- released layouts
+
+
+@pytest.mark.parametrize(("layout", "name", "variant"), LAYOUTS)
+def test_every_released_layout_loads_strictly(golden, layout, name, variant):
+    shapes = json.loads((golden / f"encoder/{layout}_state_dicts.json").read_text())[name]
+    with torch.device("meta"):
+        model = PerceptionEncoder(variant)
+        report = load_state(model, {key: torch.empty(shape) for key, shape in shapes.items()})
+    assert report.layout == layout
+    assert len(shapes) == len(model.state_dict()) + len(report.left_out)
+    # Only the contrastive models bring more than an encoder, and only these parts.
+    parts = {re.split(r"[._]", key)[0] for key in report.left_out}
+    pooled = {"release": {"proj", "ln", "attn"}, "timm": {"norm", "attn", "head"}}[layout]
+    assert parts == (pooled if "_core_" in variant else set())
+    assert set(report.left_out.values()) <= set(LEFT_OUT.values())
+
+
+def test_reference_files_hold_26_layouts(golden):
+    assert {(layout, name) for layout, name, _ in LAYOUTS} == {
+        (layout, name)
+        for layout in ("release", "timm")
+        for name in json.loads((golden / f"encoder/{layout}_state_dicts.json").read_text())
+    }
+
+
+# --- what loads
+
+
+def save(state, folder, suffix):
+    path = folder / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+WRAPPINGS = ("plain", "ours", "ddp", "clip", "model", "nested")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "wrap"),
+    # safetensors holds tensors alone
+    [(".pt", w) for w in WRAPPINGS] + [(".safetensors", w) for w in WRAPPINGS[:4]] + [(".pth", "model")],
+)
+def test_same_weights_from_every_wrapping(tmp_path, checkpoint, state, suffix, wrap):
+    model, expected = PerceptionEncoder(CONFIG), PerceptionEncoder(CONFIG)
+    load_checkpoint(expected, checkpoint)
+    wrapped = {
+        "plain": state,
+        "ours": expected.state_dict(),
+        "ddp": {f"module.{k}": v for k, v in state.items()},
+        "clip": {**{f"visual.{k}": v for k, v in state.items()}, "logit_scale": torch.ones(())},
+        "model": {"model": state, "epoch": 3},
+        "nested": {"state_dict": {"model": state}},
+    }[wrap]
+    report = load_checkpoint(model, save(wrapped, tmp_path, suffix))
+    assert report.layout == ("timm" if wrap == "ours" else "release")
+    assert report.left_out == ({"logit_scale": "text tower"} if wrap == "clip" else {})
+    assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+def test_blocks_not_built_are_left_out_by_name(checkpoint):
+    report = load_checkpoint(PerceptionEncoder(CONFIG, out_indices=(1,)), checkpoint)
+    assert len(report.left_out) == 2 * 12
+    assert {re.match(r"blocks\.\d", name)[0] for name in report.left_out} == {"blocks.2", "blocks.3"}
+
+
+def test_patch_kernel_is_resized_and_reported(golden):
+    kw = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "depth": 4, "num_heads": 2, "mlp_ratio": 280 / 48}
+    config = EncoderConfig(**kw, class_token=False, init_values=0.1)
+    path = golden / "encoder" / "encoder_nocls_layerscale_p14.pt"
+    model = PerceptionEncoder(config, patch_size=16)
+    assert load_checkpoint(model, path).resized == {"patch_embed.proj.weight": "(48, 3, 14, 14) -> (48, 3, 16, 16)"}
+    assert_close(model.patch_embed.proj.weight.data, resize_patch_kernel(read_state_dict(path)["conv1.weight"], 16))
+    again = PerceptionEncoder(config, patch_size=16)
+    assert load_state(again, model.state_dict()).resized == {}
+
+
+def test_half_precision_file_keeps_the_type_of_the_model(state):
+    model = PerceptionEncoder(CONFIG)
+    load_state(model, {name: value.half() for name, value in state.items()})
+    assert model.patch_embed.proj.weight.dtype == torch.float32
+    assert_close(model.patch_embed.proj.weight.data, state["conv1.weight"].half().float(), rtol=0, atol=0)
+
+
+# --- what does not
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("ln_pre.bias"), "missing in the file: norm_pre.bias"),
+        (lambda s: s.update(surprise=torch.ones(1)), "unknown to the model: surprise"),
+        (lambda s: s.update({"conv1.weight": torch.ones(48, 3, 8, 8)}), r"other shapes: .*\(48, 3, 8, 8\) in the file"),
+        (lambda s: s.update({"transformer.resblocks.4.ln_1.bias": torch.ones(48)}), "unknown to the model: blocks.4"),
+    ],
+)
+def test_load_is_strict_and_changes_nothing_on_error(state, change, words):
+    model = PerceptionEncoder(CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    change(state)
+    with pytest.raises(CheckpointError, match=words):
+        load_state(model, state)
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "config", [replace(CONFIG, class_token=False), replace(CONFIG, depth=5), replace(CONFIG, embed_dim=96)]
+)
+def test_file_of_another_variant_is_named(checkpoint, config):
+    with pytest.raises(CheckpointError, match="Build the variant that the file belongs to") as error:
+        load_checkpoint(PerceptionEncoder(config), checkpoint)
+    assert str(checkpoint) in str(error.value)
+
+
+class Payload:
+    """Unpickles by making a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_code_in_a_checkpoint_never_runs(tmp_path, state, kind, nested):
+    path, mark = tmp_path / "weights.pt", tmp_path / "it-ran"
+    content = {"model": {**state, "x": Payload(mark)}} if nested else Payload(mark)
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(PerceptionEncoder(CONFIG), path)
+    assert not mark.exists()
+    message = str(error.value)
+    assert str(path) in message
+    assert "weights_only" not in message  # torch's message advises to run the code
+    if kind != "pickle":
+        assert "mkdir" in message
+        assert "Save its state dict alone" in message
+    (tmp_path / "control.pkl").write_bytes(pickle.dumps(Payload(mark)))
+    pickle.loads((tmp_path / "control.pkl").read_bytes())
+    assert mark.exists()  # the payload is live: it was the loader that did not run it
+
+
+def broken_files(folder, good):
+    state, whole = torch.load(good, weights_only=True), good.read_bytes()
+    files = {
+        "half.pt": whole[: len(whole) // 2],
+        "empty.pt": b"",
+        "page.pt": b"<!doctype html><html>404 not found</html>",
+        "page.safetensors": b"<!doctype html><html>404 not found</html>",
+        "empty.safetensors": b"",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "full.safetensors")
+    for name, source, keep in (("half_legacy.pt", "legacy.pt", 0.5), ("half.safetensors", "full.safetensors", 0.5),
+                               ("almost.safetensors", "full.safetensors", 0.999)):  # fmt: skip
+        whole = (folder / source).read_bytes()
+        (folder / name).write_bytes(whole[: int(len(whole) * keep)])
+    for name, content in (("list.pt", [1]), ("tensor.pt", torch.ones(2)), ("none.pt", {"epoch": 3})):
+        torch.save(content, folder / name)
+    save_file({}, folder / "none.safetensors")
+    (folder / "folder.pt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        *((f"{n}.pt", "download it again") for n in ("half", "empty", "page", "half_legacy")),
+        *((f"{n}.safetensors", "download it again") for n in ("half", "almost", "empty", "page")),
+        *((f"{n}.pt", "give the encoder's weights") for n in ("list", "tensor", "none")),
+        ("none.safetensors", "give the encoder's weights"),
+        ("absent.pt", "download it, or give the path"),
+        ("absent.safetensors", "download it, or give the path"),
+        ("folder.pt", "give the path of a .pt or .safetensors file"),
+    ],
+)
+def test_broken_file_gets_one_sentence_with_its_name_and_the_remedy(tmp_path, checkpoint, name, remedy):
+    broken_files(tmp_path, checkpoint)
+    with pytest.raises(CheckpointError, match=remedy) as error:
+        load_checkpoint(PerceptionEncoder(CONFIG), tmp_path / name)
+    message = str(error.value)
+    assert str(tmp_path / name) in message
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+def test_released_weights_without_network_or_cache(tmp_path):
+    script = """
+from pe_spatial import PerceptionEncoder, VARIANTS, load_checkpoint
+from pe_spatial.encoder.checkpoint import CheckpointError
+for model, source in ((PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,)), "released"),
+                      (PerceptionEncoder(VARIANTS["pe_spatial_t16_512"], out_indices=(0,)), "released"),
+                      (PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,)), "hf://someone/weights"),
+                      (PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,)), "hf://nobody")):
+    try:
+        load_checkpoint(model, source)
+    except CheckpointError as error:
+        print(error)
+"""
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    released, custom, other, nonsense = done.stdout.splitlines()
+    assert "PE-Spatial-T16-512.pt of facebook/PE-Spatial-T16-512 is neither in the hub's cache" in released
+    assert "https://huggingface.co/facebook/PE-Spatial-T16-512/resolve/main/PE-Spatial-T16-512.pt" in released
+    assert "give the path of the file" in released
+    assert "no weights were released" in custom
+    assert "model.safetensors of someone/weights" in other
+    assert "write hf://owner/repo" in nonsense
+
+
+def test_released_weights_are_found_in_the_hubs_cache(checkpoint, monkeypatch):
+    """Our own download call is the last step that this can check: it asks for the right file of the right place."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(checkpoint))
+    for source in ("hf://someone/weights", "hf://someone/weights/sub/best.pt", "hf://facebook/PE-Core-B16-224"):
+        load_checkpoint(PerceptionEncoder(CONFIG), source)
+    assert asked == [
+        ("someone/weights", "model.safetensors"),
+        ("someone/weights", "sub/best.pt"),
+        ("facebook/PE-Core-B16-224", "PE-Core-B16-224.pt"),
+    ]

@@ -1,0 +1,91 @@
+"""Every config builds, and says what its header and the released recipe say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import import_modules_from_strings
+
+from pe_spatial import VARIANTS
+from pe_spatial.encoder.variants import vitdet_recipe
+
+pytestmark = pytest.mark.mmdet
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COCO = sorted(path for path in CONFIGS.glob("*_coco*.py"))
+
+
+def load(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    import_modules_from_strings(**cfg.custom_imports)
+    return cfg
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_header_names_command_hardware_cost_and_expectation(path):
+    header = re.match(r"(#.*\n)+", path.read_text())[0]
+    assert all(f"#   {word} " in header for word in ("command", "hardware", "cost", "expected"))
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+def test_builds_at_full_width(path):
+    cfg = load(path)
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    encoder, expected = model.backbone.encoder, VARIANTS[cfg.model.backbone.variant]
+    assert encoder.config == expected
+    assert encoder.patch_size == 16
+    assert encoder.window_size == 32 == encoder.config.grid_size
+    assert encoder.global_attn_indexes == vitdet_recipe(expected.depth).global_attn_indexes
+    assert encoder.blocks[-1].drop_path == pytest.approx(vitdet_recipe(expected.depth).drop_path_rate)
+    norms = [m for m in model.roi_head.modules() if type(m).__name__ == "ChannelLayerNorm"]
+    assert norms
+    assert {norm.eps for norm in norms} == {1e-6}
+    assert cfg.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="released")
+
+
+@pytest.mark.parametrize("variant", ["pe_spatial_t16_512", "pe_core_l14_336"])
+def test_variant_is_one_option(variant):
+    cfg = load(CONFIGS / "pe_spatial_cascade_coco.py")
+    cfg.merge_from_dict({"model.backbone.variant": variant})
+    with torch.device("meta"):
+        assert MODELS.build(cfg.model).backbone.encoder.embed_dim == VARIANTS[variant].embed_dim
+
+
+def test_released_layout_of_the_mask_rcnn(shared):
+    """The parameters of the G14 Mask R-CNN are those of the released checkpoint."""
+    import json
+
+    contract = json.loads((shared / "golden/maskrcnn/contract_mask_rcnn_PEspatial_G_coco36ep.json").read_text())
+    released = sorted(tuple(shape) for name, shape in contract["keys"].items() if "rope" not in name)
+    with torch.device("meta"):
+        model = MODELS.build(load(CONFIGS / "pe_spatial_maskrcnn_coco_g14.py").model)
+    assert sorted(tuple(value.shape) for value in model.state_dict().values()) == released
+
+
+def test_released_recipe():
+    cfg = load(CONFIGS / "pe_spatial_maskrcnn_coco_g14.py")
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, tuple(optimizer.betas)) == (5e-5, 0.1, (0.9, 0.999))
+    assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate="vitdet", decay_norm_bias=True)
+    assert vitdet_recipe(50).layer_decay_rate == 0.9
+    assert cfg.train_cfg.max_iters == 66375
+    warmup, steps = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end) == (0.001, 90)
+    assert list(steps.milestones) == [59000, 63916]
+
+
+def test_preprocessing_pads_squares_with_zeros_after_normalisation():
+    cfg = load(CONFIGS / "pe_spatial_cascade_coco.py")
+    preprocess = MODELS.build(cfg.model.data_preprocessor)
+    image = torch.full((3, 100, 60), 254, dtype=torch.uint8)
+    out = preprocess(dict(inputs=[image], data_samples=None))["inputs"]
+    assert out.shape == (1, 3, 1024, 1024)
+    assert out[0, :, 99, 59].tolist() == [1.0, 1.0, 1.0]
+    assert out[0, :, 100:].abs().max() == 0
+    assert out[0, :, :, 60:].abs().max() == 0

@@ -1,0 +1,157 @@
+"""Importing costs next to nothing, needs torch alone, and the arrows of the house run one way."""
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "pe_spatial"
+FRAMEWORKS = ("mmengine", "mmcv", "mmdet", "mmseg", "detectron2", "timm", "sam2")
+ENCODER = sorted(f"pe_spatial.encoder.{path.stem}" for path in (PACKAGE / "encoder").glob("[!_]*.py"))
+CORE = ("pe_spatial", *ENCODER, "pe_spatial.errors")
+
+# part of the package -> the parts that it may import
+ARROWS = {
+    "encoder": {"encoder"},
+    "errors": set(),
+    "synthetic": {"synthetic", "encoder", "errors"},
+    "integrations": {"integrations", "encoder", "errors"},
+    **{room: {room, "integrations", "encoder", "errors"} for room in ("detection", "depth", "tracking")},
+}
+
+
+def run(script: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPO,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_adds_less_than_50_ms_to_torch():
+    """With all public names, and so with all modules that they need; the median of five interpreters."""
+    script = "import time, torch; s = time.perf_counter(); from pe_spatial import *; print(time.perf_counter() - s)"
+    seconds = statistics.median(float(run(script)) for _ in range(5))
+    assert seconds < 0.05
+
+
+def test_import_brings_no_framework():
+    script = "import sys; before = set(sys.modules); import torch; torch_alone = set(sys.modules);" + (
+        "from pe_spatial import *; print(*sorted({name.partition('.')[0] for name in set(sys.modules) - torch_alone}))"
+    )
+    assert set(run(script).split()) & {*FRAMEWORKS, "torchvision", "safetensors", "huggingface_hub", "PIL"} == set()
+
+
+def test_core_modules_import_one_by_one_with_every_framework_blocked():
+    script = f"""
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {FRAMEWORKS}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import timm
+except ModuleNotFoundError:
+    print("blocked")
+import torch
+for module in {CORE}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pe_spatial"]:
+        del sys.modules[name]
+    importlib.import_module(module)
+    print(module)
+"""
+    assert run(script).split() == ["blocked", *CORE]
+
+
+def imported(path: Path, top_level: bool = False) -> set[str]:
+    """Return the absolute names of the modules that a file imports, in functions too unless `top_level`."""
+    tree = ast.parse(path.read_text())
+    package = list(path.relative_to(REPO).with_suffix("").parts[:-1])
+    found = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_run_one_way(room):
+    files = sorted((PACKAGE / room).rglob("*.py")) or [path for path in [PACKAGE / f"{room}.py"] if path.exists()]
+    for path in files:
+        for name in imported(path):
+            root, *rest = name.split(".")
+            assert root not in ("tools", "configs", "projects"), f"{path} imports {name}"
+            if root == "pe_spatial" and rest:
+                assert rest[0] in ARROWS[room], f"{path} imports {name}; {room} may import {sorted(ARROWS[room])}"
+
+
+def test_every_room_has_its_arrows():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= set(ARROWS)
+    assert imported(PACKAGE / "encoder" / "vit.py") > {"pe_spatial.encoder.rope.apply_rope", "torch.Tensor"}
+
+
+@pytest.mark.parametrize("module", ENCODER)
+def test_encoder_needs_torch_alone(module):
+    path = REPO / Path(*module.split(".")).with_suffix(".py")
+    roots = {name.partition(".")[0] for name in imported(path, top_level=True)}
+    assert roots <= {*sys.stdlib_module_names, "torch", "pe_spatial"}
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert "print" not in calls
+
+
+def test_unknown_name_lists_the_public_ones():
+    import pe_spatial
+
+    with pytest.raises(AttributeError, match="PerceptionEncoder, EncoderConfig"):
+        pe_spatial.Encoder  # noqa: B018
+    assert set(pe_spatial.__all__) <= set(dir(pe_spatial))
+    assert all(getattr(pe_spatial, name).__name__ == name for name in pe_spatial.__all__ if name != "VARIANTS")
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [({}, "skipped"), ({"CI": "1"}, "error")])
+def test_absent_reference_data_are_a_failure_in_ci(ci, outcome, tmp_path):
+    environ = {key: value for key, value in os.environ.items() if key != "CI"} | ci
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_vit.py",
+        "-k",
+        "golden_files",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=REPO,
+        env={**environ, "PE_SPATIAL_SHARED": str(tmp_path / "absent")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (1 if ci else 0)
+    assert f"1 {outcome}" in done.stdout
+    assert "no reference data at" in done.stdout

@@ -1,0 +1,80 @@
+"""Pyramids: released reference values, strides and channels, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pe_spatial import FusedFeaturePyramid, SimpleFeaturePyramid
+from pe_spatial.encoder.pyramid import ChannelLayerNorm
+
+
+@pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])
+def test_equals_released_pyramid(golden, name):
+    values = {k: torch.from_numpy(v) for k, v in np.load(golden / f"vitdet/{name}.npz").items()}
+    state = torch.load(golden / f"vitdet/{name}.pth", weights_only=True)["model"]
+    pyramid = SimpleFeaturePyramid(48, out_channels=32)
+    # Both list level by level, each in the order of its layers.
+    theirs = [value for key, value in state.items() if key.startswith("simfp_")]
+    pyramid.load_state_dict(dict(zip(pyramid.state_dict(), theirs, strict=True)))
+    with torch.no_grad():
+        levels = pyramid((values["last_feat"],))
+    for i, level in enumerate(levels):
+        assert_close(level, values[f"p{i + 2}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strides", "in_stride", "channels"),
+    [
+        ((4, 8, 16, 32, 64), 16, 256),
+        ((4, 8, 16, 32), 16, (96, 192, 384, 768)),
+        ((8, 16, 32), 16, 32),
+        ((8, 64), 16, 16),
+        ((4, 8, 16, 32, 64), 8, (8, 8, 8, 8, 16)),
+        ((16, 32, 64, 128), 16, 32),
+    ],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_level_has_its_stride_and_channels(strides, in_stride, channels, fused):
+    maps = tuple(torch.randn(2, 64, 8, 16) for _ in range(2 if fused else 1))
+    build, width = (FusedFeaturePyramid, (64, 64)) if fused else (SimpleFeaturePyramid, 64)
+    levels = build(width, out_channels=channels, strides=strides, in_stride=in_stride)(maps)
+    expected = (channels,) * len(strides) if isinstance(channels, int) else channels
+    h, w = 8 * in_stride, 16 * in_stride
+    assert [x.shape for x in levels] == [(2, c, h // s, w // s) for c, s in zip(expected, strides, strict=True)]
+
+
+def test_last_level_is_the_one_before_subsampled():
+    levels = SimpleFeaturePyramid(16, out_channels=8)(torch.randn(1, 16, 8, 8))
+    assert_close(levels[4], levels[3][:, :, ::2, ::2], rtol=0, atol=0)
+
+
+def test_channel_layer_norm_is_over_channels():
+    norm, x = ChannelLayerNorm(6), torch.randn(2, 6, 3, 4)
+    centred = x - x.mean(1, keepdim=True)
+    assert_close(norm(x), centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt())
+    assert_close(ChannelLayerNorm(6, eps=1.0)(x), centred / (centred.square().mean(1, keepdim=True) + 1).sqrt())
+
+
+def test_fused_pyramid_uses_every_map():
+    pyramid = FusedFeaturePyramid((16, 32, 32), out_channels=8)
+    maps = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (16, 32, 32)]
+    sum(x.square().sum() for x in pyramid(maps)).backward()
+    assert all(m.grad.abs().max() > 0 for m in maps)
+    scaled = pyramid([maps[0] * 1000, *maps[1:]])
+    assert_close(scaled, pyramid(maps), rtol=1e-3, atol=1e-3)  # each map is normalised before they are added
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SimpleFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2), "takes one map but got 2"),
+        (lambda: FusedFeaturePyramid((32, 32))([torch.zeros(1, 32, 4, 4)]), "got 1 maps for in_channels of 2"),
+        (lambda: SimpleFeaturePyramid(32, strides=(8, 4)), "ascend"),
+        (lambda: SimpleFeaturePyramid(32, strides=(4, 8), in_stride=14), "patch_size=16"),
+        (lambda: SimpleFeaturePyramid(32, out_channels=(8, 8), strides=(4, 8, 16)), "differ in length"),
+    ],
+)
+def test_bad_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
