@@ -60,9 +60,11 @@ model = dict(
                 cls_predictor_cfg=dict(type='Float32Linear'),
                 reg_predictor_cfg=dict(type='Float32Linear'),
                 bbox_coder=dict(
-                    type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.2 / k, 0.2 / k, 0.4 / k, 0.4 / k]),
+                    type='DeltaXYWHBBoxCoder',
+                    target_means=[0.0] * 4,
+                    target_stds=[0.1 / k, 0.1 / k, 0.2 / k, 0.2 / k]),
                 loss_cls=dict(type='CrossEntropyLoss', loss_weight=1.0),
-                loss_bbox=dict(type='L1Loss', loss_weight=1.0)) for k in (2, 4, 6)
+                loss_bbox=dict(type='L1Loss', loss_weight=1.0)) for k in (1, 2, 3)
         ],
         mask_roi_extractor=dict(
             type='SingleRoIExtractor',
@@ -97,7 +99,8 @@ model = dict(
         rpn=dict(nms_pre=200, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=30, mask_thr_binary=0.5)))
 
-dataset = dict(type='CheckedCocoDataset', data_root='work_dirs/demo/world/', metainfo=dict(classes=classes))
+data_root = 'work_dirs/demo/world/'
+dataset = dict(type='CheckedCocoDataset', data_root=data_root, metainfo=dict(classes=classes))
 load = [
     dict(type='LoadPicture'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -133,7 +136,7 @@ val_dataloader = dict(
         ]))
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='CocoMetric', ann_file='work_dirs/demo/world/annotations/instances_val.json', metric=['bbox', 'segm'])
+    type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
 iterations = 500

@@ -258,16 +258,28 @@ for model, source in ((PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,))
     assert "write hf://owner/repo" in nonsense
 
 
-def test_released_weights_are_found_in_the_hubs_cache(checkpoint, monkeypatch):
-    """Our own download call is the last step that this can check: it asks for the right file of the right place."""
+@pytest.mark.parametrize("cached", [True, False])
+def test_hub_is_asked_for_the_right_file_and_its_cache_first(checkpoint, monkeypatch, cached):
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(checkpoint))
+
+    def download(*args, local_files_only=False):
+        asked.append((*args, local_files_only))
+        if local_files_only and not cached:
+            raise LocalEntryNotFoundError("not there")
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     for source in ("hf://someone/weights", "hf://someone/weights/sub/best.pt", "hf://facebook/PE-Core-B16-224"):
         load_checkpoint(PerceptionEncoder(CONFIG), source)
     assert asked == [
-        ("someone/weights", "model.safetensors"),
-        ("someone/weights", "sub/best.pt"),
-        ("facebook/PE-Core-B16-224", "PE-Core-B16-224.pt"),
+        (repo, file, local)
+        for repo, file in (
+            ("someone/weights", "model.safetensors"),
+            ("someone/weights", "sub/best.pt"),
+            ("facebook/PE-Core-B16-224", "PE-Core-B16-224.pt"),
+        )
+        for local in ([True] if cached else [True, False])
     ]

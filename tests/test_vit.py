@@ -111,7 +111,7 @@ def test_blocks_after_the_last_requested_are_not_built(tiny):
         ({"out_indices": (0, -5)}, "out of range"),
         ({"out_indices": ()}, "at least one block"),
         ({"window_size": 2, "global_attn_indexes": (7,)}, "global_attn_indexes"),
-        ({"global_attn_indexes": (1,)}, "without window_size"),
+        ({"global_attn_indexes": (1,)}, "window_size"),
         ({"window_size": 0}, "at least 1"),
         ({"grad_checkpointing": (9,)}, "grad_checkpointing"),
         ({"frozen_stages": 5}, "frozen_stages"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -17,7 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import timm  # at the top, so that both sides of the memory measurement carry it
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -76,8 +79,6 @@ def forward_step(variant: str, batch: int, device: torch.device, dtype: torch.dt
     source = PerceptionEncoder(variant, **preset_options("release", variant))
     x = images(variant, batch, None, device).to(dtype)
     if mode == "timm":
-        import timm
-
         _, _, size, side = variant.split("_")
         theirs = timm.create_model(f"vit_pe_spatial_{TIMM[size]}_{side}", num_classes=0)
         theirs.load_state_dict(source.state_dict())
@@ -99,21 +100,21 @@ def forward_step(variant: str, batch: int, device: torch.device, dtype: torch.dt
     return torch.inference_mode()(run)
 
 
-def table_rows(device: torch.device, *, quick: bool, sections: list[str]) -> list[Row]:
+def table_rows(device: torch.device, sections: list[str], sizes: list[str]) -> list[Row]:
     cuda = device.type == "cuda"
     rows = []
     if "windows" in sections:
         batch = 4 if cuda else 1
-        for variant in ("pe_spatial_s16_512",) if quick else ("pe_spatial_s16_512", "pe_spatial_b16_512"):
-            step = partial(training_step, variant, batch, 512 if quick and not cuda else 1024, device)
-            what = f"{variant} windowed, forward + backward, {512 if quick and not cuda else 1024} px"
+        for size in [size for size in sizes if size != "t16" or len(sizes) == 1]:
+            variant = f"pe_spatial_{size}_512"
+            step = partial(training_step, variant, batch, 1024, device)
             rows.append(
-                Row(f"windows-{variant}", what, "partition in every block", batch,
-                    partial(step, PerceptionEncoder), partial(step, PartitionsEveryBlock))
+                Row(f"windows-{variant}", f"{variant} windowed, forward + backward, 1024 px", "partition each block",
+                    batch, partial(step, PerceptionEncoder), partial(step, PartitionsEveryBlock))
             )  # fmt: skip
     if "timm" in sections:
         batch = 16 if cuda else 1
-        for size in ("t16",) if quick else ("t16", "s16", "b16"):
+        for size in sizes:
             variant = f"pe_spatial_{size}_512"
             step = partial(forward_step, variant, batch, device, torch.float32)
             rows.append(
@@ -122,7 +123,7 @@ def table_rows(device: torch.device, *, quick: bool, sections: list[str]) -> lis
             )  # fmt: skip
     if "half" in sections:
         batch = 32 if cuda else 1
-        for size in ("t16",) if quick else ("t16", "s16", "b16"):
+        for size in sizes:
             variant = f"pe_spatial_{size}_512"
             step = partial(forward_step, variant, batch, device, torch.bfloat16)
             for mode in ("ours", "compiled"):
@@ -160,20 +161,20 @@ def operations(step: Step) -> int:
 
 def peak_mib(key: str, side: str, args: argparse.Namespace) -> float:
     command = [sys.executable, __file__, "--peak-of", key, side, "--device", str(args.device)]
-    command += ["--quick"] if args.quick else []
-    done = subprocess.run([*command, "--sections", *args.sections], capture_output=True, text=True, check=True)
+    command += ["--sections", *args.sections, "--variants", *args.variants]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def measure_peak(row: Row, side: str, device: torch.device) -> float:
-    """Peak memory in MiB of two runs of one side; meant for a process of its own."""
-    step = getattr(row, side)()
-    for _ in range(2):
-        seconds(step, device)
+    """Peak memory in MiB of one run of one side; meant for a process of its own."""
+    seconds(getattr(row, side)(), device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss also counts what the parent held when it started this process
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure(row: Row, rounds: int, args: argparse.Namespace) -> str:
@@ -200,7 +201,7 @@ def measure(row: Row, rounds: int, args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smallest variants, three rounds; on the CPU also 512 px")
+    parser.add_argument("--quick", action="store_true", help="the smallest variant, three rounds")
     parser.add_argument(
         "--rounds", type=int, help="runs of each side (default: 3 when quick, 7 on the CPU, 30 on CUDA)"
     )
@@ -213,17 +214,22 @@ def main() -> None:
         "and without torch.compile, images/s, share of the device's matrix-product rate (default: all; on the CPU all "
         "but 'half')",
     )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=TIMM,
+        help="PE-Spatial variants (default: t16 when quick, else all; 'windows' leaves t16 out where there are others)",
+    )
     parser.add_argument("--peak-of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     cuda = args.device.type == "cuda"
     args.sections = args.sections or ["windows", "timm", *(["half"] if cuda else [])]
-    rows = table_rows(args.device, quick=args.quick, sections=args.sections)
+    args.variants = args.variants or (["t16"] if args.quick else list(TIMM))
+    rows = table_rows(args.device, args.sections, args.variants)
     if args.peak_of:
         key, side = args.peak_of
         print(measure_peak(next(row for row in rows if row.key == key), side, args.device))
         return
-    import timm
-
     rounds = args.rounds or (3 if args.quick else 30 if cuda else 7)
     name = torch.cuda.get_device_name(args.device) if cuda else f"{platform.machine()} CPU"
     print(

@@ -68,7 +68,7 @@ def main() -> None:
 
     scalars = runner.message_hub.log_scalars
     ap = {kind: scalars[f"val/coco/{kind}_mAP"].current() for kind in ("bbox", "segm")}
-    images = {name: len(loader.dataset) for name, loader in (("train", runner.train_dataloader), ("val", runner.val_dataloader))}
+    images = {"train": len(runner.train_dataloader.dataset), "val": len(runner.val_dataloader.dataset)}
     made = [
         (f"{images['train']} + {images['val']} pictures from disjoint seeds ({rendered:.0f} s)", world),
         (f"Cascade Mask R-CNN, {runner.max_iters} iterations ({trained:.0f} s with evaluation)", runner.work_dir),

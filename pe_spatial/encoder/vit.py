@@ -173,7 +173,7 @@ class PerceptionEncoder(nn.Module):
         self.rope_grid = _rope_grid(rope_grid, rope_mode, config.grid_size)
         self.mask_window_padding = mask_window_padding
         if window_size is None and (global_attn_indexes or mask_window_padding):
-            raise ValueError("global_attn_indexes and mask_window_padding mean nothing without window_size; give it too")
+            raise ValueError("global_attn_indexes and mask_window_padding need window_size; give it too")
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size is {window_size}; it is in tokens and at least 1, or None for no windows")
         if not 0.0 <= drop_path_rate < 1.0:

@@ -1,7 +1,7 @@
-# Can the main job learn at all? pe_spatial_cascade_coco.py with the T variant from random weights, on eight real pictures,
-# evaluated on the same eight.
+# Can the main job learn at all? pe_spatial_cascade_coco.py with the T variant from random weights, on eight real
+# pictures, evaluated on the same eight.
 #
-#   command   python tools/train.py projects/coco_detection/overfit_check.py --data-root ../shared/data/detection/coco_tiny
+#   command   python tools/train.py projects/coco_detection/overfit_check.py --data-root FOLDER_OF_COCO_TINY
 #   data      the first eight pictures of coco_tiny's train2017 without an object below 32 x 32 pixels
 #   hardware  two CPU cores
 #   cost      @@

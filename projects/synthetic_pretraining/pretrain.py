@@ -158,7 +158,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            figures = "  ".join(f"{key} {float(value):.3f}" for key, value in found.items())
+            figures = "  ".join(f"{key} {value.item():.3f}" for key, value in found.items())
             print(f"step {step}/{args.steps}  {time.time() - start:.0f} s  {figures}", flush=True)
         if step % 400 == 0 or step == args.steps:
             args.out.parent.mkdir(parents=True, exist_ok=True)
