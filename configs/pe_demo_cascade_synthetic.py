@@ -30,7 +30,7 @@ model = dict(
         preset='release',
         drop_path_rate=0.05,
         pyramid=dict(strides=strides, out_channels=width),
-        init_cfg=dict(type='Pretrained', checkpoint='pe_spatial/synthetic/pe_synthetic_xs8_192.safetensors')),
+        init_cfg=dict(type='Pretrained', checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),
     rpn_head=dict(
         type='Float32RPNHead',
         in_channels=width,
@@ -139,7 +139,7 @@ val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
-iterations = 500
+iterations = 350
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

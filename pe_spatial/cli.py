@@ -63,7 +63,7 @@ def load_config(args: argparse.Namespace) -> Config:
     with _as_config_error(args.config):
         cfg = Config.fromfile(args.config)
         if args.data_root is not None:
-            _move_data_root(cfg, args.data_root)
+            move_data_root(cfg, args.data_root)
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
@@ -147,7 +147,8 @@ def _encoders(node: Any, place: str) -> Iterator[str]:
             yield from _encoders(value, f"{place}.{key}")
 
 
-def _move_data_root(cfg: Config, root: str) -> None:
+def move_data_root(cfg: Config, root: str) -> None:
+    """Put every path that begins with the config's `data_root` below `root` instead."""
     old = cfg.get("data_root")
     if not old:
         raise ConfigError("it has no data_root at its top level that --data-root could move; set the paths themselves")

@@ -10,6 +10,7 @@ pytest.importorskip("mmdet")
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
+from safetensors.torch import load_file
 
 from pe_spatial import VARIANTS
 from pe_spatial.encoder.variants import vitdet_recipe
@@ -89,3 +90,15 @@ def test_preprocessing_pads_squares_with_zeros_after_normalisation():
     assert out[0, :, 99, 59].tolist() == [1.0, 1.0, 1.0]
     assert out[0, :, 100:].abs().max() == 0
     assert out[0, :, :, 60:].abs().max() == 0
+
+
+def test_demo_starts_from_the_encoder_that_the_package_ships():
+    cfg = load(CONFIGS / "pe_demo_cascade_synthetic.py")
+    shipped = CONFIGS.parent / "pe_spatial" / "synthetic" / Path(cfg.model.backbone.init_cfg.checkpoint).name
+    assert shipped.stat().st_size <= 5_000_000
+    backbone = MODELS.build(cfg.model).backbone
+    backbone.init_weights()
+    weights = load_file(shipped)
+    state = backbone.encoder.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name].float()) for name in state)

@@ -16,10 +16,13 @@ from mmengine.registry import VISUALIZERS
 from mmengine.runner import Runner
 from PIL import Image
 
+from pe_spatial import cli
+from pe_spatial.errors import DatasetError
 from pe_spatial.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "pe_demo_cascade_synthetic.py"
+SCENES = {"train": 400, "val": 60}  # two pictures each, from disjoint seeds
 
 
 def draw(runner: Runner, out: Path, count: int) -> None:
@@ -34,33 +37,24 @@ def draw(runner: Runner, out: Path, count: int) -> None:
         with torch.no_grad():
             (result,) = runner.model.test_step(dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]]))
         rgb = np.asarray(Image.open(item["data_samples"].img_path).convert("RGB"))
-        visualizer.add_datasample("demo", rgb, result.cpu(), draw_gt=True, draw_pred=True, pred_score_thr=0.5)
+        visualizer.add_datasample("demo", rgb, result.cpu(), draw_gt=True, draw_pred=True, pred_score_thr=0.4)
         pairs.append(visualizer.get_image())
     rows = [np.concatenate(pairs[i : i + 2], axis=1) for i in range(0, count, 2)]
     Image.fromarray(np.concatenate(rows)).save(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "demo")
-    parser.add_argument("--scenes", type=int, nargs=2, default=(400, 60), metavar=("TRAIN", "VAL"))
-    parser.add_argument("--workers", type=int, default=2, help="processes that render")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     clock = time.time()
-    world = args.work_dir / "world"
-    write_dataset(
-        world, scenes=dict(zip(("train", "val"), args.scenes, strict=True)), size=(192, 192), workers=args.workers
-    )
+    try:
+        world = write_dataset(args.work_dir / "world", scenes=SCENES, size=(192, 192), workers=args.workers)
+    except FileExistsError as error:
+        raise DatasetError(str(error)) from error
     rendered = time.time() - clock
 
     cfg = Config.fromfile(CONFIG)
     cfg.work_dir = str(args.work_dir)
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.dataset.data_root = f"{world}/"
-    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
-        evaluator.ann_file = str(world / "annotations" / "instances_val.json")
-    cfg.model.backbone.init_cfg.checkpoint = str(ROOT / cfg.model.backbone.init_cfg.checkpoint)
-    runner = Runner.from_cfg(cfg)
+    cli.move_data_root(cfg, str(world))
+    runner = cli.build_runner(cfg)
     runner.train()
     trained = time.time() - clock - rendered
     picture = args.work_dir / "predictions.png"
@@ -68,17 +62,21 @@ def main() -> None:
 
     scalars = runner.message_hub.log_scalars
     ap = {kind: scalars[f"val/coco/{kind}_mAP"].current() for kind in ("bbox", "segm")}
-    images = {"train": len(runner.train_dataloader.dataset), "val": len(runner.val_dataloader.dataset)}
+    train, val = len(runner.train_dataloader.dataset), len(runner.val_dataloader.dataset)
     made = [
-        (f"{images['train']} + {images['val']} pictures from disjoint seeds ({rendered:.0f} s)", world),
-        (f"Cascade Mask R-CNN, {runner.max_iters} iterations ({trained:.0f} s with evaluation)", runner.work_dir),
+        (f"{train} + {val} pictures of a synthetic world, in {rendered:.0f} s", world),
+        (f"Cascade Mask R-CNN, {runner.max_iters} iterations and evaluation in {trained:.0f} s", runner.work_dir),
         ("log", runner.log_dir),
         ("predictions beside ground truth", picture),
     ]
-    print(f"\nbox AP {ap['bbox']:.3f}, mask AP {ap['segm']:.3f} on the {images['val']} unseen pictures (COCO metrics)")
+    print(f"\nbox AP {ap['bbox']:.3f}, mask AP {ap['segm']:.3f} on {val} pictures of unseen scenes (COCO metrics)")
     print(f"{time.time() - clock:.0f} s in all\n\n| made | where |\n|---|---|")
     print("\n".join(f"| {what} | {where} |" for what, where in made))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "demo")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    cli.run(main, parser.parse_args())

@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
         model: the encoder. Blocks that it did not build are left out; a patch kernel of the released size is resized to
             `model.patch_size`.
         source: a local .pt, .pth or .safetensors file; 'hf://owner/repo' or 'hf://owner/repo/file' for the hub (through
-            its cache, so that it works offline afterwards); or 'released', the published weights of the variant.
+            its cache, so that it works offline afterwards); 'released', the published weights of the variant; or
+            'package://module/file', a file that an installed package ships.
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
@@ -231,6 +233,9 @@ def _locate(source: str | Path, model: PerceptionEncoder) -> Path:
                 f"no weights were released for {model.config}; give a file, or start from random weights on purpose"
             )
         text = f"hf://facebook/{RELEASED_NAMES[model.variant]}"
+    if text.startswith("package://"):
+        module, _, filename = text.removeprefix("package://").partition("/")
+        return Path(str(resources.files(module) / filename))
     if not text.startswith("hf://"):
         return Path(text)
     owner, repo, filename = [*text.removeprefix("hf://").split("/", 2), "", ""][:3]
