@@ -32,6 +32,7 @@ def test_equals_released_pyramid(golden, name):
         ((8, 64), 16, 16),
         ((4, 8, 16, 32, 64), 8, (8, 8, 8, 8, 16)),
         ((16, 32, 64, 128), 16, 32),
+        ((4, 8, 32, 128), 16, 32),
     ],
 )
 @pytest.mark.parametrize("fused", [False, True])

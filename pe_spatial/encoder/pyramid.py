@@ -39,7 +39,8 @@ class SimpleFeaturePyramid(nn.Module):
     """ViTDet's pyramid: every level from the last map alone, by deconvolution or pooling.
 
     Equal to detectron2@02b5c4e:detectron2/modeling/backbone/vit.py (`SimpleFeaturePyramid`) with norm 'LN' and
-    `LastLevelMaxPool`: a level coarser than 32 pixels is the stride-2 subsampling of the level before it.
+    `LastLevelMaxPool`: a level coarser than `2 * in_stride` is the stride-2 subsampling of the level before it, where that
+    has half its stride and the same channels.
 
     Args:
         in_channels: channels of the map.
@@ -61,9 +62,11 @@ class SimpleFeaturePyramid(nn.Module):
         self.out_channels = _per_level(out_channels, self.strides)
         _check_strides(self.strides, in_stride)
         self.levels = nn.ModuleList()
-        for stride, channels, before in zip(self.strides, self.out_channels, (0, *self.out_channels), strict=False):
-            # LastLevelMaxPool: subsample the finished level before instead of building one from the map.
-            if stride > 2 * in_stride and 2 * in_stride in self.strides and channels == before:
+        before = (0, 0)
+        for stride, channels in zip(self.strides, self.out_channels, strict=True):
+            follows = before == (stride // 2, channels)
+            before = (stride, channels)
+            if stride > 2 * in_stride and follows:  # LastLevelMaxPool
                 self.levels.append(nn.MaxPool2d(1, stride=2))
                 continue
             layers, width = _resample(in_channels, in_stride / stride)
