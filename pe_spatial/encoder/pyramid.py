@@ -39,8 +39,8 @@ class SimpleFeaturePyramid(nn.Module):
     """ViTDet's pyramid: every level from the last map alone, by deconvolution or pooling.
 
     Equal to detectron2@02b5c4e:detectron2/modeling/backbone/vit.py (`SimpleFeaturePyramid`) with norm 'LN' and
-    `LastLevelMaxPool`: a level coarser than `2 * in_stride` is the stride-2 subsampling of the level before it, where that
-    has half its stride and the same channels.
+    `LastLevelMaxPool`: a level coarser than `2 * in_stride` is the stride-2 subsampling of the level before it, where
+    that has half its stride and the same channels.
 
     Args:
         in_channels: channels of the map.
