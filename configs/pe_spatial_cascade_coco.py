@@ -10,6 +10,7 @@
 #             box AP 54.0 with Cascade Mask R-CNN and MAE in 100 epochs (detectron2's numbers)
 #
 # Other sizes are one option: --cfg-options model.backbone.variant=pe_spatial_t16_512
+# bfloat16 is the default; float16 with a loss scale, on CUDA: --cfg-options optim_wrapper.type=AmpOptimWrapper
 
 _base_ = [
     '_base_/models/cascade_mask_rcnn_pe.py',
