@@ -26,6 +26,16 @@ def shared_folder(environ: Mapping[str, str]) -> Path:
     return path
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI everything is there, so a skip is a failure; only tests marked gpu may be skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [r.nodeid for r in reporter.stats.get("skipped", ()) if "gpu" not in getattr(r, "keywords", ())]
+    if os.environ.get("CI") and skipped:
+        reporter.write_line(f"skipped in CI, where nothing but a GPU may be missing: {', '.join(skipped)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data and pictures that are too large for the repository."""
