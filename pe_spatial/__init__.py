@@ -9,6 +9,7 @@ _HOME = {
     "PerceptionEncoder": "pe_spatial.encoder.vit",
     "EncoderConfig": "pe_spatial.encoder.variants",
     "VARIANTS": "pe_spatial.encoder.variants",
+    "preset_options": "pe_spatial.encoder.variants",
     "SimpleFeaturePyramid": "pe_spatial.encoder.pyramid",
     "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
