@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -272,14 +273,27 @@ def test_hub_is_asked_for_the_right_file_and_its_cache_first(checkpoint, monkeyp
         return str(checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for source in ("hf://someone/weights", "hf://someone/weights/sub/best.pt", "hf://facebook/PE-Core-B16-224"):
-        load_checkpoint(PerceptionEncoder(CONFIG), source)
+    ours = "someone/weights"
+    for address in (ours, f"{ours}/sub/best.pt", f"{ours}:sub/best.pt", "facebook/PE-Core-B16-224"):
+        load_checkpoint(PerceptionEncoder(CONFIG), f"hf://{address}")
     assert asked == [
         (repo, file, local)
         for repo, file in (
             ("someone/weights", "model.safetensors"),
             ("someone/weights", "sub/best.pt"),
+            ("someone/weights", "sub/best.pt"),
             ("facebook/PE-Core-B16-224", "PE-Core-B16-224.pt"),
         )
         for local in ([True] if cached else [True, False])
     ]
+
+
+def test_package_file(checkpoint, monkeypatch, tmp_path):
+    (tmp_path / "shipping_weights").mkdir()
+    (tmp_path / "shipping_weights" / "__init__.py").touch()
+    shutil.copy(checkpoint, tmp_path / "shipping_weights" / "it.pt")
+    monkeypatch.syspath_prepend(tmp_path)
+    report = load_checkpoint(PerceptionEncoder(CONFIG), "package://shipping_weights/it.pt")
+    assert report.path == tmp_path / "shipping_weights" / "it.pt"
+    with pytest.raises(CheckpointError, match="package://module/file"):
+        load_checkpoint(PerceptionEncoder(CONFIG), "package://no_such_package/it.pt")

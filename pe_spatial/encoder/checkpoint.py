@@ -84,9 +84,9 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
     Args:
         model: the encoder. Blocks that it did not build are left out; a patch kernel of the released size is resized to
             `model.patch_size`.
-        source: a local .pt, .pth or .safetensors file; 'hf://owner/repo' or 'hf://owner/repo/file' for the hub (through
-            its cache, so that it works offline afterwards); 'released', the published weights of the variant; or
-            'package://module/file', a file that an installed package ships.
+        source: a local .pt, .pth or .safetensors file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it)
+            'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards; 'released', the
+            published weights of the variant; or 'package://module/file', a file that an installed package ships.
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
@@ -235,10 +235,13 @@ def _locate(source: str | Path, model: PerceptionEncoder) -> Path:
         text = f"hf://facebook/{RELEASED_NAMES[model.variant]}"
     if text.startswith("package://"):
         module, _, filename = text.removeprefix("package://").partition("/")
-        return Path(str(resources.files(module) / filename))
+        try:
+            return Path(str(resources.files(module) / filename))
+        except ModuleNotFoundError:
+            raise CheckpointError(f"{text!r} names no installed package; write package://module/file") from None
     if not text.startswith("hf://"):
         return Path(text)
-    owner, repo, filename = [*text.removeprefix("hf://").split("/", 2), "", ""][:3]
+    owner, repo, filename = [*text.removeprefix("hf://").replace(":", "/", 1).split("/", 2), "", ""][:3]
     if not owner or not repo:
         raise CheckpointError(f"{text!r} is no address on the hub; write hf://owner/repo or hf://owner/repo/file")
     filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")
