@@ -4,21 +4,21 @@
 #   command   python tools/train.py projects/coco_detection/overfit_check.py --data-root FOLDER_OF_COCO_TINY
 #   data      the first eight pictures of coco_tiny's train2017 without an object below 32 x 32 pixels
 #   hardware  two CPU cores
-#   cost      @@
-#   expected  box AP50 above 0.6 on the pictures it was trained on; measured: docs/benchmarks.md
+#   cost      12 minutes
+#   expected  box AP50 above 0.6 on the pictures it was trained on; measured here: 0.935 (docs/benchmarks.md)
 #
-# Besides the data this changes what stands between a network and learning eight pictures by heart in an hour: no
+# Besides the data this changes what stands between a network and learning eight pictures by heart in minutes: no
 # jitter, no drop path, no decay of weights or of the rate over layers, 512 px and fewer samples a picture.
 
 _base_ = '../../configs/pe_spatial_cascade_coco.py'
 
 size = (512, 512)
 eight = [7, 8, 9, 13, 14, 15, 20, 21]
-iterations = 1200
+iterations = 400
 pipeline = [
     dict(type='LoadPicture'),
-    dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
+    dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(
         type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')),
@@ -63,5 +63,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=50, end=iterations),
 ]
-train_cfg = dict(max_iters=iterations, val_interval=400)
-default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=400, max_keep_ckpts=1))
+train_cfg = dict(max_iters=iterations, val_interval=iterations)
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=iterations, max_keep_ckpts=1))
