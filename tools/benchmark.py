@@ -27,7 +27,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_spatial import PerceptionEncoder
-from pe_spatial.encoder.checkpoint import load_state
 from pe_spatial.encoder.variants import get_config, preset_options
 
 Step = Callable[[], "Tensor | None"]
@@ -89,9 +88,7 @@ def forward_step(variant: str, batch: int, device: torch.device, dtype: torch.dt
             return theirs.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
 
     else:
-        model = PerceptionEncoder(variant, **preset_options("release", variant))
-        load_state(model, source.state_dict())
-        model = model.eval().to(device, dtype)
+        model = source.eval().to(device, dtype)
         forward = torch.compile(model, fullgraph=True) if mode == "compiled" else model
 
         def run() -> Tensor:

@@ -86,8 +86,8 @@ def batch(data: tuple[Tensor, ...], index: Tensor, *, augment: bool) -> tuple[Te
     return images * 2 - 1, category.long(), boxes, depth.float()
 
 
-def losses(model: DensePredictor, images: Tensor, category: Tensor, boxes: Tensor, depth: Tensor) -> dict[str, Tensor]:
-    logits, sides, log_depth = model(images)
+def losses(predictions: tuple[Tensor, ...], category: Tensor, boxes: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    logits, sides, log_depth = predictions
     centre = torch.arange(sides.shape[-1], dtype=torch.float32) * STRIDE + STRIDE / 2 + 0.5
     x, y = centre[None, None], centre[None, :, None]
     predicted = torch.stack((x - sides[:, 0], y - sides[:, 1], x + sides[:, 2], y + sides[:, 3]), dim=-1)
@@ -105,10 +105,10 @@ def evaluate(model: DensePredictor, data: tuple[Tensor, ...]) -> dict[str, float
     right, objects, sums, n = 0.0, 0.0, {"box": 0.0, "depth": 0.0}, 0
     for index in torch.arange(len(data[0])).split(32):
         images, category, boxes, depth = batch(data, index, augment=False)
-        found = losses(model, images, category, boxes, depth)
-        logits, _, _ = model(images)
+        predictions = model(images)
+        found = losses(predictions, category, boxes, depth)
         mask = category > 0
-        right += float((logits.argmax(1) == category)[mask].sum())
+        right += float((predictions[0].argmax(1) == category)[mask].sum())
         objects += float(mask.sum())
         sums = {key: sums[key] + float(found[key]) * len(index) for key in sums}
         n += len(index)
@@ -150,8 +150,9 @@ def main() -> None:
         if len(order) < args.batch_size:
             order = torch.randperm(len(data[0]))
         index, order = order[: args.batch_size], order[args.batch_size :]
+        images, *targets = batch(data, index, augment=True)
         with torch.autocast("cpu", torch.bfloat16):
-            found = losses(model, *batch(data, index, augment=True))
+            found = losses(model(images), *targets)
         optimizer.zero_grad()
         (found["category"] + 0.5 * found["box"] + found["depth"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
