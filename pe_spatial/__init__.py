@@ -13,6 +13,7 @@ _HOME = {
     "SimpleFeaturePyramid": "pe_spatial.encoder.pyramid",
     "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
+    "from_pretrained": "pe_spatial.encoder.checkpoint",
 }
 __all__ = list(_HOME)
 

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.config import Config, DictAction
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
-from pe_spatial.encoder.checkpoint import CheckpointError
+from pe_spatial.conversion import to_mmdet
+from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
-
-try:
-    from mmengine.runner.checkpoint import get_torch_safe_globals
-except ImportError:  # OpenMMLab's own mmengine, which always unpickles without restriction
-    from mmengine.logging import HistoryBuffer
-
-    def get_torch_safe_globals() -> list[Any]:
-        """Return what mmengine's checkpoints hold beyond tensors."""
-        return [HistoryBuffer, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType]
-
 
 _OURS = (CheckpointError, ConfigError, DatasetError)
 
@@ -76,29 +65,14 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
-def check_checkpoint(path: str) -> None:
-    """Raise CheckpointError unless `path` is a checkpoint that loads without running code.
+def check_training_checkpoint(path: str) -> None:
+    """Raise CheckpointError unless a run can be resumed from `path`, and without running code.
 
     mmengine falls back to unpickling without restriction, so this comes first.
     """
-    if "://" in path:
-        return
-    if not Path(path).is_file():
-        raise CheckpointError(f"no checkpoint at {path}; give the path of a .pth file that tools/train.py wrote")
-    try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors and plain data and could run code "
-            f"({str(error).splitlines()[0]}); give a checkpoint that tools/train.py wrote"
-        ) from None
-    except Exception as error:
-        # torch raises RuntimeError, EOFError, OSError and others for broken files.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is truncated or no checkpoint ({reason}); copy it again") from error
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise CheckpointError(f"{path} holds no state_dict; give a checkpoint that tools/train.py wrote")
+    meta = read_checkpoint(path).rest.get("meta")
+    if not isinstance(meta, Mapping) or "iter" not in meta:
+        raise CheckpointError(f"{path} holds no state of a run; give a checkpoint that tools/train.py wrote")
 
 
 def load_strictly(runner: Runner) -> None:
@@ -109,10 +83,32 @@ def load_strictly(runner: Runner) -> None:
         try:
             return load(filename, **{**options, "strict": True})
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{filename} is no checkpoint of this config: {reason[:400]} ...") from error
+            raise _no_checkpoint_of(filename, error) from error
 
     runner.load_checkpoint = strictly
+
+
+def load_weights_of_any_layout(runner: Runner) -> None:
+    """Have `runner` take weights alone, strictly: tools/train.py's, a safetensors file's, a Detectron2 detector's."""
+
+    def load(source: str, **_: Any) -> Any:
+        path = locate(source)
+        file = read_checkpoint(path)
+        checkpoint = {**file.rest, "state_dict": to_mmdet(file)}
+        runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        try:
+            load_state_dict(model, checkpoint["state_dict"], strict=True)
+        except RuntimeError as error:
+            raise _no_checkpoint_of(path, error) from error
+        runner.logger.info(f"Load checkpoint from {path}")
+        return checkpoint
+
+    runner.load_checkpoint = load
+
+
+def _no_checkpoint_of(path: object, error: RuntimeError) -> CheckpointError:
+    return CheckpointError(f"{path} is no checkpoint of this config: {' '.join(str(error).split())[:400]} ...")
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

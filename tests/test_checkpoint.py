@@ -1,5 +1,8 @@
 """Checkpoints: every released layout maps one to one, and a bad file gets one sentence and never runs."""
 
+import argparse
+import functools
+import http.server
 import json
 import os
 import pickle
@@ -7,15 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder, load_checkpoint
-from pe_spatial.encoder.checkpoint import LEFT_OUT, CheckpointError, load_state, read_state_dict
+from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder, from_pretrained, load_checkpoint
+from pe_spatial.encoder.checkpoint import LEFT_OUT, load_state
+from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, read_state_dict
 from pe_spatial.encoder.resize import resize_patch_kernel
 from pe_spatial.encoder.variants import RELEASED_NAMES
 
@@ -218,8 +224,8 @@ def broken_files(folder, good):
     [
         *((f"{n}.pt", "download it again") for n in ("half", "empty", "page", "half_legacy")),
         *((f"{n}.safetensors", "download it again") for n in ("half", "almost", "empty", "page")),
-        *((f"{n}.pt", "give the encoder's weights") for n in ("list", "tensor", "none")),
-        ("none.safetensors", "give the encoder's weights"),
+        *((f"{n}.pt", "give [a-z' ]*weights") for n in ("list", "tensor", "none")),
+        ("none.safetensors", "give a file with the weights"),
         ("absent.pt", "download it, or give the path"),
         ("absent.safetensors", "download it, or give the path"),
         ("folder.pt", "give the path of a .pt or .safetensors file"),
@@ -238,7 +244,7 @@ def test_broken_file_gets_one_sentence_with_its_name_and_the_remedy(tmp_path, ch
 def test_released_weights_without_network_or_cache(tmp_path):
     script = """
 from pe_spatial import PerceptionEncoder, VARIANTS, load_checkpoint
-from pe_spatial.encoder.checkpoint import CheckpointError
+from pe_spatial.encoder.files import CheckpointError
 for model, source in ((PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,)), "released"),
                       (PerceptionEncoder(VARIANTS["pe_spatial_t16_512"], out_indices=(0,)), "released"),
                       (PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,)), "hf://someone/weights"),
@@ -288,6 +294,22 @@ def test_hub_is_asked_for_the_right_file_and_its_cache_first(checkpoint, monkeyp
     ]
 
 
+def test_url_goes_through_the_cache_of_torch_hub(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "w.pt").write_bytes(checkpoint.read_bytes())
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/w.pt?download=true"
+    assert locate(url) == tmp_path / "hub" / "checkpoints" / "w.pt"
+    server.shutdown()
+    server.server_close()
+    load_checkpoint(PerceptionEncoder(CONFIG), url)  # from the cache
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded .* put it at .*/hub/checkpoints/other.pt or give"):
+        locate(url.replace("w.pt", "other.pt"))
+
+
 def test_package_file(checkpoint, monkeypatch, tmp_path):
     (tmp_path / "shipping_weights").mkdir()
     (tmp_path / "shipping_weights" / "__init__.py").touch()
@@ -297,3 +319,98 @@ def test_package_file(checkpoint, monkeypatch, tmp_path):
     assert report.path == tmp_path / "shipping_weights" / "it.pt"
     with pytest.raises(CheckpointError, match="package://module/file"):
         load_checkpoint(PerceptionEncoder(CONFIG), "package://no_such_package/it.pt")
+
+
+# --- from_pretrained
+
+
+def release(state_of, folder, name):
+    """Write `state_of`, an encoder of a released variant, as the released file `name` in `folder`."""
+    torch.save(state_of.state_dict(), folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def t16():
+    torch.manual_seed(0)
+    return PerceptionEncoder("pe_spatial_t16_512").eval()
+
+
+def test_from_pretrained_takes_a_folder_or_a_file_and_finds_the_variant(tmp_path, t16):
+    path = release(t16, tmp_path, "anything.pt")
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    for source in (tmp_path, path, str(path)):
+        model = from_pretrained(source, out_indices=(3, -1))
+        assert not model.training
+        assert model.variant == "pe_spatial_t16_512"
+        with torch.no_grad():
+            assert_close(model(image)[1], t16(image)[0], rtol=0, atol=0)
+    assert from_pretrained(path, preset="vitdet", window_size=16).window_size == 16
+    assert from_pretrained(path, preset="vitdet").pos_embed_mode == "tile"
+
+
+@pytest.mark.parametrize("name", ["PE-Spatial-T16-512", "pe_spatial_t16_512"])
+def test_from_pretrained_by_name_works_offline_from_the_cache(tmp_path, t16, name):
+    """The layout of the hub's cache, made by hand, so that the real client finds it without a network."""
+    repo = tmp_path / "hub" / "models--facebook--PE-Spatial-T16-512"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    release(t16, repo / "snapshots" / ("0" * 40), "PE-Spatial-T16-512.pt")
+    script = f"from pe_spatial import from_pretrained; print(from_pretrained({name!r}, out_indices=(0,)).variant)"
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pe_spatial_t16_512"]
+
+
+def test_from_pretrained_takes_the_encoder_out_of_a_detector(tmp_path, t16):
+    kernel = torch.ones(192, 3, 16, 16)
+    detector = {f"backbone.encoder.{k}": v for k, v in t16.state_dict().items()} | {"neck.conv1.weight": kernel}
+    torch.save({"state_dict": detector, "meta": {"iter": 3}}, tmp_path / "detector.pth")
+    model = from_pretrained(tmp_path / "detector.pth")
+    assert_close(dict(model.state_dict()), dict(t16.state_dict()), rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"several encoders in this file, at student.*teacher"):
+        load_state(t16, {f"{who}.{k}": v for who in ("student", "teacher") for k, v in t16.state_dict().items()})
+
+
+def test_from_pretrained_keeps_the_patches_of_a_file_that_was_resized(tmp_path):
+    config = EncoderConfig(img_size=56, patch_size=14, embed_dim=48, depth=1, num_heads=2)
+    torch.save(PerceptionEncoder(config, patch_size=16).state_dict(), tmp_path / "w.pt")
+    assert from_pretrained(tmp_path / "w.pt", variant=config).patch_size == 16
+
+
+def test_from_pretrained_errors_say_what_to_do(tmp_path, checkpoint):
+    with pytest.raises(CheckpointError, match=r"unknown variant .PE-Spatial-X.; known are .*; or give a folder, or"):
+        from_pretrained("PE-Spatial-X")
+    with pytest.raises(CheckpointError, match="holds no released variant; give variant=dict"):
+        from_pretrained(checkpoint)
+    assert from_pretrained(checkpoint, variant=CONFIG).config == CONFIG
+    with pytest.raises(CheckpointError, match=f"{tmp_path} should hold one file of weights .* but holds none"):
+        from_pretrained(tmp_path)
+    for name in ("a.pt", "PE-Spatial-B16-512.pt"):
+        shutil.copy(checkpoint, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"but holds PE-Spatial-B16-512.pt, a.pt"):
+        from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"B16-512.pt does not hold the weights of this encoder"):
+        from_pretrained(tmp_path, variant="PE-Spatial-B16-512")
+    with pytest.raises(TypeError, match="out_index"):
+        from_pretrained(checkpoint, variant=CONFIG, out_index=3)
+
+
+def test_training_state_of_known_trainers_does_not_hinder_and_stays_inert(tmp_path, state):
+    """Detectron2's, DETA's and mmengine's files hold such objects beside the weights."""
+    beside = {"args": argparse.Namespace(lr=1), "mean": np.float64(2), "history": np.arange(3.0), "iteration": 3}
+    torch.save({"model": state, **beside}, tmp_path / "w.pth")
+    file = read_checkpoint(tmp_path / "w.pth")
+    assert file.rest.keys() == beside.keys()
+    assert file.rest["iteration"] == 3
+    assert not isinstance(file.rest["args"], argparse.Namespace)
+    assert file.state.keys() == state.keys()
+
+
+def test_file_with_an_optimizer_alone_is_named(tmp_path):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    for content in ({"optimizer": optimizer.state_dict()}, optimizer.state_dict()):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=f"holds no weights, only .*{min(content)}"):
+            read_checkpoint(tmp_path / "w.pth")

@@ -17,12 +17,13 @@ import torch
 pytest.importorskip("mmdet")
 from coco_files import write_coco
 from mmengine.config import Config
+from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 REPO = Path(__file__).resolve().parents[1]
-ENCODER = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
+ENCODER = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, class_token=False)  # as the detectors'
 SMALLER = {1024: 128, 256: 16, 512: 16, 896: 96, 768: 64, 2000: 50, 1000: 20, 100: 10, 80: 2}
 
 
@@ -109,6 +110,22 @@ def test_weights_came_from_the_file_and_moved(trained):
     start = torch.load(project / "encoder.pt")
     moved = {name: (state[f"backbone.encoder.{name}"] - value).abs().max().item() for name, value in start.items()}
     assert 0 < max(moved.values()) < 0.01
+
+
+def test_detectron2_and_safetensors_files_evaluate_as_they_are(trained):
+    """The same weights in three layouts give the same predictions."""
+    project, _ = trained
+    for path, layout in (("d2.pth", "detectron2"), ("d2.safetensors", "detectron2"), ("ours.safetensors", "mmdet")):
+        tool("convert_checkpoint", "run/iter_4.pth", path, "--to", layout, cwd=project)
+    results = []
+    for path in ("run/iter_4.pth", "d2.pth", "d2.safetensors", "ours.safetensors"):
+        options = ("--data-root", "data", "--work-dir", "run/test", "--out", "out.pkl")
+        tool("test", "tiny.py", path, *options, cwd=project)
+        predictions = pickle.loads((project / "out.pkl").read_bytes())
+        results.append([torch.cat([p["pred_instances"]["bboxes"] for p in predictions])])
+    assert len(results[0][0])
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=0, atol=0)
 
 
 def test_resume_continues_without_the_pretrained_file(trained, tmp_path, sentence):
@@ -201,7 +218,8 @@ def test_errors_are_one_sentence(sentence, tmp_path, args, message):
 def test_checkpoint_of_another_model_or_with_code_is_refused(trained, tmp_path, sentence):
     project, _ = trained
     options = ("--data-root", "data", "--work-dir", tmp_path)
-    assert "holds no state_dict" in sentence("test", "tiny.py", "encoder.pt", *options)
+    assert "is no checkpoint of this config" in sentence("test", "tiny.py", "encoder.pt", *options)
+    assert "holds no state of a run" in sentence("train", "tiny.py", "--resume", "encoder.pt", *options)
 
     class Code:
         def __reduce__(self):

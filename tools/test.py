@@ -1,6 +1,8 @@
 """Evaluate a checkpoint, and write or show its predictions.
 
 python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
+python tools/test.py configs/pe_spatial_maskrcnn_coco_g14.py \
+    hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_coco36ep.pth
 python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
 """
 
@@ -36,7 +38,6 @@ def augment(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_checkpoint(args.checkpoint)
     cfg = cli.load_config(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
@@ -48,13 +49,13 @@ def main(args: argparse.Namespace) -> None:
         metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         cfg.test_evaluator = [*metrics, dump]
     runner = cli.build_runner(cfg)
-    cli.load_strictly(runner)
+    cli.load_weights_of_any_layout(runner)
     runner.test()
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
-    parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote")
+    parser.add_argument("checkpoint", help="file that tools/train.py wrote, or a released detector: a file or hf://owner/repo/file")
     parser.add_argument("--out", help="write the predictions to this .pkl file")
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument("--show-dir", help="draw predictions, beside the ground truth, into this folder")

@@ -10,7 +10,7 @@ import argparse
 from mmengine.runner import find_latest_checkpoint
 
 from pe_spatial import cli
-from pe_spatial.encoder.checkpoint import CheckpointError
+from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         cfg.load_from = None if args.resume == "auto" else args.resume
         checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
         if checkpoint:
-            cli.check_checkpoint(checkpoint)
+            cli.check_training_checkpoint(checkpoint)
     runner = cli.build_runner(cfg)
     if args.resume:
         cli.load_strictly(runner)

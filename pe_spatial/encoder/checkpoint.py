@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .files import SUFFIXES, CheckpointError, locate, read_state_dict
 from .resize import resize_patch_kernel
-from .variants import RELEASED_NAMES
+from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, preset_options, variant_key
 from .vit import PerceptionEncoder
 
 _log = logging.getLogger(__name__)
@@ -44,6 +42,8 @@ RELEASED_TO_OURS: dict[str, str] = {
     "transformer.resblocks.{}.ls_2.gamma": "blocks.{}.gamma_2",
 }
 
+_KERNEL = "patch_embed.proj.weight"
+
 # what a checkpoint may hold beyond the encoder, and why it is left out
 LEFT_OUT: dict[str, str] = {
     r"proj": "projection into the text space",
@@ -53,12 +53,6 @@ LEFT_OUT: dict[str, str] = {
     r"head\.(weight|bias)": "projection into the text space (timm)",
     r"(.+\.)?rope(_win|_glb)?(\.rope)?\.(freqs|freqs_cos|freqs_sin|cached_freqs)": "rotary constants, computed here",
 }
-
-_CONTAINERS = ("state_dict", "weights", "model")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or mapped; its message says what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +84,83 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
-    path = _locate(source, model)
+    path = locate(_released(model.variant, model.config) if str(source) == "released" else source)
     report = load_state(model, read_state_dict(path), path=path)
     _log.info("%s: %s layout, left out %s", path, report.layout, sorted(set(report.left_out.values())))
     return report
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    variant: str | EncoderConfig | Mapping[str, Any] | None = None,
+    preset: str = "release",
+    **options: Any,
+) -> PerceptionEncoder:
+    """Build an encoder, load its weights, and return it in evaluation mode.
+
+    The tensors are mapped from the file and keep its type; `model.float()` or `.to(device)` changes that as usual.
+
+    Args:
+        source: a released name ('PE-Spatial-B16-512' or 'pe_spatial_b16_512': from the hub, through its cache); a local
+            folder that holds its weights; or what `load_checkpoint` takes. A detector's file gives its encoder.
+        variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
+        preset: 'release', 'timm' or 'vitdet': the geometry (see `preset_options`).
+        options: those of `PerceptionEncoder`, such as `out_indices`; they override the preset.
+
+    Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
+    """
+    path = Path(str(source))
+    if path.is_dir():
+        path = _weights_in(path, variant)
+    elif "://" in str(source) or path.suffix in SUFFIXES:
+        path = locate(source)
+    else:
+        try:
+            variant = variant or variant_key(str(source))
+        except ValueError as error:
+            raise CheckpointError(f"{error}; or give a folder, or a file that ends in {', '.join(SUFFIXES)}") from None
+        path = locate(_released(variant_key(str(source)), str(source)))
+    state = to_timm_names(read_state_dict(path))[0]
+    if variant is None:
+        variant = _variant_of(state, path)
+    kernel = state.get(_KERNEL)
+    patch_size = {} if kernel is None else {"patch_size": kernel.shape[-1]}  # the detectors' is 16, not 14
+    with torch.device("meta"):
+        model = PerceptionEncoder(variant, **{**patch_size, **preset_options(preset, variant), **options})
+    load_state(model, state, path=path)
+    return model.eval()
+
+
+def _released(variant: str | None, config: object) -> str:
+    if variant is None:
+        raise CheckpointError(
+            f"no weights were released for {config}; give a file, or start from random weights on purpose"
+        )
+    return f"hf://facebook/{RELEASED_NAMES[variant]}"
+
+
+def _weights_in(folder: Path, variant: object) -> Path:
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if isinstance(variant, str):
+        files = [path for path in files if path.stem == RELEASED_NAMES[variant_key(variant)]] or files
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {found}")
+    return files[0]
+
+
+def _variant_of(state: Mapping[str, Tensor], path: Path) -> str:
+    for variant, name in RELEASED_NAMES.items():
+        if path.stem == name:
+            return variant
+    found = {name: value.shape for name, value in state.items() if name != _KERNEL}
+    with torch.device("meta"):
+        for variant in VARIANTS:  # those of the same shapes have the same configuration
+            shapes = {name: value.shape for name, value in PerceptionEncoder(variant).state_dict().items()}
+            if shapes.pop(_KERNEL) and shapes == found:
+                return variant
+    raise CheckpointError(f"{path} holds no released variant; give variant=dict(img_size=..., patch_size=..., ...)")
 
 
 def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: str | Path = "state dict") -> LoadReport:
@@ -116,21 +183,21 @@ def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: s
 
 
 def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, dict[str, str]]:
-    """Bring a state dict of the released or timm's layout to our names.
+    """Bring the encoder in a state dict of the released or timm's layout to our names.
 
-    Returns the state dict, the layout found ('release' or 'timm'), and what was left out with the reason.
+    The encoder may be a part of the model, such as a detector's backbone: the rest is left out. Returns the state dict,
+    the layout found ('release' or 'timm'), and what was left out with the reason.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    left_out: dict[str, str] = {}
-    if any(name.startswith("visual.") for name in state):
-        left_out = {name: "text tower" for name in state if not name.startswith("visual.")}
-        state = {name.removeprefix("visual."): value for name, value in state.items() if name not in left_out}
+    prefix = _encoder_prefix(state)
+    reason = "text tower" if prefix.endswith("visual.") else "not the encoder"
+    left_out = {name: reason for name in state if not name.startswith(prefix)}
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name not in left_out}
     layout = "release" if "conv1.weight" in state else "timm"
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        reason = next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)), None)
-        if reason:
-            left_out[name] = reason
+        why = next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)), None)
+        if why:
+            left_out[name] = why
         elif layout == "release":
             renamed = _rename(name)
             out[renamed] = value.reshape(1, -1, value.shape[-1]) if renamed in ("cls_token", "pos_embed") else value
@@ -139,47 +206,17 @@ def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, 
     return out, layout, left_out
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a .pt, .pth or .safetensors file; pickled code never runs.
-
-    Raises CheckpointError for a file that is missing, truncated, holds anything but plain data, or no tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a .pt or .safetensors file")
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to read it nevertheless
-        if code:
-            raise CheckpointError(
-                f"{path} holds more than tensors and plain data ({code[1]}), so it is not read: it could run code. "
-                "Save its state dict alone and load that"
-            ) from None
-        raise CheckpointError(
-            f"{path} is truncated or not written by torch.save; download it again, or save its state dict anew"
-        ) from None
-    except Exception as error:
-        # safetensors and torch raise a dozen types for broken files: RuntimeError, EOFError, SafetensorError, ...
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise CheckpointError(f"{path} is truncated or no checkpoint ({reason}); download it again") from error
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict; give the encoder's weights")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors, only {sorted(map(str, content))}; give the encoder's weights")
-    return tensors
+def _encoder_prefix(state: Mapping[str, Tensor]) -> str:
+    marks = {"conv1.weight": "transformer.resblocks.0.ln_1.weight", "patch_embed.proj.weight": "blocks.0.norm1.weight"}
+    prefixes = [
+        name.removesuffix(stem)
+        for stem, block in marks.items()
+        for name in state
+        if name.endswith(stem) and name.removesuffix(stem) + block in state
+    ]
+    if len(prefixes) > 1:
+        raise CheckpointError(f"there are several encoders in this file, at {', '.join(prefixes)}; save one of them")
+    return prefixes[0] if prefixes else ""
 
 
 def _rename(name: str) -> str:
@@ -190,12 +227,11 @@ def _rename(name: str) -> str:
 
 
 def _resize_kernel(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[str, str]:
-    name = "patch_embed.proj.weight"
-    kernel, size = state.get(name), model.patch_size
+    kernel, size = state.get(_KERNEL), model.patch_size
     if kernel is None or kernel.ndim != 4 or kernel.shape[-1] != model.config.patch_size or kernel.shape[-1] == size:
         return {}
-    state[name] = resize_patch_kernel(kernel, size)
-    return {name: f"{tuple(kernel.shape)} -> {tuple(state[name].shape)}"}
+    state[_KERNEL] = resize_patch_kernel(kernel, size)
+    return {_KERNEL: f"{tuple(kernel.shape)} -> {tuple(state[_KERNEL].shape)}"}
 
 
 def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -223,40 +259,3 @@ def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: 
         )
     assign = any(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(dict(state), strict=True, assign=assign)
-
-
-def _locate(source: str | Path, model: PerceptionEncoder) -> Path:
-    text = str(source)
-    if text == "released":
-        if model.variant is None:
-            raise CheckpointError(
-                f"no weights were released for {model.config}; give a file, or start from random weights on purpose"
-            )
-        text = f"hf://facebook/{RELEASED_NAMES[model.variant]}"
-    if text.startswith("package://"):
-        module, _, filename = text.removeprefix("package://").partition("/")
-        try:
-            return Path(str(resources.files(module) / filename))
-        except ModuleNotFoundError:
-            raise CheckpointError(f"{text!r} names no installed package; write package://module/file") from None
-    if not text.startswith("hf://"):
-        return Path(text)
-    owner, repo, filename = [*text.removeprefix("hf://").replace(":", "/", 1).split("/", 2), "", ""][:3]
-    if not owner or not repo:
-        raise CheckpointError(f"{text!r} is no address on the hub; write hf://owner/repo or hf://owner/repo/file")
-    filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        try:  # first, because without a network the client asks for it again and again
-            return Path(hf_hub_download(f"{owner}/{repo}", filename, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(f"{owner}/{repo}", filename))
-    except Exception as error:
-        # The hub client raises its own errors, the HTTP library's and OSError; all of them mean: not at hand.
-        raise CheckpointError(
-            f"{filename} of {owner}/{repo} is neither in the hub's cache nor to be downloaded "
-            f"({type(error).__name__}); download https://huggingface.co/{owner}/{repo}/resolve/main/{filename} "
-            "where there is a network, and give the path of the file as the checkpoint"
-        ) from error

@@ -1,0 +1,541 @@
+"""Checkpoints of encoders and detectors, from one project's layout into another's: one table, read in either direction.
+
+The table holds the names on both sides and the shapes. A file that it does not cover tensor by tensor is refused, and
+no tensor is copied: a file is mapped in and streamed out. Names on the other side: perception_models@3e352cc,
+core/vision_encoder/pe.py (encoders) and apps/detection/detectron2_pe with detectron2@02b5c4e (detectors).
+
+Shapes are words, and a letter stands for one size in a whole file: e width of the encoder, n learned positions, p side
+of a patch, m hidden width of the MLP, c channels of the pyramid, a anchors of a cell, f width of the box head, b the
+outputs of its regression, C classes. Besides, d counts the blocks, t the class tokens, s the blocks with LayerScale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encoder.checkpoint import LEFT_OUT, RELEASED_TO_OURS
+from .encoder.files import SUFFIXES, CheckpointError, CheckpointFile
+from .encoder.resize import resize_patch_kernel
+from .encoder.variants import VARIANTS, VITDET_RECIPES, EncoderConfig
+
+TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
+
+
+class _Row(NamedTuple):
+    theirs: str  # released encoder's or detectron2's name; '' where there is no place for it
+    ours: str
+    shape: str  # on our side; '?' where only some models have it
+
+
+_ENCODER_SHAPES = {
+    "cls_token": "1 1 e ?", "pos_embed": "1 n e", "patch_embed.proj.weight": "e 3 p p",
+    "norm_pre.weight": "e", "norm_pre.bias": "e",
+    "blocks.{}.norm1.weight": "e", "blocks.{}.norm1.bias": "e",
+    "blocks.{}.attn.qkv.weight": "3e e", "blocks.{}.attn.qkv.bias": "3e",
+    "blocks.{}.attn.proj.weight": "e e", "blocks.{}.attn.proj.bias": "e",
+    "blocks.{}.gamma_1": "e ?", "blocks.{}.gamma_2": "e ?",
+    "blocks.{}.norm2.weight": "e", "blocks.{}.norm2.bias": "e",
+    "blocks.{}.mlp.fc1.weight": "m e", "blocks.{}.mlp.fc1.bias": "m",
+    "blocks.{}.mlp.fc2.weight": "e m", "blocks.{}.mlp.fc2.bias": "e",
+}  # fmt: skip
+_ENCODER = [_Row(theirs, ours, _ENCODER_SHAPES[ours]) for theirs, ours in RELEASED_TO_OURS.items()]
+
+# detectron2 | ours | shape. '*' is weight and bias; {} a block, {k} 0 to 3, {s} a stage of the cascade, {m} a stage of
+# MMDetection's own mask heads
+_HEADS = """
+backbone.simfp_2.0.*            | backbone.pyramid.levels.0.0.*      | e e/2 2 2; e/2
+backbone.simfp_2.1.*            | backbone.pyramid.levels.0.1.*      | e/2; e/2
+backbone.simfp_2.3.*            | backbone.pyramid.levels.0.3.*      | e/2 e/4 2 2; e/4
+backbone.simfp_2.4.weight       | backbone.pyramid.levels.0.4.weight | c e/4 1 1
+backbone.simfp_2.4.norm.*       | backbone.pyramid.levels.0.5.*      | c; c
+backbone.simfp_2.5.weight       | backbone.pyramid.levels.0.6.weight | c c 3 3
+backbone.simfp_2.5.norm.*       | backbone.pyramid.levels.0.7.*      | c; c
+backbone.simfp_3.0.*            | backbone.pyramid.levels.1.0.*      | e e/2 2 2; e/2
+backbone.simfp_3.1.weight       | backbone.pyramid.levels.1.1.weight | c e/2 1 1
+backbone.simfp_3.1.norm.*       | backbone.pyramid.levels.1.2.*      | c; c
+backbone.simfp_3.2.weight       | backbone.pyramid.levels.1.3.weight | c c 3 3
+backbone.simfp_3.2.norm.*       | backbone.pyramid.levels.1.4.*      | c; c
+backbone.simfp_4.0.weight       | backbone.pyramid.levels.2.0.weight | c e 1 1
+backbone.simfp_4.0.norm.*       | backbone.pyramid.levels.2.1.*      | c; c
+backbone.simfp_4.1.weight       | backbone.pyramid.levels.2.2.weight | c c 3 3
+backbone.simfp_4.1.norm.*       | backbone.pyramid.levels.2.3.*      | c; c
+backbone.simfp_5.1.weight       | backbone.pyramid.levels.3.1.weight | c e 1 1
+backbone.simfp_5.1.norm.*       | backbone.pyramid.levels.3.2.*      | c; c
+backbone.simfp_5.2.weight       | backbone.pyramid.levels.3.3.weight | c c 3 3
+backbone.simfp_5.2.norm.*       | backbone.pyramid.levels.3.4.*      | c; c
+proposal_generator.rpn_head.conv.conv0.*        | rpn_head.rpn_conv.0.conv.*                     | c c 3 3; c
+proposal_generator.rpn_head.conv.conv1.*        | rpn_head.rpn_conv.1.conv.*                     | c c 3 3; c
+proposal_generator.rpn_head.objectness_logits.* | rpn_head.rpn_cls.*                             | a c 1 1; a
+proposal_generator.rpn_head.anchor_deltas.*     | rpn_head.rpn_reg.*                             | 4a c 1 1; 4a
+roi_heads.box_head{s}.conv{k+1}.weight          | roi_head.bbox_head{s}.shared_convs.{k}.conv.weight | c c 3 3
+roi_heads.box_head{s}.conv{k+1}.norm.*          | roi_head.bbox_head{s}.shared_convs.{k}.ln.*    | c; c
+roi_heads.box_head{s}.fc1.*                     | roi_head.bbox_head{s}.shared_fcs.0.*           | f 49c; f
+roi_heads.box_predictor{s}.cls_score.*          | roi_head.bbox_head{s}.fc_cls.*                 | C+1 f; C+1
+roi_heads.box_predictor{s}.bbox_pred.*          | roi_head.bbox_head{s}.fc_reg.*                 | b f; b
+roi_heads.box_predictor{s}.fed_loss_cls_weights | roi_head.bbox_head{s}.loss_cls.class_weights   | C ?
+roi_heads.mask_head.mask_fcn{k+1}.weight        | roi_head.mask_head{m}.convs.{k}.conv.weight    | c c 3 3
+roi_heads.mask_head.mask_fcn{k+1}.norm.*        | roi_head.mask_head{m}.convs.{k}.ln.*           | c; c
+roi_heads.mask_head.deconv.*                    | roi_head.mask_head{m}.upsample.*               | c c 2 2; c
+roi_heads.mask_head.predictor.*                 | roi_head.mask_head{m}.conv_logits.*            | C c 1 1; C
+"""
+
+
+def _detector_rows() -> list[_Row]:
+    rows = [
+        _Row("" if ours == "cls_token" else f"backbone.net.{theirs}", f"backbone.encoder.{ours}", shape)
+        for theirs, ours, shape in _ENCODER
+    ]
+    for line in _HEADS.strip().splitlines():
+        for k in range(4 if "{k}" in line else 1):
+            numbered = line.replace("{k}", str(k)).replace("{k+1}", str(k + 1))
+            theirs, ours, shapes = (part.strip() for part in numbered.split("|"))
+            for tensor, shape in zip(("weight", "bias"), shapes.split("; "), strict=False):
+                rows.append(_Row(theirs.replace("*", tensor), ours.replace("*", tensor), shape))
+    return rows
+
+
+_ROWS = {"encoder": _ENCODER, "detector": _detector_rows()}
+_THEIRS = ("release", "detectron2")
+# the names begin like this -> (kind, layout)
+_MARKS = {
+    "transformer.resblocks.0.": ("encoder", "release"),
+    "blocks.0.": ("encoder", "pe_spatial"),
+    "backbone.net.transformer.resblocks.0.": ("detector", "detectron2"),
+    "backbone.encoder.blocks.0.": ("detector", "mmdet"),
+}
+_PREFIXES = ("module.visual.", "visual.", "module.", "")  # of data-parallel training and of contrastive models
+_SYNONYMS = {
+    ("encoder", "mmdet"): "pe_spatial",
+    ("detector", "pe_spatial"): "mmdet",
+    ("detector", "release"): "detectron2",
+}
+_NO_PLACE = {
+    "cls_token": "the released detectors have no class token",
+    "mask_head": "detectron2's cascade has one mask head for all stages; the config that maps is built on "
+    "configs/_base_/models/cascade_mask_rcnn_pe.py",
+}
+_ROPE = re.compile(r"backbone\.net\.(rope_(win|glb)|transformer\.resblocks\.\d+\.attn\.rope)\.freqs_(cos|sin)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeGeometry:
+    """What the rotary tables of a released detector depend on and its weights do not tell; it travels with the file.
+
+    Args:
+        heads: attention heads.
+        window: side of a window, in tokens.
+        image: side of an image, in tokens.
+        global_blocks: blocks with global attention.
+        dtype: of the tables.
+    """
+
+    heads: int
+    window: int
+    image: int
+    global_blocks: tuple[int, ...]
+    dtype: str = "float32"
+
+    def tables(self, width: int, depth: int, grid: int) -> dict[str, Tensor]:
+        """Return every rotary table by detectron2's name, bit for bit the reference's.
+
+        A window or an image of side L makes (L * L, head dimension): the column's angles, then the row's, each twice.
+        Cell i of an axis stands at 1 + i * grid / L, where `grid` is the side of the learned positions
+        (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py).
+        """
+        half = width // self.heads // 2
+        frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
+        made = []
+        for side in (self.window, self.image):
+            positions = torch.arange(side) / side * grid + 1
+            axis = torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
+            cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
+            made.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
+        homes = {"rope_win": made[0], "rope_glb": made[1]} | {
+            f"transformer.resblocks.{i}.attn.rope": made[i in self.global_blocks] for i in range(depth)
+        }
+        return {
+            f"backbone.net.{home}.freqs_{name}": table
+            for home, pair in homes.items()
+            for name, table in zip(("cos", "sin"), pair, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint in another layout, and what was done to it.
+
+    Args:
+        path: the file that it came from.
+        kind: 'encoder' or 'detector'.
+        layout_in: the layout found.
+        layout_out: the layout of `state`.
+        state: name -> tensor.
+        renamed: name in the file -> name in `state`, of all tensors that were kept.
+        dropped: what is in the file and not in `state`, each with the reason.
+        resized: name in `state` -> 'shape -> shape'.
+        added: what is in `state` and not in the file, each with the reason.
+        notes: sentences that a user should read.
+        geometry: of a released detector's rotary tables, where it is known.
+    """
+
+    path: Path
+    kind: str
+    layout_in: str
+    layout_out: str
+    state: dict[str, Tensor]
+    renamed: dict[str, str]
+    dropped: dict[str, str]
+    resized: dict[str, str] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    geometry: RopeGeometry | None = None
+
+
+def convert(file: CheckpointFile, to: str) -> Conversion:
+    """Bring an encoder or a detector into the layout `to`, one of `TARGETS`.
+
+    Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
+    rest of the file asks for, and where there is no way to `to`.
+    """
+    found = _find_layout(file.state)
+    if found is None:
+        raise CheckpointError(
+            f"{file.path} holds no encoder or detector that is known here, but {_some(file.state)}; known are encoders "
+            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN of Detectron2 and MMDetection on one"
+        )
+    prefix, kind, layout = found
+    target = _target(file.path, kind, to)
+    state = {name.removeprefix(prefix): value for name, value in file.state.items() if name.startswith(prefix)}
+    dropped = {name: "text tower" for name in file.state if not name.startswith(prefix)} | _beside(file.rest)
+    if kind == "encoder":
+        dropped |= {prefix + name: why for name, why in _take_unused(file.path, state).items()}
+    rope = {name: state.pop(name) for name in list(state) if layout == "detectron2" and _ROPE.fullmatch(name)}
+
+    table = _table(file.path, kind, layout, state, target)
+    sizes = _sizes(file.path, table, layout, state)
+    renamed, out = {}, {}
+    for name, value in state.items():
+        ours = renamed[prefix + name] = _name(table[name], target)
+        axes = len(_shape(table[name], target).split())
+        out[ours] = value.reshape(((1,) * axes + tuple(value.shape))[-axes:])
+    if kind == "encoder":
+        resized = _fit_kernel(file.path, out, target, sizes)
+        return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized)
+
+    geometry, deviation = _geometry(file.path, rope, sizes) if rope else (_stored_geometry(file, sizes), 0.0)
+    added: dict[str, Tensor] = {}
+    notes: list[str] = []
+    if layout == target:
+        out |= rope
+        renamed |= {prefix + name: name for name in rope}
+    elif target == "mmdet":
+        why = "rotary constants, computed here" + (f" to within {deviation:.0e}" if deviation else "")
+        dropped |= {prefix + name: why for name in rope}
+    elif geometry := geometry or _recipe(sizes):
+        added = geometry.tables(sizes["e"], sizes["d"], math.isqrt(sizes["n"]))
+        out |= added
+    else:
+        notes.append(
+            "the rotary tables are left out: the file does not tell their geometry, and no released detector has these "
+            "shapes; Detectron2 computes them itself, and warns"
+        )
+    reasons = dict.fromkeys(added, "rotary constants, which Detectron2 keeps in the file")
+    return Conversion(file.path, kind, layout, target, out, renamed, dropped, {}, reasons, notes, geometry)
+
+
+def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
+    """Return the weights of Detectron2's detectors in MMDetection's names, those of any other file as they are."""
+    found = _find_layout(file.state)
+    return convert(file, "mmdet").state if found and found[1:] == ("detector", "detectron2") else file.state
+
+
+def check_destination(path: str | Path, source: str | Path) -> None:
+    """Raise CheckpointError unless a checkpoint can be written to `path` without harm to `source`."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} does not end in {', '.join(SUFFIXES)}; give the output such a name")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {path.parent} for {path.name}; create it first")
+    if path.is_dir() or path.resolve() == Path(source).resolve():
+        raise CheckpointError(f"{path} is a folder, or the checkpoint that is read; write to another file")
+
+
+def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
+    """Write a .pt, .pth or .safetensors file in the wrapping of its layout; return its size in bytes.
+
+    Tensors go to the disk one by one. The file appears under its name when it is complete, or not at all.
+    Raises CheckpointError if it cannot be written.
+    """
+    path = Path(path)
+    check_destination(path, conversion.path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    facts = {} if conversion.geometry is None else {"pe_spatial": asdict(conversion.geometry)}
+    state = {name: _compact(value) for name, value in conversion.state.items()}
+    wrapped: dict[str, Any] = {"model": state} if conversion.layout_out == "detectron2" else {"state_dict": state}
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            described = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
+            save_file(_unshared(state), partial, described)
+        elif conversion.layout_out == "release":
+            torch.save(state, partial)
+        else:
+            torch.save(wrapped | ({"meta": facts} if conversion.layout_out == "mmdet" else {}), partial)
+        partial.chmod(mode)  # safetensors gives its files to their owner alone, whatever the umask
+        os.replace(partial, path)
+    except Exception as error:
+        # OSError from the file system, RuntimeError from torch, SafetensorError
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be written ({reason}); nothing was left there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+# --- names
+
+
+def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """Return (prefix of the names, kind, layout), or None."""
+    for prefix in _PREFIXES:
+        for mark, (kind, layout) in _MARKS.items():
+            if any(name.startswith(prefix + mark) for name in state):
+                positions = state.get(f"{prefix}positional_embedding")  # of a detector's initialisation: (1, n, e)
+                initial = layout == "release" and positions is not None and positions.ndim == 3
+                return prefix, kind, "detectron2" if initial else layout
+    return None
+
+
+def _target(path: Path, kind: str, to: str) -> str:
+    if to not in TARGETS:
+        raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
+    if (kind, to) == ("detector", "timm"):
+        raise CheckpointError(f"{path} is a detector and timm has none; convert it to mmdet or detectron2")
+    return _SYNONYMS.get((kind, to), to)
+
+
+def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
+    """Take out of `state` what an encoder has no use for; return it with the reasons."""
+    unused = {name: why for name in state for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)}
+    parts = [name for name in unused if "rope" not in name]
+    if parts and not any(name.startswith("attn_pool.") for name in parts):
+        raise CheckpointError(
+            f"{path} has {_some(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
+            "if it is one nevertheless, save its encoder alone"
+        )
+    for name in unused:
+        del state[name]
+    return unused
+
+
+def _beside(rest: Mapping[str, Any]) -> dict[str, str]:
+    ours = {"format", "pe_spatial"} | ({"meta"} if set(rest.get("meta") or ()) <= {"pe_spatial"} else set())
+    return {name: "training state or description, not weights" for name in rest if name not in ours}
+
+
+def _name(row: _Row, layout: str) -> str:
+    return row.theirs if layout in _THEIRS else row.ours
+
+
+def _shape(row: _Row, layout: str) -> str:
+    """Return the shape without leading axes of one where `layout` has none."""
+    shape = row.shape.removesuffix(" ?")
+    bare = layout == "release" or (layout == "detectron2" and shape.startswith("1 1 "))
+    return shape.replace("1 ", "") if bare else shape
+
+
+def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], target: str) -> dict[str, _Row]:
+    """Return name -> row for exactly the tensors of `state`, or raise CheckpointError that lists both sides."""
+    blocks = {found[1] for name in state if (found := re.search(r"(?:^|\.)(?:res)?blocks\.(\d+)\.", name))}
+    numbers = {"{}": [str(i) for i in range(len(blocks))]}
+    for mark, pattern in {"{s}": r"roi_heads?\.b?box_(head|predictor)\.\d", "{m}": r"roi_head\.mask_head\.\d"}.items():
+        numbers[mark] = [".0", ".1", ".2"] if any(re.match(pattern, name) for name in state) else [""]
+    table: dict[str, _Row] = {}
+    for theirs, ours, shape in _ROWS[kind]:
+        mark = next((mark for mark in numbers if mark in ours), "{}")
+        rows = [
+            _Row("" if mark == "{m}" and number else theirs.replace(mark, number), ours.replace(mark, number), shape)
+            for number in (numbers[mark] if mark in ours else [""])
+        ]
+        if not shape.endswith("?") or any(_name(row, layout) in state for row in rows):
+            table |= {_name(row, layout): row for row in rows}
+    table.pop("", None)
+    extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
+    if extra or missing:
+        raise CheckpointError(
+            f"{path} does not map one to one from {layout} to {target}; only in the file: {_some(extra)}; "
+            f"missing in it: {_some(missing)}; it is of another model, or only a part of this {kind}"
+        )
+    homeless = [row.ours for row in table.values() if not _name(row, target)]
+    if homeless:
+        why = next(why for part, why in _NO_PLACE.items() if part in homeless[0])
+        raise CheckpointError(f"{path} has no way to {target}: no place for {_some(homeless)}, because {why}")
+    return table
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# --- shapes
+
+
+def _sizes(path: Path, table: Mapping[str, _Row], layout: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return letter -> size, or raise CheckpointError for the first tensor that disagrees with those before it."""
+    sizes: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for name, row in table.items():
+        words, found = _shape(row, layout).split(), tuple(state[name].shape)
+        expected = [_expect(word, size, sizes) for word, size in zip(words, found, strict=False)]
+        if len(words) != len(found) or tuple(expected) != found:
+            letters = sorted(set(re.findall("[a-zA-Z]", row.shape)) & source.keys())
+            known = ", ".join(f"{letter} is {sizes[letter]} as in {source[letter]}" for letter in letters)
+            asked = f"({', '.join(words)}){f', where {known}' if known else ''}"
+            raise CheckpointError(f"{path}: {name} is {found} but should be {asked}; give an undamaged file")
+        source |= {letter: name for letter in sizes.keys() - source.keys()}
+    ours = [row.ours for row in table.values()]
+    sizes["d"] = sum(name.endswith("norm1.bias") for name in ours)
+    sizes["t"] = sum(name.endswith("cls_token") for name in ours)
+    sizes["s"] = sum(name.endswith("gamma_1") for name in ours)
+    if math.isqrt(sizes["n"] - sizes["t"]) ** 2 != sizes["n"] - sizes["t"]:
+        raise CheckpointError(f"{path}: {source['n']} has {sizes['n']} positions, which make no square grid of patches")
+    if "b" in sizes and sizes["b"] not in (4, 4 * sizes["C"]):
+        raise CheckpointError(f"{path}: {source['b']} has {sizes['b']} outputs but should have 4 or {4 * sizes['C']}")
+    return sizes
+
+
+def _expect(word: str, size: int, sizes: dict[str, int]) -> int | None:
+    """Return what `word` ('7', 'e', '3e', 'e/2' or 'C+1') says, and note a letter that is met for the first time."""
+    found = re.fullmatch(r"(\d*)([a-zA-Z]?)(?:/(\d+))?(?:\+(\d+))?", word)
+    assert found
+    times, over, plus = (int(found[group] or default) for group, default in ((1, 1), (3, 1), (4, 0)))
+    if not found[2]:
+        return times
+    if found[2] not in sizes:
+        value, remainder = divmod((size - plus) * over, times)
+        if remainder or value < 1:
+            return None
+        sizes[found[2]] = value
+    return sizes[found[2]] * times // over + plus
+
+
+def _released_alike(sizes: Mapping[str, int]) -> list[EncoderConfig]:
+    """Return the released configurations with these shapes, whatever their patch."""
+    return [
+        config
+        for config in VARIANTS.values()
+        if [sizes[letter] for letter in "emndts"]
+        == [config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.grid_size**2 + config.class_token,
+            config.depth, config.class_token, 0 if config.init_values is None else config.depth]
+    ]  # fmt: skip
+
+
+def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Resize the patch kernel for Detectron2, whose detectors have patches of 16 pixels; return what was resized."""
+    size, released = sizes["p"], {config.patch_size for config in _released_alike(sizes)}
+    if target in ("release", "timm") and released and size not in released:
+        raise CheckpointError(
+            f"{path} has no way to {target}: its patch kernel was resized to {size} pixels from {released.pop()}, "
+            "which cannot be undone; convert the released file instead"
+        )
+    if target != "detectron2" or size == 16:
+        return {}
+    before, state["conv1.weight"] = state["conv1.weight"], resize_patch_kernel(state["conv1.weight"], 16)
+    return {"conv1.weight": f"{tuple(before.shape)} -> {tuple(state['conv1.weight'].shape)}"}
+
+
+# --- rotary tables of the released detectors
+
+
+def _geometry(path: Path, rope: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[RopeGeometry, float]:
+    """Return the geometry that the tables show, and by how much they deviate from what it gives."""
+    windows, images = (rope.get(f"backbone.net.rope_{kind}.freqs_cos") for kind in ("win", "glb"))
+    if windows is None or images is None or any(table.ndim != 2 or not table.numel() for table in (windows, images)):
+        raise CheckpointError(f"{path} has rotary tables, but rope_win and rope_glb are not both there as matrices")
+    geometry = RopeGeometry(
+        heads=max(sizes["e"] // images.shape[1], 1),
+        window=math.isqrt(windows.shape[0]),
+        image=math.isqrt(images.shape[0]),
+        global_blocks=tuple(
+            int(name.split(".")[4])
+            for name, table in rope.items()
+            if name.endswith("attn.rope.freqs_cos") and table.shape == images.shape
+        ),
+        dtype=str(images.dtype).removeprefix("torch."),
+    )
+    expected, deviation = geometry.tables(sizes["e"], sizes["d"], math.isqrt(sizes["n"])), 0.0
+    odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
+    if odd:
+        raise CheckpointError(f"{path} has rotary tables that do not go together ({_some(sorted(odd))}) for {geometry}")
+    for name, table in rope.items():
+        difference = 0.0 if table.is_meta else float((table.float() - expected[name].float()).abs().max())
+        if not difference <= 1e-5:  # nor nan
+            raise CheckpointError(
+                f"{path} has rotary tables of another geometry: {name} differs by {difference:.1g} from that of "
+                f"{geometry} on a grid of {math.isqrt(sizes['n'])} tokens"
+            )
+        deviation = max(deviation, difference)
+    return geometry, deviation
+
+
+def _shape_of(tables: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tables[name].shape) if name in tables else ()
+
+
+def _stored_geometry(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeGeometry | None:
+    """Return the geometry that a converted file carries: an entry of its meta, or JSON in safetensors' metadata."""
+    meta = file.rest.get("meta")
+    facts = meta.get("pe_spatial") if isinstance(meta, Mapping) else file.rest.get("pe_spatial")
+    if facts is None:
+        return None
+    try:
+        facts = json.loads(facts) if isinstance(facts, str) else facts
+        geometry = RopeGeometry(**{**facts, "global_blocks": tuple(facts["global_blocks"])})
+        if sizes["e"] % (4 * geometry.heads):
+            raise ValueError(f"{geometry.heads} heads")
+        geometry.tables(sizes["e"], 0, 1)
+    except Exception as error:  # whatever an entry of another type or size leads to
+        raise CheckpointError(f"{file.path} says nonsense on its rotary tables ({facts}); remove that entry") from error
+    return geometry
+
+
+def _recipe(sizes: Mapping[str, int]) -> RopeGeometry | None:
+    """Return the geometry of the released detectors: images of 1024 pixels, windows of the pretraining grid."""
+    heads = {config.num_heads for config in _released_alike(sizes)}
+    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES:
+        return None
+    blocks = VITDET_RECIPES[sizes["d"]].global_attn_indexes
+    return RopeGeometry(heads=heads.pop(), window=math.isqrt(sizes["n"]), image=1024 // 16, global_blocks=blocks)
+
+
+# --- writing
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Return `value`, or a copy of it where a whole larger storage would go to the file with it."""
+    value = value.detach().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with storages of their own, as safetensors asks; only those that share one are copied."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        out[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return out
