@@ -32,7 +32,7 @@ model = dict(
         pyramid=dict(strides=strides, out_channels=width),
         init_cfg=dict(type='Pretrained', checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),
     rpn_head=dict(
-        type='Float32RPNHead',
+        type='Detectron2RPNHead',
         in_channels=width,
         feat_channels=width,
         anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=strides),

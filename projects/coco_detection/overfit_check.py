@@ -34,7 +34,10 @@ model = dict(
     backbone=dict(variant='pe_spatial_t16_512', drop_path_rate=0.0, init_cfg=None),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=300),
-        rcnn=[dict(stage, sampler=dict(stage.sampler, num=64)) for stage in _base_.model.train_cfg.rcnn]))
+        rcnn=[
+            dict(stage, sampler=dict(stage.sampler, **({} if index else dict(num=64))))
+            for index, stage in enumerate(_base_.model.train_cfg.rcnn)
+        ]))
 train_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dataset)
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dataset)
 test_dataloader = val_dataloader

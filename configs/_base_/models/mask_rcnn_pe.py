@@ -1,5 +1,6 @@
-# Mask R-CNN on PE as in perception_models@3e352cc:apps/detection/detectron2_pe, in MMDetection's words.
-# The variant alone decides widths, depth, windows, global blocks, drop path and layer decay.
+# Mask R-CNN on PE as in perception_models@3e352cc:apps/detection/detectron2_pe, in MMDetection's words: the released
+# weights give the released results. The variant alone decides widths, depth, windows, global blocks, drop path and
+# layer decay.
 
 norm_cfg = dict(type='ChannelLayerNorm', eps=1e-6)  # over channels; mmcv's build_norm_layer would default to 1e-5
 strides = [4, 8, 16, 32, 64]
@@ -20,24 +21,24 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='released')),
     neck=None,
     rpn_head=dict(
-        type='Float32RPNHead',
+        type='Detectron2RPNHead',
         in_channels=256,
         feat_channels=256,
         num_convs=2,
         anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=strides),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4),
+        bbox_coder=dict(type='Detectron2BoxCoder', target_stds=[1.0] * 4),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
     roi_head=dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='Detectron2RoIExtractor',
             # torchvision's computes in float32 under autocast, on CPU too; mmcv's knows no bfloat16
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
             featmap_strides=strides[:-1]),
         bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead',
+            type='Detectron2BBoxHead',
             in_channels=256,
             conv_out_channels=256,
             fc_out_channels=1024,
@@ -47,12 +48,11 @@ model = dict(
             cls_predictor_cfg=dict(type='Float32Linear'),
             reg_predictor_cfg=dict(type='Float32Linear'),
             reg_class_agnostic=False,
-            bbox_coder=dict(
-                type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
+            bbox_coder=dict(type='Detectron2BoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]),
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
         mask_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='Detectron2RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
             featmap_strides=strides[:-1]),
@@ -67,7 +67,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(
             assigner=dict(
-                type='MaxIoUAssigner',
+                type='Detectron2MaxIoUAssigner',
                 pos_iou_thr=0.7,
                 neg_iou_thr=0.3,
                 min_pos_iou=0.0,
