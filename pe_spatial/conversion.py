@@ -211,7 +211,7 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
     if found is None:
         raise CheckpointError(
             f"{file.path} holds no encoder or detector that is known here, but {_some(file.state)}; known are encoders "
-            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN of Detectron2 and MMDetection on one"
+            "of perception_models, timm and pe_spatial, and Detectron2's and our (Cascade) Mask R-CNN on such an encoder"
         )
     prefix, kind, layout = found
     target = _target(file.path, kind, to)

@@ -1,5 +1,6 @@
 """Every config builds, and says what its header and the released recipe say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import load_file
 
 from pe_spatial import VARIANTS
+from pe_spatial.conversion import convert
+from pe_spatial.encoder.files import CheckpointFile
 from pe_spatial.encoder.variants import vitdet_recipe
 
 pytestmark = pytest.mark.mmdet
@@ -58,15 +61,35 @@ def test_variant_is_one_option(variant):
         assert MODELS.build(cfg.model).backbone.encoder.embed_dim == VARIANTS[variant].embed_dim
 
 
-def test_released_layout_of_the_mask_rcnn(shared):
-    """The parameters of the G14 Mask R-CNN are those of the released checkpoint."""
-    import json
+# file (Meta's, or what Detectron2 would write) -> config
+CONTRACTS = {
+    "mask_rcnn_PEspatial_G_coco36ep": "pe_spatial_maskrcnn_coco_g14",
+    "mask_rcnn_PEcore_G_coco75ep": "pe_core_maskrcnn_coco_g14",
+    "mask_rcnn_PEspatial_G_lvis75ep": "pe_spatial_maskrcnn_lvis_g14",
+    "mask_rcnn_PEcore_G_lvis75ep": "pe_core_maskrcnn_lvis_g14",
+    "unreleased_cascade_PEspatial_G_coco": "pe_spatial_cascade_coco_g14",
+    "unreleased_cascade_PEspatial_G_lvis": "pe_spatial_cascade_coco_g14",
+}
 
-    contract = json.loads((shared / "golden/maskrcnn/contract_mask_rcnn_PEspatial_G_coco36ep.json").read_text())
-    released = sorted(tuple(shape) for name, shape in contract["keys"].items() if "rope" not in name)
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_released_file_fills_the_config_and_nothing_is_left_over(shared, name):
+    contract = json.loads((shared / f"golden/maskrcnn/contract_{name}.json").read_text())
+    cfg = load(CONFIGS / f"{CONTRACTS[name]}.py")
+    if name == "unreleased_cascade_PEspatial_G_lvis":
+        lvis = load(CONFIGS / "pe_spatial_maskrcnn_lvis_g14.py").model.roi_head
+        for head in cfg.model.roi_head.bbox_head:
+            head.num_classes = lvis.bbox_head.num_classes
+            head.loss_cls = lvis.bbox_head.loss_cls
+        cfg.model.roi_head.mask_head.num_classes = lvis.mask_head.num_classes
     with torch.device("meta"):
-        model = MODELS.build(load(CONFIGS / "pe_spatial_maskrcnn_coco_g14.py").model)
-    assert sorted(tuple(value.shape) for value in model.state_dict().values()) == released
+        state = {key: torch.empty(shape) for key, shape in contract["keys"].items()}
+        model = MODELS.build(cfg.model)
+    done = convert(CheckpointFile(Path(name), state), "mmdet")
+    assert set(done.dropped.values()) == {"rotary constants, computed here"}
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in done.state.items()} == shapes
+    assert len(shapes) + len(done.dropped) == len(contract["keys"])
 
 
 def test_released_recipe():

@@ -1,4 +1,4 @@
-"""Detection in MMDetection: checked COCO input, heads, test-time augmentation. Importing this registers them."""
+"""Detection in MMDetection: checked COCO and LVIS input, heads, augmentation. Importing it registers them."""
 
 from .coco import CheckedCocoDataset, LoadPicture
 from .heads import (
@@ -10,17 +10,23 @@ from .heads import (
     Detectron2RPNHead,
     Float32Linear,
 )
+from .lvis import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
 from .tta import BoxTTA
 
 __all__ = [
     "BoxTTA",
     "CheckedCocoDataset",
+    "CheckedLVISDataset",
     "Detectron2BBoxHead",
     "Detectron2BoxCoder",
     "Detectron2CascadeRoIHead",
     "Detectron2MaxIoUAssigner",
     "Detectron2RPNHead",
     "Detectron2RoIExtractor",
+    "FastLVISMetric",
+    "FederatedLoss",
     "Float32Linear",
     "LoadPicture",
+    "RepeatFactorSampler",
+    "SetClassWeights",
 ]

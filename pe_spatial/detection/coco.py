@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class CheckedCocoDataset(CocoDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Read, check and clean the annotation file, then let mmdet parse it."""
-        content = read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
+        content = self.read_annotations()
         self._check_classes(content)
         counts = clean_coco(content, self.ann_file)
         counts.update(missing=self._check_pictures(content["images"]))
@@ -67,6 +67,10 @@ class CheckedCocoDataset(CocoDataset):
             del self.COCOAPI
         self._report(content, counts)
         return data_list
+
+    def read_annotations(self) -> dict[str, Any]:
+        """Read the annotation file and check its form; other formats become COCO's here."""
+        return read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
 
     def filter_data(self) -> list[dict[str, Any]]:
         """Filter as mmdet does; nothing left is an error."""
@@ -95,19 +99,20 @@ class CheckedCocoDataset(CocoDataset):
 
     def _check_classes(self, content: Mapping[str, Any]) -> None:
         # mmdet would leave unknown classes out, and thereby silently renumber the others.
+        classes = list(self.metainfo["classes"])
         names = [category["name"] for category in content["categories"]]
-        absent = [name for name in self.metainfo["classes"] if name not in names]
+        absent = [name for name in classes if name not in names]
         if absent:
             raise DatasetError(
                 f"{self.ann_file} has no categories {_some(absent)}; it has {_some(names, 20)}. "
                 "Set metainfo=dict(classes=(...)) of the datasets, and num_classes of the heads, to those"
             )
         # mmdet numbers the labels as the file orders its categories, and names them as `classes` does.
-        order = [name for name in names if name in self.metainfo["classes"]]
-        if order != list(self.metainfo["classes"]):
+        order = [name for name in names if name in classes]
+        if order != classes:
             raise DatasetError(
                 f"{self.ann_file} has its categories in the order {_some(order, 20)}, the classes are "
-                f"{_some(list(self.metainfo['classes']), 20)}; set metainfo=dict(classes=(...)) in the file's order, "
+                f"{_some(classes, 20)}; set metainfo=dict(classes=(...)) in the file's order, "
                 "and name each category once"
             )
 
@@ -260,13 +265,42 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
         ) from error
 
 
-def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def is_id(value: Any) -> bool:
+    """Whether `value` can identify an entry."""
+    return isinstance(value, int | str)
+
+
+def is_size(value: Any) -> bool:
+    """Whether `value` can be a height or width in pixels."""
+    return _is_number(value) and value > 0
+
+
+def is_name(value: Any) -> bool:
+    """Whether `value` is a text that is not empty."""
+    return isinstance(value, str) and bool(value)
+
+
+COCO_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "images": {"id": is_id, "file_name": is_name, "height": is_size, "width": is_size},
+    "categories": {"id": is_id, "name": lambda value: isinstance(value, str)},
+    "annotations": {"id": is_id, "image_id": is_id, "category_id": is_id, "bbox": lambda _: True},  # clean_coco judges
+}
+
+
+def read_coco(
+    path: str,
+    *,
+    annotated: bool,
+    backend_args: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Mapping[str, Callable[[Any], bool]]] = COCO_FIELDS,
+) -> dict[str, Any]:
     """Read a COCO json and check its form.
 
     Args:
         path: the file, or what mmengine's file backends take.
         annotated: whether it must hold annotations (a test set need not).
         backend_args: of mmengine's file backend.
+        fields: the lists that the file must hold, and for each key of their entries what its value must satisfy.
 
     Raises DatasetError if it is missing, no json, or not COCO.
     """
@@ -278,18 +312,20 @@ def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
         raise DatasetError(f"{path} cannot be read as text ({error}); give a COCO json") from error
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path} is truncated or no json ({error}); download or write it again") from error
-    fields = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
-    if annotated or (isinstance(content, dict) and "annotations" in content):
-        fields["annotations"] = ("id", "image_id", "category_id", "bbox")
     for name, keys in fields.items():
+        if name == "annotations" and not annotated and name not in content:
+            continue
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise DatasetError(f"{path} is no COCO instance file: it has no list {name!r}; give an instances_*.json")
+            raise DatasetError(
+                f"{path} is no COCO instance file: it has no list {name!r}; give an instances_*.json "
+                "(of LVIS, an lvis_v1_*.json)"
+            )
         for i, entry in enumerate(content[name]):
             absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if absent:
                 raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; mend or remove it")
         for i, entry in enumerate(content[name]):
-            wrong = [key for key in keys if key in _FIELDS and not _FIELDS[key](entry[key])]
+            wrong = [key for key, holds in keys.items() if not holds(entry[key])]
             if wrong:
                 raise DatasetError(f"{path}: {name}[{i}] has {wrong[0]} {entry[wrong[0]]!r}; mend or remove it")
         twice = [key for key, count in Counter(entry["id"] for entry in content[name]).items() if count > 1]
@@ -301,15 +337,6 @@ def read_coco(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
     return content
 
 
-_FIELDS = {
-    "id": lambda value: isinstance(value, int | str),
-    "image_id": lambda value: isinstance(value, int | str),
-    "category_id": lambda value: isinstance(value, int | str),
-    "height": lambda value: _is_number(value) and value > 0,
-    "width": lambda value: _is_number(value) and value > 0,
-    "file_name": lambda value: isinstance(value, str) and value,
-    "name": lambda value: isinstance(value, str),
-}
 _SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown pictures")
 
 
