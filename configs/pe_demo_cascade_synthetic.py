@@ -3,7 +3,7 @@
 #   command   make demo        (or: python tools/demo.py, which renders the world and runs this)
 #   hardware  two CPU cores, no GPU, about 2 GB of memory
 #   cost      6 minutes after set-up
-#   expected  box AP 0.52, mask AP 0.52 on 120 pictures of unseen scenes (measured here, docs/benchmarks.md)
+#   expected  box AP 0.51, mask AP 0.51 on 120 pictures of unseen scenes (measured here, docs/benchmarks.md)
 #
 # What is small: pictures of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same
 # world (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.

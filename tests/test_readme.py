@@ -11,7 +11,9 @@ ENCODER, PRESET, CONFIG = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_encoder_snippets():
     names: dict = {}
-    exec(ENCODER.replace("load_checkpoint(encoder, 'released')", "") + PRESET, names)
+    random = "lambda name, preset='release', **o: PerceptionEncoder(name, **preset_options(preset, name), **o)"
+    exec("from pe_spatial import PerceptionEncoder, preset_options\n" + f"from_pretrained = {random}\n"
+         + ENCODER.replace("from pe_spatial import from_pretrained", "") + PRESET, names)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 768, 32, 48)] * 3
     assert names["encoder"].window_size == 32
 
