@@ -207,16 +207,17 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
     Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
     rest of the file asks for, and where there is no way to `to`.
     """
-    found = _find_layout(file.state)
+    weights = _plain_detectron2(file.state)
+    found = _find_layout(weights)
     if found is None:
         raise CheckpointError(
             f"{file.path} holds no encoder or detector that is known here, but {_some(file.state)}; known are encoders "
-            "of perception_models, timm and pe_spatial, and Detectron2's and our (Cascade) Mask R-CNN on such an encoder"
+            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN on one, Detectron2's and ours"
         )
     prefix, kind, layout = found
     target = _target(file.path, kind, to)
-    state = {name.removeprefix(prefix): value for name, value in file.state.items() if name.startswith(prefix)}
-    dropped = {name: "text tower" for name in file.state if not name.startswith(prefix)} | _beside(file.rest)
+    state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _beside(file.rest)
     if kind == "encoder":
         dropped |= {prefix + name: why for name, why in _take_unused(file.path, state).items()}
     rope = {name: state.pop(name) for name in list(state) if layout == "detectron2" and _ROPE.fullmatch(name)}
@@ -255,7 +256,7 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
 
 def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
     """Return the weights of Detectron2's detectors in MMDetection's names, those of any other file as they are."""
-    found = _find_layout(file.state)
+    found = _find_layout(_plain_detectron2(file.state))
     return convert(file, "mmdet").state if found and found[1:] == ("detector", "detectron2") else file.state
 
 
@@ -306,6 +307,19 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
 
 
 # --- names
+
+
+def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Bring a detector trained with integrations.detectron2, whose backbone has our names, to the release's."""
+    if not all(any(name.startswith(part) for name in state) for part in ("proposal_generator.", "backbone.encoder.")):
+        return state
+    theirs = {row.ours: row.theirs for row in _ROWS["detector"] if row.theirs}
+    out = {}
+    for name, value in state.items():
+        number = re.search(r"blocks\.(\d+)\.", name)
+        general = name.replace(number[0], "blocks.{}.") if number else name
+        out[theirs.get(general, name).replace("{}", number[1] if number else "")] = value
+    return out
 
 
 def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:

@@ -586,3 +586,14 @@ for source, out in zip({files}, {files[1:]}):
     assert start[0] > 0
     assert peak[0] - start[0] < size / 4
     assert peak[1] < size + 10**9
+
+
+def test_detector_trained_in_detectron2_on_our_backbone_is_read_too(detectors):
+    """Detectron2's names for the heads, ours for the backbone: what integrations/detectron2.py gives."""
+    for name in DETECTORS:
+        released = read_checkpoint(detectors[name])
+        expected = to_mmdet(released)
+        backbone = {key: value for key, value in expected.items() if key.startswith("backbone.")}
+        mixed = backbone | {key: value for key, value in released.state.items() if not key.startswith("backbone.")}
+        same_bits(to_mmdet(file(mixed)), expected)
+        same_bits(convert(file(mixed), "mmdet").state, expected)
