@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from pe_spatial import FusedFeaturePyramid, SimpleFeaturePyramid
-from pe_spatial.encoder.pyramid import ChannelLayerNorm
+from pe_spatial.encoder.pyramid import ChannelLayerNorm, PlainFeaturePyramid
 
 
 @pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])
@@ -33,6 +33,8 @@ def test_equals_released_pyramid(golden, name):
         ((4, 8, 16, 32, 64), 8, (8, 8, 8, 8, 16)),
         ((16, 32, 64, 128), 16, 32),
         ((4, 8, 32, 128), 16, 32),
+        ((4, 4), 16, 8),
+        ((16, 8, 4, 2, 1), 16, (32, 16, 8, 4, 2)),
     ],
 )
 @pytest.mark.parametrize("fused", [False, True])
@@ -43,6 +45,41 @@ def test_every_level_has_its_stride_and_channels(strides, in_stride, channels, f
     expected = (channels,) * len(strides) if isinstance(channels, int) else channels
     h, w = 8 * in_stride, 16 * in_stride
     assert [x.shape for x in levels] == [(2, c, h // s, w // s) for c, s in zip(expected, strides, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["simple", "fused", "single"])
+def test_levels_that_nobody_reads_own_nothing_and_change_nothing(kind):
+    build = {"simple": SimpleFeaturePyramid, "fused": FusedFeaturePyramid, "single": PlainFeaturePyramid}[kind]
+    width = 32 if kind == "simple" else (32,)
+    maps = torch.randn(2, 32, 4, 6)
+    whole = build(width, out_channels=(8, 16, 24, 32), strides=(4, 8, 16, 32))
+    part = build(width, out_channels=(8, 16, 24, 32), strides=(4, 8, 16, 32), unused=(0, 3))
+    missing, unexpected = part.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing
+    assert {key.split("levels.")[1][0] for key in unexpected} == {"0", "3"}
+    levels, expected = part((maps,)), whole((maps,))
+    assert_close(levels[1:3], expected[1:3], rtol=0, atol=0)
+    for i in (0, 3):
+        assert levels[i].shape == expected[i].shape
+        assert levels[i].untyped_storage().size() == 4
+        assert not levels[i].any()
+    sum(level.sum() for level in levels).backward()
+    assert all(parameter.grad is not None for parameter in part.parameters())
+
+
+def test_a_level_after_an_unread_one_is_not_its_subsample():
+    pyramid = SimpleFeaturePyramid(16, out_channels=8, strides=(16, 32, 64), unused=(1,))
+    assert pyramid(torch.randn(1, 16, 8, 8))[2].any()
+
+
+def test_plain_pyramid_takes_one_map_for_each_level():
+    pyramid = PlainFeaturePyramid((16, 32), out_channels=(4, 8), strides=(8, 32))
+    maps = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (16, 32)]
+    fine, coarse = pyramid(maps)
+    assert (fine.shape, coarse.shape) == ((1, 4, 8, 8), (1, 8, 2, 2))
+    fine.square().sum().backward()
+    assert maps[0].grad.any()
+    assert maps[1].grad is None
 
 
 def test_last_level_is_the_one_before_subsampled():
@@ -71,7 +108,11 @@ def test_fused_pyramid_uses_every_map():
     [
         (lambda: SimpleFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2), "takes one map but got 2"),
         (lambda: FusedFeaturePyramid((32, 32))([torch.zeros(1, 32, 4, 4)]), "got 1 maps for in_channels of 2"),
-        (lambda: SimpleFeaturePyramid(32, strides=(8, 4)), "ascend"),
+        (lambda: SimpleFeaturePyramid(32, strides=(8, 12)), "times powers of two"),
+        (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(0, 1)), "not all"),
+        (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(2,)), "places 0 to 1"),
+        (lambda: PlainFeaturePyramid((32, 32), strides=(4, 8, 16)), "2 maps for 3 levels"),
+        (lambda: PlainFeaturePyramid((32, 32), strides=(4, 8))(torch.zeros(1, 32, 4, 4)), "got 1 maps"),
         (lambda: SimpleFeaturePyramid(32, strides=(4, 8), in_stride=14), "patch_size=16"),
         (lambda: SimpleFeaturePyramid(32, out_channels=(8, 8), strides=(4, 8, 16)), "differ in length"),
     ],

@@ -45,8 +45,10 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         in_channels: channels of the map.
         out_channels: channels of every level, or one number for each of `strides`.
-        strides: of the levels, in pixels, ascending; `in_stride` times a power of two.
+        strides: of the levels, in pixels, in any order, repeated or not; `in_stride` times powers of two.
         in_stride: stride of the map: the encoder's patch size, in pixels.
+        unused: places in `strides` of levels that nobody reads. They own no parameters, and every value of them is one
+            and the same zero.
     """
 
     def __init__(
@@ -56,14 +58,20 @@ class SimpleFeaturePyramid(nn.Module):
         out_channels: int | Sequence[int] = 256,
         strides: Sequence[int] = (4, 8, 16, 32, 64),
         in_stride: int = 16,
+        unused: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.out_channels = _per_level(out_channels, self.strides)
-        _check_strides(self.strides, in_stride)
+        self.in_stride = in_stride
+        self.unused = _check_levels(self.strides, in_stride, unused)
         self.levels = nn.ModuleList()
         before = (0, 0)
-        for stride, channels in zip(self.strides, self.out_channels, strict=True):
+        for i, (stride, channels) in enumerate(zip(self.strides, self.out_channels, strict=True)):
+            if i in self.unused:
+                before = (0, 0)
+                self.levels.append(nn.Identity())
+                continue
             follows = before == (stride // 2, channels)
             before = (stride, channels)
             if stride > 2 * in_stride and follows:  # LastLevelMaxPool
@@ -88,8 +96,11 @@ class SimpleFeaturePyramid(nn.Module):
                 )
             maps = maps[0]
         levels: list[Tensor] = []
-        for level in self.levels:
-            levels.append(level(levels[-1] if isinstance(level, nn.MaxPool2d) else maps))
+        for i, level in enumerate(self.levels):
+            if i in self.unused:
+                levels.append(_nothing(maps, self.out_channels[i], self.in_stride / self.strides[i]))
+            else:
+                levels.append(level(levels[-1] if isinstance(level, nn.MaxPool2d) else maps))
         return tuple(levels)
 
 
@@ -105,6 +116,7 @@ class FusedFeaturePyramid(nn.Module):
         out_channels: as in `SimpleFeaturePyramid`.
         strides: as in `SimpleFeaturePyramid`.
         in_stride: as in `SimpleFeaturePyramid`.
+        unused: as in `SimpleFeaturePyramid`.
     """
 
     def __init__(
@@ -114,12 +126,15 @@ class FusedFeaturePyramid(nn.Module):
         out_channels: int | Sequence[int] = 256,
         strides: Sequence[int] = (4, 8, 16, 32, 64),
         in_stride: int = 16,
+        unused: Sequence[int] = (),
     ) -> None:
         super().__init__()
         width = in_channels[-1]
         self.norms = nn.ModuleList(ChannelLayerNorm(channels) for channels in in_channels)
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        self.pyramid = SimpleFeaturePyramid(width, out_channels=out_channels, strides=strides, in_stride=in_stride)
+        self.pyramid = SimpleFeaturePyramid(
+            width, out_channels=out_channels, strides=strides, in_stride=in_stride, unused=unused
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A sequence of (B, C_i, h, w), all of one size, -> one map for each of `strides`."""
@@ -131,6 +146,64 @@ class FusedFeaturePyramid(nn.Module):
         return tuple(self.pyramid(F.gelu(fused)))
 
 
+class PlainFeaturePyramid(nn.Module):
+    """The cheapest pyramid: each level is one map, resampled without parameters, and a 1x1 convolution with a norm.
+
+    The levels may come from different layers: shallow ones for fine levels, as segmentation on ViTs usually has it.
+
+    Args:
+        in_channels: channels of each map: of one for all levels, or of one for each of `strides`.
+        out_channels: as in `SimpleFeaturePyramid`.
+        strides: as in `SimpleFeaturePyramid`.
+        in_stride: as in `SimpleFeaturePyramid`.
+        unused: as in `SimpleFeaturePyramid`.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        *,
+        out_channels: int | Sequence[int] = 256,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        in_stride: int = 16,
+        unused: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        if len(in_channels) not in (1, len(strides)):
+            raise ValueError(f"{len(in_channels)} maps for {len(strides)} levels; give one map, or one for each level")
+        self.strides = tuple(strides)
+        self.out_channels = _per_level(out_channels, self.strides)
+        self.in_stride = in_stride
+        self.unused = _check_levels(self.strides, in_stride, unused)
+        widths = tuple(in_channels) * (1 if len(in_channels) == len(strides) else len(strides))
+        self.maps = len(in_channels)
+        self.levels = nn.ModuleList()
+        for i, (stride, width, channels) in enumerate(zip(self.strides, widths, self.out_channels, strict=True)):
+            if i in self.unused:
+                self.levels.append(nn.Identity())
+                continue
+            scale = in_stride / stride
+            resample = nn.Upsample(scale_factor=scale, mode="bilinear") if scale > 1 else nn.MaxPool2d(round(1 / scale))
+            project = nn.Conv2d(width, channels, 1, bias=False)
+            self.levels.append(nn.Sequential(resample, project, ChannelLayerNorm(channels)))
+
+    def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One (B, C, h, w), or one for each level, -> one map for each of `strides`."""
+        maps = [maps] if isinstance(maps, Tensor) else maps
+        if len(maps) != self.maps:
+            raise ValueError(f"got {len(maps)} maps for in_channels of {self.maps}; out_indices must match it")
+        each = list(maps) if self.maps > 1 else [maps[0]] * len(self.levels)
+        return tuple(
+            _nothing(x, self.out_channels[i], self.in_stride / self.strides[i]) if i in self.unused else level(x)
+            for i, (level, x) in enumerate(zip(self.levels, each, strict=True))
+        )
+
+
+def _nothing(like: Tensor, channels: int, scale: float) -> Tensor:
+    h, w = (round(side * scale) for side in like.shape[-2:])
+    return like.new_zeros(()).expand(like.shape[0], channels, h, w)
+
+
 def _per_level(channels: int | Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     per_level = (channels,) * len(strides) if isinstance(channels, int) else tuple(channels)
     if len(per_level) != len(strides):
@@ -138,10 +211,12 @@ def _per_level(channels: int | Sequence[int], strides: Sequence[int]) -> tuple[i
     return per_level
 
 
-def _check_strides(strides: Sequence[int], in_stride: int) -> None:
-    wrong = [s for s in strides if s <= 0 or not math.log2(s / in_stride).is_integer()]
-    if wrong or list(strides) != sorted(set(strides)):
+def _check_levels(strides: Sequence[int], in_stride: int, unused: Sequence[int]) -> tuple[int, ...]:
+    if any(s <= 0 or not math.log2(s / in_stride).is_integer() for s in strides):
         raise ValueError(
-            f"strides {tuple(strides)} must ascend and be in_stride {in_stride} times powers of two; "
+            f"strides {tuple(strides)} must be in_stride {in_stride} times powers of two; "
             "an encoder of patch 14 is brought to 16 with patch_size=16"
         )
+    if any(not 0 <= i < len(strides) for i in unused) or len(set(unused)) == len(strides):
+        raise ValueError(f"unused is {tuple(unused)}; some of the places 0 to {len(strides) - 1} are allowed, not all")
+    return tuple(unused)

@@ -66,6 +66,62 @@ def test_backbone_with_pyramid_has_the_strides_of_what_it_replaces(out_indices):
     assert all(level.dtype == torch.float32 and level.is_contiguous() for level in levels)
 
 
+def pyramid_of(**options):
+    levels = dict(strides=(4, 8, 32), out_channels=(4, 8, 16))
+    return MODELS.build(dict(type="PerceptionEncoderPyramid", variant=SMALL, pyramid=levels) | options)
+
+
+def test_any_size_gives_the_maps_of_the_padded_image():
+    torch.manual_seed(0)
+    model = pyramid_of(any_size=True).eval()
+    images = torch.randn(2, 3, 70, 65)
+    whole = model(nn.functional.pad(images, (0, 31, 0, 26)))  # to 96x96
+    for level, expected, stride in zip(model(images), whole, (4, 8, 32), strict=True):
+        h, w = -(-70 // stride), -(-65 // stride)
+        torch.testing.assert_close(level, expected[..., :h, :w], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="70x65 is not a multiple of patch_size 16"):
+        pyramid_of()(images)
+
+
+def test_levels_that_nobody_reads_stay_views_of_one_zero():
+    model = pyramid_of(pyramid=dict(strides=(4, 8, 16), out_channels=(8, 8, 8), unused=(0,)), any_size=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        levels = model(torch.randn(1, 3, 70, 65))
+    assert levels[0].shape == (1, 8, 18, 17)
+    assert levels[0].untyped_storage().size() == levels[0].element_size() == 4
+    assert levels[1].is_contiguous()
+
+
+def test_evaluation_of_one_level():
+    model = pyramid_of(eval_level=1)
+    images = torch.randn(1, 3, 64, 64)
+    assert len(model.train()(images)) == 3
+    assert model.eval()(images).shape == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("bgr", [False, True])
+def test_renormalised_images_are_those_of_the_encoder(bgr):
+    rgb = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    mean, std = [103.0, 116.0, 123.0], [1.0, 57.0, 58.0]
+    statistics = dict(mean=mean, std=std, to_mean=[127.0, 120.0, 110.0], to_std=[127.0, 60.0, 50.0])
+    model = pyramid_of(renormalize=dict(statistics, bgr=bgr))
+    column = {key: torch.tensor(value)[:, None, None] for key, value in statistics.items()}
+    came = ((rgb.flip(1) if bgr else rgb) - column["mean"]) / column["std"]
+    expected = (rgb - column["to_mean"]) / column["to_std"]
+    torch.testing.assert_close(model.normalised(came), expected, rtol=1e-5, atol=1e-5)
+    assert set(model.state_dict()) == set(pyramid_of().state_dict())
+
+
+def test_adapters_by_name():
+    assert type(pyramid_of(adapter="single").pyramid).__name__ == "PlainFeaturePyramid"
+    levels = pyramid_of(adapter="single", out_indices=(0, 1, 3))(torch.randn(1, 3, 64, 64))
+    assert [level.shape[1:] for level in levels] == [(4, 16, 16), (8, 8, 8), (16, 2, 2)]
+    with pytest.raises(ConfigError, match="allowed are 'simple', 'fused', 'single'"):
+        pyramid_of(adapter="sfp")
+    with pytest.raises(ConfigError, match="reads one layer but out_indices names 2"):
+        pyramid_of(adapter="simple", out_indices=(1, 3))
+
+
 def test_neck_equals_the_core():
     neck = MODELS.build(dict(type="SimpleFeaturePyramid", in_channels=32, out_channels=16))
     core = SimpleFeaturePyramid(32, out_channels=16)
@@ -203,6 +259,18 @@ def test_weight_decay_of_norms_biases_and_positions():
     exempt = {name for name, (_, decay) in some.items() if decay == 0.0}
     assert {"head.1.weight", "head.0.bias", "backbone.encoder.pos_embed"} <= exempt
     assert not {"head.0.weight", "backbone.encoder.blocks.0.attn.qkv.weight"} & exempt
+
+
+def test_heads_keep_the_rules_of_mmengine():
+    detector = Detector()
+    rules = dict(custom_keys={"head.0": dict(lr_mult=0.1)}, norm_decay_mult=0.0, bias_lr_mult=2.0)
+    found = settings(detector, wrapper(detector, layer_decay_rate=0.7, **rules))
+    assert found["head.0.weight"] == (pytest.approx(1e-4), 0.1)
+    assert found["head.1.weight"] == (1e-3, 0.0)
+    plain = settings(detector, wrapper(detector, layer_decay_rate=0.7))
+    encoder = {name: value for name, value in plain.items() if name.startswith("backbone.encoder.")}
+    assert {name: found[name] for name in encoder} == encoder
+    assert set(found) == set(plain)
 
 
 def test_frozen_parameters_are_left_out_and_groups_stay_few():

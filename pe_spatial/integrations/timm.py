@@ -1,0 +1,255 @@
+"""Other encoders under the same roof: plain vision transformers of timm with the interface of ours.
+
+timm (1.0 or newer) builds and runs them, through `forward_intermediates`; it is imported when the first one is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.errors import ConfigError
+
+PREFIX = "timm:"
+"""What the variant of such an encoder begins with, for instance 'timm:vit_base_patch14_dinov2.lvd142m'."""
+
+_log = logging.getLogger(__name__)
+# what a file may hold beyond the encoder: head, pooling, the token of masked pretraining, rotary constants
+_LEFT_OUT = r"(head|head_dist|fc_norm|attn_pool)\.|mask_token$|rope\."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """The shape of a timm encoder, in the words of `EncoderConfig`; `depth` counts all blocks, built or not."""
+
+    name: str
+    patch_size: int
+    embed_dim: int
+    depth: int
+    grid_size: tuple[int, int]
+
+
+class TimmEncoder(nn.Module):
+    """A plain vision transformer of timm as a backbone: a tuple of single-scale maps without class and register tokens.
+
+    Positions, rotary or learned, reach other image sizes as timm does it. Blocks after the last of `out_indices`, the
+    head and the pooling are not kept.
+
+    Args:
+        variant: 'timm:NAME', with or without the tag of its weights.
+        out_indices: as in `PerceptionEncoder`.
+        final_norm: put the encoder's last norm on every map, as DINOv2 and DINOv3 do for dense tasks; False leaves the
+            residual stream, as `PerceptionEncoder` does. Where timm has that norm behind the average pooling
+            (`fc_norm`), it goes onto the tokens.
+        patch_size: side of a patch, in pixels, if not the published one; the kernel is resized when weights are loaded.
+        drop_path_rate: as in `PerceptionEncoder`.
+        grad_checkpointing: recompute the activations of every block in the backward pass.
+        frozen_stages: as in `PerceptionEncoder`; all blocks includes the last norm.
+        init_cfg: None for random weights, or `dict(type='Pretrained', checkpoint=...)`: 'released' (timm's on the hub)
+            or a file or address as in `load_checkpoint`, in timm's layout or one that timm converts. Strict.
+
+    Attributes:
+        mean, std: of R, G, B in the range 0 to 1: the normalisation that the weights were trained with.
+
+    Raises ConfigError for names that timm does not know and for models that are no plain vision transformers.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        *,
+        out_indices: Sequence[int] = (-1,),
+        final_norm: bool = True,
+        patch_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
+        frozen_stages: int = -1,
+        init_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+            raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
+        if not isinstance(grad_checkpointing, bool):
+            raise ConfigError(f"grad_checkpointing is {grad_checkpointing}; timm's encoders take True or False")
+        with torch.device("meta"):
+            plan = _create(variant)  # refuses, and tells the shape, before memory is taken
+        grid, native = plan.patch_embed.grid_size, plan.patch_embed.patch_size[0]
+        self.variant = variant
+        self.patch_size = patch_size or native
+        self.embed_dim = int(plan.embed_dim)
+        self.config = TimmConfig(
+            name=variant.removeprefix(PREFIX),
+            patch_size=native,
+            embed_dim=self.embed_dim,
+            depth=len(plan.blocks),
+            grid_size=grid,
+        )
+        self.out_indices = _block_indices(out_indices, self.config.depth)
+        self.depth = max(self.out_indices) + 1
+        if not -1 <= frozen_stages <= self.depth:
+            raise ConfigError(f"frozen_stages is {frozen_stages}; -1 (none) to {self.depth} (all blocks) are allowed")
+        self.frozen_stages = frozen_stages
+        self.final_norm = final_norm
+        self.init_cfg = init_cfg
+        self.is_init = False
+        # Another patch size keeps the grid of learned positions, and with it their values.
+        sizes = {"patch_size": self.patch_size, "img_size": tuple(n * self.patch_size for n in grid)}
+        self.model = _create(variant, drop_path_rate=drop_path_rate, **(sizes if self.patch_size != native else {}))
+        self.mean = tuple(self.model.pretrained_cfg["mean"])
+        self.std = tuple(self.model.pretrained_cfg["std"])
+        self._moved_norm = isinstance(self.model.norm, nn.Identity) and not isinstance(self.model.fc_norm, nn.Identity)
+        norm = self.model.fc_norm if self._moved_norm else self.model.norm
+        self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=not final_norm, prune_head=True)
+        if final_norm:
+            self.model.norm = norm
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        for name, parameter in self.named_parameters():
+            if min(self.layer_of(name), self.depth) <= frozen_stages:
+                parameter.requires_grad_(False)
+        self.train()
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The transformer blocks that were kept."""
+        return self.model.blocks
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights, if any; mmengine calls this before training, and only the first call counts."""
+        if self.init_cfg is not None and not self.is_init:
+            self._load(self.init_cfg["checkpoint"])
+        self.is_init = True
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """Set training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            stem = [child for name, child in self.model.named_children() if name not in ("blocks", "norm")]
+            for module in (*stem, *self.model.blocks[: self.frozen_stages]):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Encode `images` (B, 3, H, W), normalised, into maps (B, C, H / p, W / p), one for each of `out_indices`.
+
+        Raises ValueError if a side is not a multiple of the patch size p.
+        """
+        (h, w), p = images.shape[-2:], self.patch_size
+        if h % p or w % p or not h or not w:
+            raise ValueError(
+                f"image size {h}x{w} is not a multiple of patch_size {p}; "
+                f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
+            )
+        blocks = sorted(set(self.out_indices))  # the order in which timm returns them
+        maps = self.model.forward_intermediates(images, indices=blocks, norm=self.final_norm, intermediates_only=True)
+        return tuple(maps[blocks.index(i)] for i in self.out_indices)
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of the parameter `name`: 0 for patches, tokens and positions, i + 1 for block i.
+
+        The last norm is one layer above the last block, where heads are.
+        """
+        head, _, rest = name.removeprefix("model.").partition(".")
+        if head == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return self.depth + 1 if head == "norm" else 0
+
+    def lr_factor(self, name: str, rate: float) -> float:
+        """Return the factor on the learning rate of the parameter `name`, by the rule of `layer_decay.lr_factor`."""
+        return rate ** (self.depth + 1 - self.layer_of(name))
+
+    def _load(self, source: str) -> None:
+        path = locate(self._released() if source == "released" else source)
+        state = read_state_dict(path)
+        convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            try:
+                state = convert(state, self.model)
+            except (KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path} holds nothing that timm can bring to {self.variant} ({type(error).__name__}: {error}); "
+                    "give the weights of this encoder, as timm or their authors publish them"
+                ) from error
+        if self._moved_norm and "norm.weight" not in state:
+            state = {name.removeprefix("fc_") if name.startswith("fc_norm.") else name: x for name, x in state.items()}
+        self._load_strictly(state, path)
+        _log.info("%s: weights of %s", path, self.variant)
+
+    def _released(self) -> str:
+        cfg = self.model.pretrained_cfg
+        if not cfg.get("hf_hub_id"):
+            remedy = f"download {cfg['url']} and give the file" if cfg.get("url") else "give a file or another name"
+            raise CheckpointError(f"timm has no weights of {self.variant} on the hub; {remedy}")
+        return f"hf://{cfg['hf_hub_id']}/{cfg.get('hf_hub_filename') or 'model.safetensors'}"
+
+    def _load_strictly(self, state: Mapping[str, Tensor], path: object) -> None:
+        ours = self.model.state_dict()
+        state = {name: value for name, value in state.items() if name in ours or not self._has_no_use_for(name)}
+        problems = {
+            "missing in the file": sorted(ours.keys() - state.keys()),
+            "unknown to the model": sorted(state.keys() - ours.keys()),
+            "other shapes": [
+                f"{name} {tuple(state[name].shape)} in the file, {tuple(ours[name].shape)} in the model"
+                for name in sorted(ours.keys() & state.keys())
+                if state[name].shape != ours[name].shape
+            ],
+        }
+        if any(problems.values()):
+            text = ". ".join(
+                f"{title}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+                for title, names in problems.items()
+                if names
+            )
+            raise CheckpointError(f"{path} does not hold the weights of {self.variant}. {text}. Give the right file")
+        self.model.load_state_dict(state)
+
+    def _has_no_use_for(self, name: str) -> bool:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block:
+            return self.depth <= int(block[1]) < self.config.depth
+        return re.match(_LEFT_OUT, name) is not None or (not self.final_norm and name.startswith("norm."))
+
+
+def _create(variant: str, **options: Any) -> Any:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{variant} needs timm, which is not installed; pip install timm") from error
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    name = variant.removeprefix(PREFIX)
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        nearest = f"; nearest are {', '.join(near)}" if near else ""
+        raise ConfigError(f"timm {timm.__version__} knows no model {architecture!r}{nearest}; write timm:NAME")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+        raise ConfigError(f"timm knows no weights {name!r}; known are {tags}") from None
+    try:
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+    except TypeError:  # a class that does not know dynamic_img_size
+        model = None
+    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, timm.layers.PatchEmbed):
+        raise ConfigError(
+            f"{variant} is no plain vision transformer that takes pictures of any size in timm; those of its classes "
+            "VisionTransformer and Eva are: DINOv2, DINOv3, SigLIP, CLIP, DeiT, EVA-02, PE and others, most 'vit_*'"
+        )
+    return model
+
+
+def _block_indices(indices: Sequence[int], depth: int) -> tuple[int, ...]:
+    if not indices or any(not -depth <= i < depth for i in indices):
+        raise ConfigError(f"out_indices is {tuple(indices)}; name one or several of {-depth} to {depth - 1}")
+    return tuple(i % depth for i in indices)
