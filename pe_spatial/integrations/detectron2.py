@@ -1,0 +1,297 @@
+"""The encoder, its pyramids and its recipe under Detectron2's names. Registers and translates, never computes.
+
+Importing this module registers `build_pe_spatial_backbone` for yacs configs; a LazyConfig names the class itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import Tensor, nn
+
+from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
+from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.layer_decay import lr_factor
+from pe_spatial.encoder.pyramid import FusedFeaturePyramid, SimpleFeaturePyramid
+from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_recipe
+from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.errors import ConfigError
+
+_CONV = {2: 4, 3: 1, 4: 0, 5: 1}  # of the released level `simfp_{k}`: the index of its first convolution
+
+
+class PerceptionEncoderPyramid(Backbone):
+    """Encoder and pyramid in one: Detectron2's levels 'p2' to 'p6' (the logarithms of the strides).
+
+    Widths follow from the variant, so that the variant is a single option. State dicts of the released detectors load
+    too, also through Detectron2's checkpointer.
+
+    Args:
+        variant: as in `PerceptionEncoder`.
+        pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` if `out_indices` names several blocks.
+        preset: 'release', 'timm' or 'vitdet': the geometry (see `preset_options`); None leaves it to `options`.
+        weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
+        size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
+            levels need. Whole windows are `window_size * patch_size`.
+        square_size: side of the square to which Detectron2 pads every picture, in pixels, as the released detectors do;
+            0 for none. Detectron2 crops a single picture that is larger without a word, so resize to fit.
+        options: those of `PerceptionEncoder`; they override the preset.
+    """
+
+    def __init__(
+        self,
+        variant: str | EncoderConfig | Mapping[str, Any],
+        *,
+        pyramid: Mapping[str, Any] | None = None,
+        preset: str | None = None,
+        weights: str | Path | None = None,
+        size_divisibility: int | None = None,
+        square_size: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.encoder = PerceptionEncoder(variant, **{**(preset_options(preset, variant) if preset else {}), **options})
+        maps, width, patch = len(self.encoder.out_indices), self.encoder.embed_dim, self.encoder.patch_size
+        sizes = {"in_stride": patch, **(pyramid or {})}
+        if maps == 1:
+            self.pyramid = levels = SimpleFeaturePyramid(width, **sizes)
+        else:
+            self.pyramid = FusedFeaturePyramid([width] * maps, **sizes)
+            levels = self.pyramid.pyramid
+        strides = dict(zip(_names(levels.strides), levels.strides, strict=True))
+        self._out_features = list(strides)
+        self._out_feature_strides = strides
+        self._out_feature_channels = dict(zip(strides, levels.out_channels, strict=True))
+        needed = math.lcm(patch, *_pooled(levels, patch))
+        self._size_divisibility = _multiple("size_divisibility", size_divisibility or needed, needed)
+        self._square_size = _multiple("square_size", square_size, self._size_divisibility)
+        if weights is not None:
+            load_checkpoint(self.encoder, weights)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Detectron2 pads the sides of a batch to multiples of it, in pixels."""
+        return self._size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """The same and the square, under the keys that `ImageList.from_tensors` reads.
+
+        detectron2@02b5c4e:detectron2/modeling/backbone/vit.py misspells the first one, so that only its square counts.
+        """
+        return {"size_divisibility": self._size_divisibility, "square_size": self._square_size}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W), normalised -> name -> level, always float32, because RoIAlign casts the boxes to its type."""
+        levels = self.pyramid(self.encoder(images))
+        return {
+            name: level.to(torch.float32, memory_format=torch.contiguous_format)
+            for name, level in zip(self._out_features, levels, strict=True)
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        marks = (f"{prefix}net.", f"{prefix}simfp_")
+        released = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(marks)}
+        ours = from_released_names({name.removeprefix(prefix): value for name, value in released.items()})
+        state_dict.update({prefix + name: value for name, value in ours.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def from_released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the state dict of a released detector's backbone ('net.' and 'simfp_2.' to 'simfp_5.') to our names.
+
+    Unknown names stay as they are, for the load to complain about; rotary constants are left out, as they are computed.
+    """
+    encoder = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+    out = {f"encoder.{name}": value for name, value in to_timm_names(encoder)[0].items()}
+    for name, value in state.items():
+        if not name.startswith("net."):
+            out[re.sub(r"^simfp_([2-5])\.(\d+)(\.norm)?", _level_name, name)] = value
+    return out
+
+
+def _level_name(found: re.Match[str]) -> str:
+    # Detectron2's convolutions hold their norms; in our levels a norm is the layer after its convolution.
+    level, layer = int(found[1]), int(found[2])
+    layer += max(layer - _CONV[level], 0) + bool(found[3])
+    return f"pyramid.levels.{level - 2}.{layer}"
+
+
+def load_released_detector(model: nn.Module, source: str | Path) -> None:
+    """Load a released detector, or a checkpoint of one's own training, strictly; pickled code never runs.
+
+    Args:
+        model: a detector of Detectron2 on `PerceptionEncoderPyramid`.
+        source: a local file, or 'hf://owner/repo/file'.
+
+    Raises CheckpointError if the file is missing, cannot be read without running code, or does not fit.
+    """
+    path = locate(source)
+    try:
+        found = model.load_state_dict(read_state_dict(path), strict=False)
+    except RuntimeError as error:
+        shapes = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise CheckpointError(f"{path} has tensors of other shapes than this model: {shapes}") from None
+    if found.missing_keys or found.unexpected_keys:
+        raise CheckpointError(
+            f"{path} does not hold the weights of this model; only in the file: {_some(found.unexpected_keys)}; "
+            f"missing in it: {_some(found.missing_keys)}; build the model that the file belongs to"
+        )
+
+
+def layer_decay(model: nn.Module, rate: float | str = "vitdet") -> Callable[[str], float]:
+    """Return the `lr_factor_func` of Detectron2's `get_default_optimizer_params` for every encoder in `model`.
+
+    Args:
+        model: holds one `PerceptionEncoder` or several, at any depth; all else keeps the factor 1.
+        rate: from one layer to the one before it, or 'vitdet': the published rate for the encoder's depth.
+    """
+    encoders = {
+        f"{name}." if name else "": child
+        for name, child in model.named_modules()
+        if isinstance(child, PerceptionEncoder)
+    }
+    if not encoders:
+        raise ConfigError("the model holds no PerceptionEncoder, so there are no layers to decay the rate over")
+    rates = {
+        prefix: vitdet_recipe(encoder.config.depth).layer_decay_rate if rate == "vitdet" else float(rate)
+        for prefix, encoder in encoders.items()
+    }
+
+    def factor(name: str) -> float:
+        name = name.removeprefix(".")  # Detectron2 writes one before the parameters of the model itself
+        prefix = next((prefix for prefix in encoders if name.startswith(prefix)), None)
+        if prefix is None:
+            return 1.0
+        return lr_factor(name.removeprefix(prefix), depth=encoders[prefix].depth, rate=rates[prefix])
+
+    return factor
+
+
+def layer_decay_params(
+    model: nn.Module, *, base_lr: float, layer_decay_rate: float | str = "vitdet", **options: Any
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer in a LazyConfig, whose trainer fills in `model`.
+
+    Args:
+        model: see `layer_decay`.
+        base_lr: learning rate of the heads.
+        layer_decay_rate: see `layer_decay`.
+        options: those of `get_default_optimizer_params`. Without any, norms and biases decay too, as released.
+    """
+    return get_default_optimizer_params(
+        model, base_lr=base_lr, lr_factor_func=layer_decay(model, layer_decay_rate), **options
+    )
+
+
+def add_pe_spatial_config(cfg: CfgNode) -> None:
+    """Add `MODEL.PE_SPATIAL` to a yacs config, and set the normalisation and the channel order that PE expects."""
+    cfg.MODEL.PIXEL_MEAN = [127.0] * 3
+    cfg.MODEL.PIXEL_STD = [127.0] * 3
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PE_SPATIAL = node = CfgNode()
+    node.VARIANT = ""  # must be given: 'pe_spatial_b16_512', ...
+    node.PRESET = "vitdet"
+    node.WEIGHTS = None  # 'released', 'hf://owner/repo', a file; MODEL.WEIGHTS is for whole detectors
+    node.OUT_INDICES = (-1,)
+    node.STRIDES = (4, 8, 16, 32, 64)
+    node.OUT_CHANNELS = 256
+    node.SIZE_DIVISIBILITY = None
+    node.SQUARE_SIZE = 0
+    node.FROZEN_STAGES = -1
+    node.GRAD_CHECKPOINTING = False
+    node.DROP_PATH_RATE = None  # None in this line and the next: as the preset has it
+    node.PATCH_SIZE = None
+    node.LAYER_DECAY_RATE = "vitdet"  # read by `build_optimizer`
+
+
+@BACKBONE_REGISTRY.register()
+def build_pe_spatial_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PerceptionEncoderPyramid:
+    """Build the backbone of a yacs config.
+
+    Raises ConfigError where the config would feed the encoder anything but RGB pixels in [-1, 1].
+    """
+    node = cfg.MODEL.get("PE_SPATIAL")
+    if node is None or not node.VARIANT:
+        raise ConfigError(
+            "MODEL.PE_SPATIAL.VARIANT is missing; call add_pe_spatial_config(cfg) before merging files, and set it to "
+            "pe_spatial_b16_512 or the like"
+        )
+    _check_pixels(cfg)
+    optional = {"drop_path_rate": node.DROP_PATH_RATE, "patch_size": node.PATCH_SIZE}
+    backbone = PerceptionEncoderPyramid(
+        node.VARIANT,
+        pyramid={"strides": node.STRIDES, "out_channels": node.OUT_CHANNELS},
+        preset=node.PRESET,
+        weights=node.WEIGHTS,
+        size_divisibility=node.SIZE_DIVISIBILITY,
+        square_size=node.SQUARE_SIZE,
+        out_indices=node.OUT_INDICES,
+        frozen_stages=node.FROZEN_STAGES,
+        grad_checkpointing=node.GRAD_CHECKPOINTING,
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+    if input_shape.channels != backbone.encoder.config.in_chans:
+        raise ConfigError(f"the input has {input_shape.channels} channels; {node.VARIANT} takes RGB")
+    return backbone
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build AdamW with layer-wise decay from `SOLVER` and `MODEL.PE_SPATIAL.LAYER_DECAY_RATE` of a yacs config.
+
+    For `DefaultTrainer.build_optimizer`, whose SGD is not what PE was ever fine-tuned with.
+    """
+    solver = cfg.SOLVER
+    if solver.BIAS_LR_FACTOR != 1.0:
+        raise ConfigError(f"SOLVER.BIAS_LR_FACTOR is {solver.BIAS_LR_FACTOR}; layer-wise decay allows only 1.0")
+    params = layer_decay_params(
+        model,
+        base_lr=solver.BASE_LR,
+        layer_decay_rate=cfg.MODEL.PE_SPATIAL.LAYER_DECAY_RATE,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    optimizer = torch.optim.AdamW(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _check_pixels(cfg: CfgNode) -> None:
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    ends = [(pixel - m) / s for pixel in (0, 255) for m, s in zip(mean, std, strict=True)]
+    if cfg.INPUT.FORMAT != "RGB" or any(abs(abs(end) - 1) > 0.05 for end in ends):
+        raise ConfigError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {list(mean)} and PIXEL_STD {list(std)}; "
+            "PE takes RGB in [-1, 1]: set RGB and 127.0 (released detectors) or 127.5 (released encoders) throughout"
+        )
+
+
+def _names(strides: tuple[int, ...]) -> list[str]:
+    names = [f"p{math.log2(stride):g}" for stride in strides]
+    if len(set(names)) != len(names) or any("." in name for name in names):
+        raise ConfigError(f"strides {strides} make the levels {names}; Detectron2 takes different powers of two")
+    return names
+
+
+def _pooled(levels: SimpleFeaturePyramid, patch: int) -> list[int]:
+    # The coarsest levels subsample the one before them, and for that any number of cells will do.
+    alike = len(set(levels.out_channels)) == 1
+    return [s for s in levels.strides if s <= 2 * patch or s // 2 not in levels.strides or not alike]
+
+
+def _multiple(option: str, value: int, divisor: int) -> int:
+    if value < 0 or value % divisor:
+        raise ConfigError(f"{option} is {value} pixels; patches and levels need a multiple of {divisor}")
+    return value
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
