@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ from pe_spatial.conversion import to_mmdet
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
 
+SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "preset", "checkpoint", "lr")
 _OURS = (CheckpointError, ConfigError, DatasetError)
 
 
@@ -46,11 +49,64 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def add_swap_arguments(result: argparse.ArgumentParser) -> None:
+    """Add the options of a swap."""
+    group = result.add_argument_group("swap")
+    group.add_argument("--layers", type=_numbers, metavar="5,8,11", help="blocks of the encoder to read, 0-based")
+    group.add_argument("--adapter", choices=["simple", "fused", "single"], help="how maps become levels (simple)")
+    group.add_argument("--strides", type=_numbers, metavar="8,16,32", help="of the maps, if they cannot be found out")
+    group.add_argument("--channels", type=_numbers, metavar="256,512,1024", help="of the maps, with --strides")
+    group.add_argument("--preset", choices=["vitdet", "release", "timm"], help="geometry of the encoder (vitdet)")
+    group.add_argument("--checkpoint", help="of the encoder (released); none for random weights")
+    group.add_argument("--lr", type=float, help="learning rate (the original's if it suits AdamW, or 1e-4)")
+
+
+def swap_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `plan_swap` that were given."""
+    options = {name: getattr(args, name) for name in SWAP_OPTIONS if getattr(args, name) is not None}
+    if options.get("checkpoint") == "none":
+        options["checkpoint"] = None
+    return options
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def read_config(name: str) -> Config:
+    """Read a config: a file, or one that a package brings, such as mmdet::detr/detr_r50_8xb2-150e_coco.py."""
+    with _as_config_error(name):
+        return Config.fromfile(installed_config(name))
+
+
+def installed_config(name: str) -> str:
+    """Return the path of package::folder/name.py; other names are returned as they are."""
+    package, mark, path = name.partition("::")
+    if not mark:
+        return name
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{name} is in no installed package: {package!r} cannot be imported")
+    file = Path(spec.origin).parent / ".mim" / "configs" / path
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
+        folder = "" if file.parent.is_dir() else f", which has no folder {Path(path).parent}"
+        hint = f"; it has {', '.join(near)}" if near else ""
+        raise ConfigError(f"{package} brings no config {path}{folder}{hint}")
+    return str(file)
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config and apply the arguments that all tools have."""
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     with _as_config_error(args.config):
-        cfg = Config.fromfile(args.config)
+        cfg = read_config(args.config)
+        if getattr(args, "swap", None):
+            from pe_spatial.detection.swap import swap_backbone  # needs MMDetection
+
+            cfg = swap_backbone(cfg, args.swap, **swap_options(args))
+        elif hasattr(args, "swap") and swap_options(args):
+            raise ConfigError(f"--{', --'.join(SWAP_OPTIONS)} belong to --swap VARIANT, which is missing")
         if args.data_root is not None:
             move_data_root(cfg, args.data_root)
         cfg.merge_from_dict(args.cfg_options)

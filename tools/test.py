@@ -22,7 +22,9 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     hook.draw = True
     if args.show:
         hook.show, hook.wait_time = True, args.wait_time
-    if args.show_dir:
+    if args.show_dir and cfg.default_scope == "mmseg":  # its hook leaves the folder to the visualizer
+        cfg.visualizer.save_dir, hook.interval = str(Path(args.show_dir).resolve()), 1
+    elif args.show_dir:
         hook.test_out_dir = str(Path(args.show_dir).resolve())
 
 

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/pe_spatial_cascade_coco.py --data-root data/coco
 torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
+python tools/train.py mmdet::detr/detr_r50_8xb2-150e_coco.py --swap pe_spatial_s16_512    # PE for its backbone
 python tools/train.py CONFIG --resume                    # the latest checkpoint of the work dir, if there is one
 """
 
@@ -48,5 +49,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16), if the config has none")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument("--swap", metavar="VARIANT", help="put this encoder in the place of the config's backbone")
+    cli.add_swap_arguments(parser)
     arguments = parser.parse_args()
     cli.run(main, arguments)

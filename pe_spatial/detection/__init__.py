@@ -1,4 +1,4 @@
-"""Detection in MMDetection: checked COCO and LVIS input, heads, augmentation. Importing it registers them."""
+"""Detection in MMDetection: checked COCO and LVIS input, heads, augmentation, the swap. Importing it registers them."""
 
 from .coco import CheckedCocoDataset, LoadPicture
 from .heads import (
@@ -11,6 +11,7 @@ from .heads import (
     Float32Linear,
 )
 from .lvis import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
+from .swap import probe_backbone, swap_backbone
 from .tta import BoxTTA
 
 __all__ = [
@@ -29,4 +30,6 @@ __all__ = [
     "LoadPicture",
     "RepeatFactorSampler",
     "SetClassWeights",
+    "probe_backbone",
+    "swap_backbone",
 ]
