@@ -319,7 +319,8 @@ def _ignored_by(neck: Any, contract: Sequence[Level]) -> tuple[int, ...]:
         try:
             with _on(device):
                 module = MODELS.build(copy.deepcopy(neck))
-                maps = [torch.zeros(1, c, 128 // s or 1, 128 // s or 1, requires_grad=True) for c, s in contract]
+                # batch norm needs two values a channel, also on the levels that the neck adds
+                maps = [torch.zeros(2, c, _IMAGE // s, _IMAGE // s, requires_grad=True) for c, s in contract]
                 out = module(tuple(maps))
                 flat = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)]
                 sum(x.sum() for x in flat).backward()  # type: ignore[union-attr]
