@@ -53,6 +53,9 @@ CONTRACTS = {
     "mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py": (
         [(256, 4), (512, 8), (1024, 8), (2048, 8)], (1,),
     ),
+    "mmseg::encnet/encnet_r50-d8_4xb2-40k_cityscapes-512x1024.py": (  # its in_index names more than the head reads
+        [(256, 4), (512, 8), (1024, 8), (2048, 8)], (0, 1),
+    ),
     "mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py": (A, ()),
     "mmseg::unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py": (
         [(1024, 16), (512, 8), (256, 4), (128, 2), (64, 1)], (0, 1, 2),
@@ -135,6 +138,7 @@ def test_family_trains_a_step_and_predicts(scope, family):
         ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "class token.*swap a upernet"),
         ("mmseg::san/san-vit-b16_coco-stuff164k-640x640.py", "CLIP"),
         ("mmseg::vpd/vpd_sd_4xb8-25k_nyu-480x480.py", "diffusion"),
+        ("mmseg::swin/swin-tiny-patch4-window7_upernet_1xb8-20k_levir-256x256.py", "images of 6 channels; PE takes RGB"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(name, words):

@@ -33,11 +33,11 @@ from pe_spatial.detection.swap import plan_swap
 from pe_spatial.errors import ConfigError
 
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)  # the same windows in miniature
-SECONDS = 150  # for one family
+SECONDS = 400  # for one family
 TRIES = 2  # configs of a family that are tried until one runs with its own backbone
 LIGHT = ("r18", "r50", "swin-t", "_t_", "tiny", "-s_", "_s_", "hr18", "b0", "320")
-# deformable convolutions need three cells, at stride 128 too; 900 queries as many cells
-LARGER = {"DDODHead": (384, 416), "DINOHead": (320, 320)}
+# deformable convolutions need three cells, at stride 128 too; 900 queries as many cells; a pooling 49 cells
+LARGER = {"DDODHead": (384, 416), "DINOHead": (320, 320), "LRASPPHead": (416, 416)}
 DETECTION, SEGMENTATION = (128, 160), (128, 192)  # h, w of the images, pixels
 
 
@@ -56,7 +56,8 @@ def configs(scope, family):
     """Return the configs of models in a family, the light ones first."""
 
     def weight(path):
-        return not any(word in path.name for word in LIGHT), len(path.name)
+        pairs = "levir" in path.name  # two pictures in one, which is no task for an encoder of one
+        return pairs, not any(word in path.name for word in LIGHT), len(path.name)
 
     paths = sorted((folder(scope) / family).glob("*.py"), key=weight)
     out = []
@@ -171,7 +172,7 @@ def scenes(cfg):
     head = cfg.model.get("decode_head") or {}
     head = head[0] if isinstance(head, list | tuple) else head
     labels = min([4, *classes(cfg.model.to_dict())])
-    h, w = SEGMENTATION
+    h, w = LARGER.get(head.get("type"), SEGMENTATION)
     preprocessor = cfg.model.get("data_preprocessor") or {}
     size = preprocessor.get("size")
     if cfg.model.get("backbone", {}).get("type") in ("BEiT", "MAE"):
@@ -191,7 +192,8 @@ def scenes(cfg):
 
 def shrink_canvas(cfg):
     """Keep the images small: preprocessors that pad or resize to the size of the recipe would not."""
-    h, w = SEGMENTATION
+    head = cfg.model.get("decode_head") or {}
+    h, w = LARGER.get(head.get("type") if isinstance(head, dict) else None, SEGMENTATION)
     preprocessor = cfg.model.get("data_preprocessor") or {}
     while isinstance(preprocessor.get("data_preprocessor"), dict):
         preprocessor = preprocessor["data_preprocessor"]

@@ -175,6 +175,9 @@ def probe_backbone(cfg: Mapping[str, Any], *, training: bool = False) -> list[Le
     """
     cfg = cfg["backbone"] if "backbone" in cfg else cfg
     bare = _bare(cfg)
+    images = bare.get("in_channels", bare.get("in_chans", 3))
+    if isinstance(images, int) and images != 3:
+        raise ConfigError(f"backbone {_name(cfg)} takes images of {images} channels; PE takes RGB, so keep it")
     side = _side(bare)
     reasons = []
     for device in ("meta", "cpu"):
@@ -297,6 +300,8 @@ def _unused(node: Mapping[str, Any], contract: Sequence[Level]) -> tuple[int, ..
         return ()
     read: set[int] = set()
     for head in heads:
+        if _name(head) == "EncHead" and not head.get("add_lateral"):  # its in_index names more than it reads
+            head = {**head, "in_index": head["in_index"][-1]}
         indices = list(_indices(head)) or ([-1] if isinstance(head.get("in_channels"), int) else range(len(contract)))
         read |= {i % len(contract) for i in indices}
         if head.get("c1_in_channels"):
