@@ -138,7 +138,7 @@ def test_family_trains_a_step_and_predicts(scope, family):
         ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "class token.*swap a upernet"),
         ("mmseg::san/san-vit-b16_coco-stuff164k-640x640.py", "CLIP"),
         ("mmseg::vpd/vpd_sd_4xb8-25k_nyu-480x480.py", "diffusion"),
-        ("mmseg::swin/swin-tiny-patch4-window7_upernet_1xb8-20k_levir-256x256.py", "images of 6 channels; PE takes RGB"),
+        ("mmseg::swin/swin-tiny-patch4-window7_upernet_1xb8-20k_levir-256x256.py", "6 channels; PE takes RGB"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(name, words):
