@@ -47,6 +47,12 @@ def folder(scope):
     return Path(package.origin).parent / ".mim" / "configs" if package else None
 
 
+def said(error):
+    """Return what an error says, on one line and without the folder of the installation."""
+    text = " ".join(str(error).split()).replace(f"{folder('mmdet')}/", "").replace(f"{folder('mmseg')}/", "")
+    return f"{type(error).__name__}: {text[:160]}"
+
+
 def families(scope):
     root = folder(scope)
     return sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in ("_base_", "common"))
@@ -65,7 +71,7 @@ def configs(scope, family):
         try:
             cfg = Config.fromfile(path, import_custom_modules=False)
         except Exception as error:  # a config that cannot even be read is a finding too
-            out.append((path, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"))
+            out.append((path, said(error)))
             continue
         if "model" in cfg:
             out.append((path, cfg))
@@ -242,7 +248,7 @@ def one_step(cfg):
         if len(out) != 2:
             problem = f"2 images but {len(out)} predictions"
     except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        problem = said(error)
     return silent, loss.item(), problem
 
 
@@ -287,7 +293,7 @@ def check(scope, family):
                 silent, loss, problem = one_step(original)
                 row.update(original="runs", original_loss=loss, original_predicts=problem or "yes")
             except Exception as error:  # what does not run as it is proves nothing
-                row["original"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                row["original"] = said(error)
                 failures.append(row["original"])
             if plan is None:
                 row["seconds"] = round(time.perf_counter() - start, 1)
@@ -299,7 +305,7 @@ def check(scope, family):
                 if problem and row.get("original_predicts", "yes") == "yes":
                     row["swapped"] = problem
             except Exception as error:
-                row["swapped"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                row["swapped"] = said(error)
             if row["original"] == "runs" and row["swapped"] == "runs":
                 lost = sorted(name for name in ours if name.startswith("backbone.") or name not in silent)
                 if lost:
