@@ -1,12 +1,7 @@
 """Checkpoints of encoders and detectors, from one project's layout into another's: one table, read in either direction.
 
-The table holds the names on both sides and the shapes. A file that it does not cover tensor by tensor is refused, and
-no tensor is copied: a file is mapped in and streamed out. Names on the other side: perception_models@3e352cc,
-core/vision_encoder/pe.py (encoders) and apps/detection/detectron2_pe with detectron2@02b5c4e (detectors).
-
-Shapes are words, and a letter stands for one size in a whole file: e width of the encoder, n learned positions, p side
-of a patch, m hidden width of the MLP, c channels of the pyramid, a anchors of a cell, f width of the box head, b the
-outputs of its regression, C classes. Besides, d counts the blocks, t the class tokens, s the blocks with LayerScale.
+The table, layouts.py, holds the names on both sides and the shapes. A file that it does not cover tensor by tensor is
+refused, and no tensor is copied: a file is mapped in and streamed out.
 """
 
 from __future__ import annotations
@@ -16,115 +11,34 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .encoder.checkpoint import LEFT_OUT, RELEASED_TO_OURS
+from .encoder.checkpoint import LEFT_OUT
 from .encoder.files import SUFFIXES, CheckpointError, CheckpointFile
 from .encoder.resize import resize_patch_kernel
 from .encoder.variants import VARIANTS, VITDET_RECIPES, EncoderConfig
+from .layouts import (
+    ALIAS,
+    COCO_CATEGORY_IDS,
+    DETA_CLASSES,
+    ENCODERS,
+    MARKS,
+    NO_PLACE,
+    PREFIXES,
+    ROPE,
+    ROWS,
+    SYNONYMS,
+    THEIRS,
+    Row,
+)
 
 TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
-
-
-class _Row(NamedTuple):
-    theirs: str  # released encoder's or detectron2's name; '' where there is no place for it
-    ours: str
-    shape: str  # on our side; '?' where only some models have it
-
-
-_ENCODER_SHAPES = {
-    "cls_token": "1 1 e ?", "pos_embed": "1 n e", "patch_embed.proj.weight": "e 3 p p",
-    "norm_pre.weight": "e", "norm_pre.bias": "e",
-    "blocks.{}.norm1.weight": "e", "blocks.{}.norm1.bias": "e",
-    "blocks.{}.attn.qkv.weight": "3e e", "blocks.{}.attn.qkv.bias": "3e",
-    "blocks.{}.attn.proj.weight": "e e", "blocks.{}.attn.proj.bias": "e",
-    "blocks.{}.gamma_1": "e ?", "blocks.{}.gamma_2": "e ?",
-    "blocks.{}.norm2.weight": "e", "blocks.{}.norm2.bias": "e",
-    "blocks.{}.mlp.fc1.weight": "m e", "blocks.{}.mlp.fc1.bias": "m",
-    "blocks.{}.mlp.fc2.weight": "e m", "blocks.{}.mlp.fc2.bias": "e",
-}  # fmt: skip
-_ENCODER = [_Row(theirs, ours, _ENCODER_SHAPES[ours]) for theirs, ours in RELEASED_TO_OURS.items()]
-
-# detectron2 | ours | shape. '*' is weight and bias; {} a block, {k} 0 to 3, {s} a stage of the cascade, {m} a stage of
-# MMDetection's own mask heads
-_HEADS = """
-backbone.simfp_2.0.*            | backbone.pyramid.levels.0.0.*      | e e/2 2 2; e/2
-backbone.simfp_2.1.*            | backbone.pyramid.levels.0.1.*      | e/2; e/2
-backbone.simfp_2.3.*            | backbone.pyramid.levels.0.3.*      | e/2 e/4 2 2; e/4
-backbone.simfp_2.4.weight       | backbone.pyramid.levels.0.4.weight | c e/4 1 1
-backbone.simfp_2.4.norm.*       | backbone.pyramid.levels.0.5.*      | c; c
-backbone.simfp_2.5.weight       | backbone.pyramid.levels.0.6.weight | c c 3 3
-backbone.simfp_2.5.norm.*       | backbone.pyramid.levels.0.7.*      | c; c
-backbone.simfp_3.0.*            | backbone.pyramid.levels.1.0.*      | e e/2 2 2; e/2
-backbone.simfp_3.1.weight       | backbone.pyramid.levels.1.1.weight | c e/2 1 1
-backbone.simfp_3.1.norm.*       | backbone.pyramid.levels.1.2.*      | c; c
-backbone.simfp_3.2.weight       | backbone.pyramid.levels.1.3.weight | c c 3 3
-backbone.simfp_3.2.norm.*       | backbone.pyramid.levels.1.4.*      | c; c
-backbone.simfp_4.0.weight       | backbone.pyramid.levels.2.0.weight | c e 1 1
-backbone.simfp_4.0.norm.*       | backbone.pyramid.levels.2.1.*      | c; c
-backbone.simfp_4.1.weight       | backbone.pyramid.levels.2.2.weight | c c 3 3
-backbone.simfp_4.1.norm.*       | backbone.pyramid.levels.2.3.*      | c; c
-backbone.simfp_5.1.weight       | backbone.pyramid.levels.3.1.weight | c e 1 1
-backbone.simfp_5.1.norm.*       | backbone.pyramid.levels.3.2.*      | c; c
-backbone.simfp_5.2.weight       | backbone.pyramid.levels.3.3.weight | c c 3 3
-backbone.simfp_5.2.norm.*       | backbone.pyramid.levels.3.4.*      | c; c
-proposal_generator.rpn_head.conv.conv0.*        | rpn_head.rpn_conv.0.conv.*                     | c c 3 3; c
-proposal_generator.rpn_head.conv.conv1.*        | rpn_head.rpn_conv.1.conv.*                     | c c 3 3; c
-proposal_generator.rpn_head.objectness_logits.* | rpn_head.rpn_cls.*                             | a c 1 1; a
-proposal_generator.rpn_head.anchor_deltas.*     | rpn_head.rpn_reg.*                             | 4a c 1 1; 4a
-roi_heads.box_head{s}.conv{k+1}.weight          | roi_head.bbox_head{s}.shared_convs.{k}.conv.weight | c c 3 3
-roi_heads.box_head{s}.conv{k+1}.norm.*          | roi_head.bbox_head{s}.shared_convs.{k}.ln.*    | c; c
-roi_heads.box_head{s}.fc1.*                     | roi_head.bbox_head{s}.shared_fcs.0.*           | f 49c; f
-roi_heads.box_predictor{s}.cls_score.*          | roi_head.bbox_head{s}.fc_cls.*                 | C+1 f; C+1
-roi_heads.box_predictor{s}.bbox_pred.*          | roi_head.bbox_head{s}.fc_reg.*                 | b f; b
-roi_heads.box_predictor{s}.fed_loss_cls_weights | roi_head.bbox_head{s}.loss_cls.class_weights   | C ?
-roi_heads.mask_head.mask_fcn{k+1}.weight        | roi_head.mask_head{m}.convs.{k}.conv.weight    | c c 3 3
-roi_heads.mask_head.mask_fcn{k+1}.norm.*        | roi_head.mask_head{m}.convs.{k}.ln.*           | c; c
-roi_heads.mask_head.deconv.*                    | roi_head.mask_head{m}.upsample.*               | c c 2 2; c
-roi_heads.mask_head.predictor.*                 | roi_head.mask_head{m}.conv_logits.*            | C c 1 1; C
-"""
-
-
-def _detector_rows() -> list[_Row]:
-    rows = [
-        _Row("" if ours == "cls_token" else f"backbone.net.{theirs}", f"backbone.encoder.{ours}", shape)
-        for theirs, ours, shape in _ENCODER
-    ]
-    for line in _HEADS.strip().splitlines():
-        for k in range(4 if "{k}" in line else 1):
-            numbered = line.replace("{k}", str(k)).replace("{k+1}", str(k + 1))
-            theirs, ours, shapes = (part.strip() for part in numbered.split("|"))
-            for tensor, shape in zip(("weight", "bias"), shapes.split("; "), strict=False):
-                rows.append(_Row(theirs.replace("*", tensor), ours.replace("*", tensor), shape))
-    return rows
-
-
-_ROWS = {"encoder": _ENCODER, "detector": _detector_rows()}
-_THEIRS = ("release", "detectron2")
-# the names begin like this -> (kind, layout)
-_MARKS = {
-    "transformer.resblocks.0.": ("encoder", "release"),
-    "blocks.0.": ("encoder", "pe_spatial"),
-    "backbone.net.transformer.resblocks.0.": ("detector", "detectron2"),
-    "backbone.encoder.blocks.0.": ("detector", "mmdet"),
-}
-_PREFIXES = ("module.visual.", "visual.", "module.", "")  # of data-parallel training and of contrastive models
-_SYNONYMS = {
-    ("encoder", "mmdet"): "pe_spatial",
-    ("detector", "pe_spatial"): "mmdet",
-    ("detector", "release"): "detectron2",
-}
-_NO_PLACE = {
-    "cls_token": "the released detectors have no class token",
-    "mask_head": "detectron2's cascade has one mask head for all stages; the config that maps is built on "
-    "configs/_base_/models/cascade_mask_rcnn_pe.py",
-}
-_ROPE = re.compile(r"backbone\.net\.(rope_(win|glb)|transformer\.resblocks\.\d+\.attn\.rope)\.freqs_(cos|sin)")
+_DETA_GRID = 16  # tokens; see the preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +51,7 @@ class RopeGeometry:
         image: side of an image, in tokens.
         global_blocks: blocks with global attention.
         dtype: of the tables.
+        grid: side of the grid that positions are compressed into, in tokens; None is that of the learned positions.
     """
 
     heads: int
@@ -144,27 +59,30 @@ class RopeGeometry:
     image: int
     global_blocks: tuple[int, ...]
     dtype: str = "float32"
+    grid: int | None = None
 
-    def tables(self, width: int, depth: int, grid: int) -> dict[str, Tensor]:
-        """Return every rotary table by detectron2's name, bit for bit the reference's.
+    def tables(self, layout: str, width: int, depth: int, positions: int) -> dict[str, Tensor]:
+        """Return every rotary table by the name that it has in `layout`, bit for bit the reference's.
 
         A window or an image of side L makes (L * L, head dimension): the column's angles, then the row's, each twice.
-        Cell i of an axis stands at 1 + i * grid / L, where `grid` is the side of the learned positions
-        (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py).
+        Cell i of an axis stands at 1 + i * grid / L, where the grid is by default that of the `positions` learned ones
+        (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py, and
+        apps/detection/DETA_pe/models/pev1.py).
         """
+        grid = self.grid or math.isqrt(positions)
         half = width // self.heads // 2
         frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
         made = []
         for side in (self.window, self.image):
-            positions = torch.arange(side) / side * grid + 1
-            axis = torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
+            places = torch.arange(side) / side * grid + 1
+            axis = torch.outer(places, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
             cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
             made.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
         homes = {"rope_win": made[0], "rope_glb": made[1]} | {
             f"transformer.resblocks.{i}.attn.rope": made[i in self.global_blocks] for i in range(depth)
         }
         return {
-            f"backbone.net.{home}.freqs_{name}": table
+            f"{ENCODERS[layout]}{home}.freqs_{name}": table
             for home, pair in homes.items()
             for name, table in zip(("cos", "sin"), pair, strict=True)
         }
@@ -176,7 +94,7 @@ class Conversion:
 
     Args:
         path: the file that it came from.
-        kind: 'encoder' or 'detector'.
+        kind: 'encoder', 'detector' or 'DETA'.
         layout_in: the layout found.
         layout_out: the layout of `state`.
         state: name -> tensor.
@@ -201,8 +119,12 @@ class Conversion:
     geometry: RopeGeometry | None = None
 
 
-def convert(file: CheckpointFile, to: str) -> Conversion:
+def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
     """Bring an encoder or a detector into the layout `to`, one of `TARGETS`.
+
+    Meta's DETA has a class for each of the numbers 0 to 90, which COCO's category ids are taken from. On the way to
+    MMDetection the 80 ids in use remain, in their order; with `all_classes` all 91 do, and there is a way back. Other
+    numbers of classes stay as they are.
 
     Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
     rest of the file asks for, and where there is no way to `to`.
@@ -212,7 +134,7 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
     if found is None:
         raise CheckpointError(
             f"{file.path} holds no encoder or detector that is known here, but {_some(file.state)}; known are encoders "
-            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN on one, Detectron2's and ours"
+            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN and DETA on one, the authors' and ours"
         )
     prefix, kind, layout = found
     target = _target(file.path, kind, to)
@@ -220,7 +142,8 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
     dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _beside(file.rest)
     if kind == "encoder":
         dropped |= {prefix + name: why for name, why in _take_unused(file.path, state).items()}
-    rope = {name: state.pop(name) for name in list(state) if layout == "detectron2" and _ROPE.fullmatch(name)}
+    rope = {name: state.pop(name) for name in list(state) if layout in ENCODERS and ROPE.fullmatch(name)}
+    aliases = _take_aliases(file.path, state) if layout == "deta" else {}
 
     table = _table(file.path, kind, layout, state, target)
     sizes = _sizes(file.path, table, layout, state)
@@ -233,31 +156,28 @@ def convert(file: CheckpointFile, to: str) -> Conversion:
         resized = _fit_kernel(file.path, out, target, sizes)
         return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized)
 
-    geometry, deviation = _geometry(file.path, rope, sizes) if rope else (_stored_geometry(file, sizes), 0.0)
-    added: dict[str, Tensor] = {}
-    notes: list[str] = []
+    geometry, deviation = _geometry(file, layout, rope, sizes) if rope else (_stored_geometry(file, sizes), 0.0)
+    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, geometry=geometry)
     if layout == target:
-        out |= rope
-        renamed |= {prefix + name: name for name in rope}
-    elif target == "mmdet":
+        out |= rope | aliases
+        renamed |= {prefix + name: name for name in rope | aliases}
+        return done
+    if target == "mmdet":
         why = "rotary constants, computed here" + (f" to within {deviation:.0e}" if deviation else "")
         dropped |= {prefix + name: why for name in rope}
-    elif geometry := geometry or _recipe(sizes):
-        added = geometry.tables(sizes["e"], sizes["d"], math.isqrt(sizes["n"]))
-        out |= added
-    else:
-        notes.append(
-            "the rotary tables are left out: the file does not tell their geometry, and no released detector has these "
-            "shapes; Detectron2 computes them itself, and warns"
-        )
-    reasons = dict.fromkeys(added, "rotary constants, which Detectron2 keeps in the file")
-    return Conversion(file.path, kind, layout, target, out, renamed, dropped, {}, reasons, notes, geometry)
+        dropped |= {prefix + name: f"second name of {_first_name(name)}" for name in aliases}
+        if kind == "DETA":
+            _fit_deta(done, sizes, all_classes)
+        return done
+    if kind == "DETA":
+        _add_aliases(done, sizes)
+    return _add_tables(done, sizes)
 
 
 def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
-    """Return the weights of Detectron2's detectors in MMDetection's names, those of any other file as they are."""
+    """Return the weights of the released detectors in MMDetection's names, those of any other file as they are."""
     found = _find_layout(_plain_detectron2(file.state))
-    return convert(file, "mmdet").state if found and found[1:] == ("detector", "detectron2") else file.state
+    return convert(file, "mmdet").state if found and found[2] in ENCODERS and found[1] != "encoder" else file.state
 
 
 def check_destination(path: str | Path, source: str | Path) -> None:
@@ -282,7 +202,7 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     facts = {} if conversion.geometry is None else {"pe_spatial": asdict(conversion.geometry)}
     state = {name: _compact(value) for name, value in conversion.state.items()}
-    wrapped: dict[str, Any] = {"model": state} if conversion.layout_out == "detectron2" else {"state_dict": state}
+    wrapped: dict[str, Any] = {"model": state} if conversion.layout_out in ENCODERS else {"state_dict": state}
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -313,7 +233,7 @@ def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Bring a detector trained with integrations.detectron2, whose backbone has our names, to the release's."""
     if not all(any(name.startswith(part) for name in state) for part in ("proposal_generator.", "backbone.encoder.")):
         return state
-    theirs = {row.ours: row.theirs for row in _ROWS["detector"] if row.theirs}
+    theirs = {row.ours: row.theirs for row in ROWS["detector"] if row.theirs}
     out = {}
     for name, value in state.items():
         number = re.search(r"blocks\.(\d+)\.", name)
@@ -324,8 +244,8 @@ def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
     """Return (prefix of the names, kind, layout), or None."""
-    for prefix in _PREFIXES:
-        for mark, (kind, layout) in _MARKS.items():
+    for prefix in PREFIXES:
+        for mark, (kind, layout) in MARKS.items():
             if any(name.startswith(prefix + mark) for name in state):
                 positions = state.get(f"{prefix}positional_embedding")  # of a detector's initialisation: (1, n, e)
                 initial = layout == "release" and positions is not None and positions.ndim == 3
@@ -338,7 +258,9 @@ def _target(path: Path, kind: str, to: str) -> str:
         raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
     if (kind, to) == ("detector", "timm"):
         raise CheckpointError(f"{path} is a detector and timm has none; convert it to mmdet or detectron2")
-    return _SYNONYMS.get((kind, to), to)
+    if kind == "DETA" and to in ("timm", "detectron2"):
+        raise CheckpointError(f"{path} is a DETA and {to} has none; convert it to mmdet or release")
+    return SYNONYMS.get((kind, to), to)
 
 
 def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
@@ -360,28 +282,31 @@ def _beside(rest: Mapping[str, Any]) -> dict[str, str]:
     return {name: "training state or description, not weights" for name in rest if name not in ours}
 
 
-def _name(row: _Row, layout: str) -> str:
-    return row.theirs if layout in _THEIRS else row.ours
+def _name(row: Row, layout: str) -> str:
+    return row.theirs if layout in THEIRS else row.ours
 
 
-def _shape(row: _Row, layout: str) -> str:
+def _shape(row: Row, layout: str) -> str:
     """Return the shape without leading axes of one where `layout` has none."""
     shape = row.shape.removesuffix(" ?")
     bare = layout == "release" or (layout == "detectron2" and shape.startswith("1 1 "))
     return shape.replace("1 ", "") if bare else shape
 
 
-def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], target: str) -> dict[str, _Row]:
+def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], target: str) -> dict[str, Row]:
     """Return name -> row for exactly the tensors of `state`, or raise CheckpointError that lists both sides."""
-    blocks = {found[1] for name in state if (found := re.search(r"(?:^|\.)(?:res)?blocks\.(\d+)\.", name))}
-    numbers = {"{}": [str(i) for i in range(len(blocks))]}
+    numbers: dict[str, list[str]] = {}
+    for mark, part in {"{}": "(?:res)?blocks", "{i}": r"encoder\.layers", "{j}": r"decoder\.layers"}.items():
+        met = {found[1] for name in state if (found := re.search(rf"(?:^|\.){part}\.(\d+)\.", name))}
+        numbers[mark] = [str(i) for i in range(len(met))]
+    numbers["{h}"] = [str(i) for i in range(len(numbers["{j}"]) + 1)]
     for mark, pattern in {"{s}": r"roi_heads?\.b?box_(head|predictor)\.\d", "{m}": r"roi_head\.mask_head\.\d"}.items():
         numbers[mark] = [".0", ".1", ".2"] if any(re.match(pattern, name) for name in state) else [""]
-    table: dict[str, _Row] = {}
-    for theirs, ours, shape in _ROWS[kind]:
+    table: dict[str, Row] = {}
+    for theirs, ours, shape in ROWS[kind]:
         mark = next((mark for mark in numbers if mark in ours), "{}")
         rows = [
-            _Row("" if mark == "{m}" and number else theirs.replace(mark, number), ours.replace(mark, number), shape)
+            Row("" if mark == "{m}" and number else theirs.replace(mark, number), ours.replace(mark, number), shape)
             for number in (numbers[mark] if mark in ours else [""])
         ]
         if not shape.endswith("?") or any(_name(row, layout) in state for row in rows):
@@ -395,7 +320,7 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
         )
     homeless = [row.ours for row in table.values() if not _name(row, target)]
     if homeless:
-        why = next(why for part, why in _NO_PLACE.items() if part in homeless[0])
+        why = next(why for part, why in NO_PLACE.items() if part in homeless[0])
         raise CheckpointError(f"{path} has no way to {target}: no place for {_some(homeless)}, because {why}")
     return table
 
@@ -408,7 +333,7 @@ def _some(names: Iterable[str]) -> str:
 # --- shapes
 
 
-def _sizes(path: Path, table: Mapping[str, _Row], layout: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+def _sizes(path: Path, table: Mapping[str, Row], layout: str, state: Mapping[str, Tensor]) -> dict[str, int]:
     """Return letter -> size, or raise CheckpointError for the first tensor that disagrees with those before it."""
     sizes: dict[str, int] = {}
     source: dict[str, str] = {}
@@ -447,15 +372,16 @@ def _expect(word: str, size: int, sizes: dict[str, int]) -> int | None:
     return sizes[found[2]] * times // over + plus
 
 
-def _released_alike(sizes: Mapping[str, int]) -> list[EncoderConfig]:
+def _released_alike(sizes: Mapping[str, int], *, letters: str = "emndts") -> list[EncoderConfig]:
     """Return the released configurations with these shapes, whatever their patch."""
-    return [
-        config
-        for config in VARIANTS.values()
-        if [sizes[letter] for letter in "emndts"]
-        == [config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.grid_size**2 + config.class_token,
-            config.depth, config.class_token, 0 if config.init_values is None else config.depth]
-    ]  # fmt: skip
+    alike = []
+    for config in VARIANTS.values():
+        own = {"e": config.embed_dim, "m": int(config.embed_dim * config.mlp_ratio), "d": config.depth,
+               "n": config.grid_size**2 + config.class_token, "t": int(config.class_token),
+               "s": 0 if config.init_values is None else config.depth}  # fmt: skip
+        if all(sizes[letter] == own[letter] for letter in letters):
+            alike.append(config)
+    return alike
 
 
 def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mapping[str, int]) -> dict[str, str]:
@@ -472,12 +398,81 @@ def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mappin
     return {"conv1.weight": f"{tuple(before.shape)} -> {tuple(state['conv1.weight'].shape)}"}
 
 
+# --- DETA
+
+
+def _take_aliases(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the second names of the heads out of `state`; return them with what they name."""
+    aliases = {}
+    for name in [name for name in state if ALIAS.fullmatch(name) and _first_name(name) in state]:
+        first = _first_name(name)
+        if not state[name].is_meta and not torch.equal(state[name], state[first]):
+            raise CheckpointError(f"{path}: {name} and {first} should be one tensor but differ; give an undamaged file")
+        aliases[name] = state.pop(name)
+    return aliases
+
+
+def _first_name(alias: str) -> str:
+    return ALIAS.sub(r"\1", alias)
+
+
+def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> None:
+    """Keep the rows of COCO's categories, and say where the encoder's geometry is not that of the preset.
+
+    The last head proposes boxes by its row 0, whatever the class, so that its first rows stay where they are.
+    """
+    heads = [name for name in done.state if name.startswith("bbox_head.cls_branches.")]
+    if sizes["C"] == DETA_CLASSES and not all_classes:
+        last = max(int(name.split(".")[2]) for name in heads)
+        for name in heads:
+            value = done.state[name]
+            rows = torch.tensor(COCO_CATEGORY_IDS, device=value.device)
+            kept = done.state[name] = value[: len(rows)] if int(name.split(".")[2]) == last else value[rows]
+            done.resized[name] = f"{tuple(value.shape)} -> {tuple(kept.shape)}"
+        done.notes.append("of 91 classes the 80 of COCO are kept; the last head keeps the objectness, its first")
+    found, preset = done.geometry, _recipe("DETA", sizes)
+    if found and (preset is None or replace(found, image=preset.image, dtype=preset.dtype) != preset):
+        done.notes.append(
+            f"its encoder is not that of preset 'deta': window_size={found.window}, rope_grid={found.grid}, "
+            f"pos_grid={math.isqrt(sizes['n'])}, global_attn_indexes={found.global_blocks}"
+        )
+
+
+def _add_aliases(done: Conversion, sizes: Mapping[str, int]) -> None:
+    if sizes["C"] == len(COCO_CATEGORY_IDS):
+        raise CheckpointError(
+            f"{done.path} has no way to release: there a class is a category id of COCO, so that 91 are needed, and of "
+            "these it has 80; convert the released file with all classes instead"
+        )
+    first = {f"transformer.decoder.{name}": name for name in done.state if name.startswith(("class_", "bbox_"))}
+    done.state.update({name: done.state[own] for name, own in first.items()})
+    done.added.update({name: f"second name of {own}" for name, own in first.items()})
+
+
 # --- rotary tables of the released detectors
 
 
-def _geometry(path: Path, rope: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[RopeGeometry, float]:
+def _add_tables(done: Conversion, sizes: Mapping[str, int]) -> Conversion:
+    project = {"detectron2": "Detectron2", "deta": "Meta's DETA"}[done.layout_out]
+    geometry = done.geometry or _recipe(done.kind, sizes)
+    if geometry is None:
+        done.notes.append(
+            "the rotary tables are left out: the file does not tell their geometry, and no released detector has these "
+            f"shapes; {project} computes them itself, and warns"
+        )
+        return done
+    tables = geometry.tables(done.layout_out, sizes["e"], sizes["d"], sizes["n"])
+    done.state.update(tables)
+    done.added.update(dict.fromkeys(tables, f"rotary constants, which {project} keeps in the file"))
+    return replace(done, geometry=geometry)
+
+
+def _geometry(
+    file: CheckpointFile, layout: str, rope: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> tuple[RopeGeometry, float]:
     """Return the geometry that the tables show, and by how much they deviate from what it gives."""
-    windows, images = (rope.get(f"backbone.net.rope_{kind}.freqs_cos") for kind in ("win", "glb"))
+    path, home = file.path, ENCODERS[layout]
+    windows, images = (rope.get(f"{home}rope_{kind}.freqs_cos") for kind in ("win", "glb"))
     if windows is None or images is None or any(table.ndim != 2 or not table.numel() for table in (windows, images)):
         raise CheckpointError(f"{path} has rotary tables, but rope_win and rope_glb are not both there as matrices")
     geometry = RopeGeometry(
@@ -485,13 +480,14 @@ def _geometry(path: Path, rope: Mapping[str, Tensor], sizes: Mapping[str, int]) 
         window=math.isqrt(windows.shape[0]),
         image=math.isqrt(images.shape[0]),
         global_blocks=tuple(
-            int(name.split(".")[4])
+            int(name.removeprefix(f"{home}transformer.resblocks.").partition(".")[0])
             for name, table in rope.items()
             if name.endswith("attn.rope.freqs_cos") and table.shape == images.shape
         ),
         dtype=str(images.dtype).removeprefix("torch."),
+        grid=_compressed_into(windows, rope.get(f"{home}rope_win.freqs_sin")) if layout == "deta" else None,
     )
-    expected, deviation = geometry.tables(sizes["e"], sizes["d"], math.isqrt(sizes["n"])), 0.0
+    expected, deviation = geometry.tables(layout, sizes["e"], sizes["d"], sizes["n"]), 0.0
     odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
     if odd:
         raise CheckpointError(f"{path} has rotary tables that do not go together ({_some(sorted(odd))}) for {geometry}")
@@ -504,6 +500,15 @@ def _geometry(path: Path, rope: Mapping[str, Tensor], sizes: Mapping[str, int]) 
             )
         deviation = max(deviation, difference)
     return geometry, deviation
+
+
+def _compressed_into(cos: Tensor, sin: Tensor | None) -> int:
+    """Return the grid of DETA's positions, which its shapes do not tell, from the angle between two cells of a row."""
+    side = math.isqrt(cos.shape[0])
+    if cos.is_meta or sin is None or sin.shape != cos.shape or side < 2:
+        return _DETA_GRID
+    first, second = torch.atan2(sin[:2, 0].double(), cos[:2, 0].double()).tolist()
+    return round((second - first) % math.tau * side)
 
 
 def _shape_of(tables: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -521,19 +526,25 @@ def _stored_geometry(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeGeom
         geometry = RopeGeometry(**{**facts, "global_blocks": tuple(facts["global_blocks"])})
         if sizes["e"] % (4 * geometry.heads):
             raise ValueError(f"{geometry.heads} heads")
-        geometry.tables(sizes["e"], 0, 1)
+        geometry.tables("detectron2", sizes["e"], 0, 1)
     except Exception as error:  # whatever an entry of another type or size leads to
         raise CheckpointError(f"{file.path} says nonsense on its rotary tables ({facts}); remove that entry") from error
     return geometry
 
 
-def _recipe(sizes: Mapping[str, int]) -> RopeGeometry | None:
-    """Return the geometry of the released detectors: images of 1024 pixels, windows of the pretraining grid."""
-    heads = {config.num_heads for config in _released_alike(sizes)}
-    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES:
+def _recipe(kind: str, sizes: Mapping[str, int]) -> RopeGeometry | None:
+    """Return the geometry of the released detectors: images of 1024 or 1824 pixels, windows of the learned grid."""
+    deta = kind == "DETA"
+    heads = {config.num_heads for config in _released_alike(sizes, letters="emdts" if deta else "emndts")}
+    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES or (deta and sizes["n"] != 24**2):
         return None
-    blocks = VITDET_RECIPES[sizes["d"]].global_attn_indexes
-    return RopeGeometry(heads=heads.pop(), window=math.isqrt(sizes["n"]), image=1024 // 16, global_blocks=blocks)
+    return RopeGeometry(
+        heads=heads.pop(),
+        window=math.isqrt(sizes["n"]),
+        image=(1824 if deta else 1024) // 16,
+        global_blocks=VITDET_RECIPES[sizes["d"]].global_attn_indexes,
+        grid=_DETA_GRID if deta else None,
+    )
 
 
 # --- writing

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -377,6 +378,41 @@ def test_from_pretrained_keeps_the_patches_of_a_file_that_was_resized(tmp_path):
     config = EncoderConfig(img_size=56, patch_size=14, embed_dim=48, depth=1, num_heads=2)
     torch.save(PerceptionEncoder(config, patch_size=16).state_dict(), tmp_path / "w.pt")
     assert from_pretrained(tmp_path / "w.pt", variant=config).patch_size == 16
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_released_positions_are_resized_to_pos_grid_as_the_reference_converter_does(golden, class_token):
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(golden / "maskrcnn/convert.npz").items()}
+    config = EncoderConfig(img_size=112, patch_size=14, embed_dim=8, depth=1, num_heads=2, class_token=class_token)
+    model = PerceptionEncoder(config, patch_size=16, pos_grid=6)
+    state = PerceptionEncoder(config).state_dict()
+    table = arrays["in/module.visual.positional_embedding"]  # width 6, which is no encoder's
+    table, expected = (F.pad(t.flatten(0, -2), (0, 2)) for t in (table, arrays["output_pixel_96/positional_embedding"]))
+    token = torch.ones(int(class_token), 8)
+    state["pos_embed"] = torch.cat((token, table))[None]
+    report = load_state(model, state)
+    n = int(class_token)
+    assert report.resized["pos_embed"] == f"(1, {n + 64}, 8) -> (1, {n + 36}, 8)"
+    assert_close(model.pos_embed[0], torch.cat((token, expected)), rtol=0, atol=1e-6)
+    again = PerceptionEncoder(config, patch_size=16, pos_grid=6)
+    assert load_state(again, model.state_dict()).resized == {}
+    assert_close(again.pos_embed, model.pos_embed, rtol=0, atol=0)
+    with pytest.raises(
+        CheckpointError, match=rf"pos_embed \(1, {n + 36}, 8\) in the file, \(1, {n + 25}, 8\) in the model"
+    ):
+        load_state(PerceptionEncoder(config, patch_size=16, pos_grid=5), model.state_dict())
+
+
+def test_from_pretrained_finds_a_variant_whose_positions_were_resized(tmp_path):
+    """Where the grid alone tells two variants apart, it has to be said."""
+    with torch.device("meta"):
+        for variant, known in (("pe_spatial_s16_512", False), ("pe_lang_l14_448", True), ("pe_core_g14_448", True)):
+            path = release(PerceptionEncoder(variant, patch_size=16, pos_grid=12), tmp_path, f"{variant}.pt")
+            if not known:
+                with pytest.raises(CheckpointError, match="holds no released variant; give variant="):
+                    from_pretrained(path)
+            found = from_pretrained(path, **({} if known else {"variant": variant, "pos_grid": 12}))
+            assert (found.variant, found.patch_size, found.pos_grid) == (variant, 16, 12)
 
 
 def test_from_pretrained_errors_say_what_to_do(tmp_path, checkpoint):

@@ -13,12 +13,13 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "pe_spatial"
 FRAMEWORKS = ("mmengine", "mmcv", "mmdet", "mmseg", "detectron2", "timm", "sam2")
 ENCODER = sorted(f"pe_spatial.encoder.{path.stem}" for path in (PACKAGE / "encoder").glob("[!_]*.py"))
-CORE = ("pe_spatial", *ENCODER, "pe_spatial.conversion", "pe_spatial.errors")
+CORE = ("pe_spatial", *ENCODER, "pe_spatial.conversion", "pe_spatial.layouts", "pe_spatial.errors")
 
 # part of the package -> the parts that it may import
 ARROWS = {
     "encoder": {"encoder"},
-    "conversion": {"encoder"},
+    "conversion": {"encoder", "layouts"},
+    "layouts": {"encoder"},
     "errors": set(),
     "synthetic": {"synthetic", "encoder", "errors"},
     "integrations": {"integrations", "encoder", "errors"},

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from pe_spatial import FusedFeaturePyramid, SimpleFeaturePyramid
-from pe_spatial.encoder.pyramid import ChannelLayerNorm, PlainFeaturePyramid
+from pe_spatial.encoder.pyramid import ChannelLayerNorm, DETAFeaturePyramid, PlainFeaturePyramid
 
 
 @pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])
@@ -82,6 +82,17 @@ def test_plain_pyramid_takes_one_map_for_each_level():
     assert maps[1].grad is None
 
 
+def test_deta_pyramid_puts_the_map_between_a_deconvolution_and_a_pooling():
+    """Its values against the released ones: test_conversion_deta.py."""
+    pyramid, x = DETAFeaturePyramid(16, in_stride=8), torch.randn(2, 16, 4, 6)
+    levels = pyramid((x,))
+    assert [level.shape[1:] for level in levels] == [(8, 8, 12), (16, 4, 6), (16, 2, 3)]
+    assert (pyramid.strides, pyramid.out_channels) == ((4, 8, 16), (8, 16, 16))
+    assert_close(levels[1], x, rtol=0, atol=0)
+    assert_close(levels[2], x.unflatten(2, (2, 2)).unflatten(4, (3, 2)).amax((3, 5)), rtol=0, atol=0)
+    assert list(pyramid.state_dict()) == ["levels.0.weight", "levels.0.bias"]
+
+
 def test_last_level_is_the_one_before_subsampled():
     levels = SimpleFeaturePyramid(16, out_channels=8)(torch.randn(1, 16, 8, 8))
     assert_close(levels[4], levels[3][:, :, ::2, ::2], rtol=0, atol=0)
@@ -106,7 +117,11 @@ def test_fused_pyramid_uses_every_map():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SimpleFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2), "takes one map but got 2"),
+        (
+            lambda: SimpleFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2),
+            "SimpleFeaturePyramid takes one map but got 2",
+        ),
+        (lambda: DETAFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2), "DETAFeaturePyramid takes one map but got 2"),
         (lambda: FusedFeaturePyramid((32, 32))([torch.zeros(1, 32, 4, 4)]), "got 1 maps for in_channels of 2"),
         (lambda: SimpleFeaturePyramid(32, strides=(8, 12)), "times powers of two"),
         (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(0, 1)), "not all"),

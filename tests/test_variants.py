@@ -63,20 +63,23 @@ def test_config_is_frozen_and_checked():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_presets_build_every_variant(preset, name):
     config = VARIANTS[name]
-    if preset == "vitdet" and config.depth not in (12, 24, 50):
+    detector = preset in ("vitdet", "deta")
+    if detector and config.depth not in (12, 24, 50):
         with pytest.raises(ValueError, match=r"no ViTDet recipe is published for (23|47) blocks"):
             preset_options(preset, name)
         return
     with torch.device("meta"):
         model = PerceptionEncoder(name, **preset_options(preset, name))
-    assert model.patch_size == (16 if preset == "vitdet" else config.patch_size)
-    assert model.rope_grid == (config.grid_size, config.grid_size)
-    if preset == "vitdet":
+    assert model.patch_size == (16 if detector else config.patch_size)
+    assert model.rope_grid == ((16, 16) if preset == "deta" else (config.grid_size, config.grid_size))
+    assert model.pos_grid == (24 if preset == "deta" else config.grid_size)
+    if detector:
+        assert model.window_size == model.pos_grid
         # Every run of windowed blocks ends in one of four global blocks, the last of them the last block.
         assert [kind for kind, _ in model._runs] == [True, False] * 4
         assert model.blocks[-1].drop_path == vitdet_recipe(config.depth).drop_path_rate
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="release, timm, vitdet"):
+    with pytest.raises(ValueError, match="release, timm, vitdet, deta"):
         preset_options("vit", "pe_spatial_b16_512")

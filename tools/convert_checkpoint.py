@@ -2,12 +2,13 @@
 
 python tools/convert_checkpoint.py PE-Spatial-G14-448.pt pe_spatial_g14_16px.pth --to detectron2
 python tools/convert_checkpoint.py hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_coco36ep.pth g14.pth --to mmdet
+python tools/convert_checkpoint.py hf://facebook/PE-Detection/deta_coco_1824pix.pth deta.pth --to mmdet
 python tools/convert_checkpoint.py work_dirs/coco/iter_66375.pth for_detectron2.pth --to detectron2
 
 What IN is, is found out. OUT ends in .pt, .pth or .safetensors.
 For a detector pe_spatial means the same as mmdet, because our detectors are MMDetection's.
-For a detector release means the same as detectron2, because that is how Meta published them.
-For a detector timm is refused, because timm has none.
+For a detector release means the same as detectron2, because that is how Meta published them (DETA: in its own layout).
+For a detector timm is refused, because timm has none; for DETA detectron2 is, too.
 For an encoder mmdet means the same as pe_spatial: a config takes it with model.backbone.init_cfg.checkpoint=OUT.
 """
 
@@ -19,8 +20,10 @@ from collections.abc import Iterable
 from pe_spatial.conversion import TARGETS, Conversion, check_destination, convert, write_checkpoint
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 
-# blocks and stages, and the tensors of a layer, take one line of the table
-NUMBER = re.compile(r"(?:(?<=blocks\.)|(?<=head\.)|(?<=predictor\.))\d+(?=\.)")
+# blocks, layers and stages, and the tensors of a layer, take one line of the table
+NUMBER = re.compile(
+    r"(?:(?<=blocks\.)|(?<=head\.)|(?<=predictor\.)|(?<=coder\.layers\.)|(?<=embed\.)|(?<=branches\.))\d+(?=\.)"
+)
 TENSOR = re.compile(r"(?<=[._])(weight|bias|cos|sin)$")
 
 
@@ -75,7 +78,7 @@ def report(done: Conversion) -> str:
 def main(args: argparse.Namespace) -> None:
     source = locate(args.input)
     check_destination(args.output, source)
-    done = convert(read_checkpoint(source), args.to)
+    done = convert(read_checkpoint(source), args.to, all_classes=args.all_classes)
     size = write_checkpoint(args.output, done)
     print(report(done))
     print(
@@ -89,6 +92,9 @@ if __name__ == "__main__":
     parser.add_argument("input", metavar="IN", help="a .pt, .pth or .safetensors file, or hf://owner/repo/file")
     parser.add_argument("output", metavar="OUT", help="the file to write")
     parser.add_argument("--to", required=True, choices=TARGETS, help="layout of OUT")
+    parser.add_argument(
+        "--all-classes", action="store_true", help="keep DETA's 91 classes, one for each category id, not COCO's 80"
+    )
     try:
         main(parser.parse_args())
     except CheckpointError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from pe_spatial import cli
+from pe_spatial.detection.limit import limit_test
 from pe_spatial.errors import ConfigError
 
 
@@ -46,6 +47,8 @@ def main(args: argparse.Namespace) -> None:
         draw(cfg, args)
     if args.tta:
         augment(cfg, args)
+    if args.limit is not None:
+        limit_test(cfg, args.limit)
     if args.out:
         dump = dict(type="DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults", out_file_path=args.out)
         metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
@@ -62,6 +65,7 @@ if __name__ == "__main__":
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument("--show-dir", help="draw predictions, beside the ground truth, into this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits (default 2)")
+    parser.add_argument("--limit", type=int, metavar="N", help="test on the first N pictures alone")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
     arguments = parser.parse_args()
     if arguments.out and not arguments.out.endswith((".pkl", ".pickle")):

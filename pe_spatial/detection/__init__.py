@@ -1,6 +1,10 @@
-"""Detection in MMDetection: checked COCO and LVIS input, heads, augmentation, the swap. Importing it registers them."""
+"""Detection in MMDetection: checked input, two-stage heads, DETA, augmentation, the swap. Importing it registers."""
 
 from .coco import CheckedCocoDataset, LoadPicture
+from .deta import DETA, CanvasPreprocessor
+from .deta_head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
+from .deta_transforms import ShortSideResize
+from .deta_tta import DETATTA
 from .heads import (
     Detectron2BBoxHead,
     Detectron2BoxCoder,
@@ -15,9 +19,15 @@ from .swap import probe_backbone, swap_backbone
 from .tta import BoxTTA
 
 __all__ = [
+    "DETA",
+    "DETATTA",
     "BoxTTA",
+    "CanvasPreprocessor",
     "CheckedCocoDataset",
     "CheckedLVISDataset",
+    "DETAFirstStageAssigner",
+    "DETAHead",
+    "DETASecondStageAssigner",
     "Detectron2BBoxHead",
     "Detectron2BoxCoder",
     "Detectron2CascadeRoIHead",
@@ -30,6 +40,7 @@ __all__ = [
     "LoadPicture",
     "RepeatFactorSampler",
     "SetClassWeights",
+    "ShortSideResize",
     "probe_backbone",
     "swap_backbone",
 ]

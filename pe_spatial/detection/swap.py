@@ -20,12 +20,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
-from pe_spatial.encoder.variants import PRESETS, VITDET_RECIPES, get_config, preset_options
+from pe_spatial.encoder.variants import VITDET_RECIPES, get_config, preset_options
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import HEAD_OPTIONS, build_encoder
 from pe_spatial.integrations.timm import PREFIX
 
 ADAPTERS = ("simple", "fused", "single")
+PRESETS = ("release", "timm", "vitdet")  # DETA's needs its own pyramid and statistics
 LEARNING_RATE = 1e-4  # ViTDet's and PE's for AdamW
 WEIGHT_DECAY = 0.1
 _STRIDE = 16  # of the encoder's map; where a released patch differs, its kernel is resized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .files import SUFFIXES, CheckpointError, locate, read_state_dict
-from .resize import resize_patch_kernel
+from .resize import resize_patch_kernel, resize_pos_embed
 from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, preset_options, variant_key
 from .vit import PerceptionEncoder
 
@@ -42,7 +43,7 @@ RELEASED_TO_OURS: dict[str, str] = {
     "transformer.resblocks.{}.ls_2.gamma": "blocks.{}.gamma_2",
 }
 
-_KERNEL = "patch_embed.proj.weight"
+_KERNEL, _POSITIONS = "patch_embed.proj.weight", "pos_embed"
 
 # what a checkpoint may hold beyond the encoder, and why it is left out
 LEFT_OUT: dict[str, str] = {
@@ -51,6 +52,7 @@ LEFT_OUT: dict[str, str] = {
     r"attn_pool\..+": "attention pooling",
     r"(fc_)?norm\.(weight|bias)": "norm before the attention pooling (timm)",
     r"head\.(weight|bias)": "projection into the text space (timm)",
+    r"fpn1\.0\.(weight|bias)": "pyramid of a released DETA",
     r"(.+\.)?rope(_win|_glb)?(\.rope)?\.(freqs|freqs_cos|freqs_sin|cached_freqs)": "rotary constants, computed here",
 }
 
@@ -77,7 +79,7 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
 
     Args:
         model: the encoder. Blocks that it did not build are left out; a patch kernel of the released size is resized to
-            `model.patch_size`.
+            `model.patch_size`, learned positions of the released grid to `model.pos_grid`.
         source: a local .pt, .pth or .safetensors file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it)
             'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards; 'released', the
             published weights of the variant; or 'package://module/file', a file that an installed package ships.
@@ -105,7 +107,7 @@ def from_pretrained(
         source: a released name ('PE-Spatial-B16-512' or 'pe_spatial_b16_512': from the hub, through its cache); a local
             folder that holds its weights; or what `load_checkpoint` takes. A detector's file gives its encoder.
         variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
-        preset: 'release', 'timm' or 'vitdet': the geometry (see `preset_options`).
+        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`).
         options: those of `PerceptionEncoder`, such as `out_indices`; they override the preset.
 
     Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
@@ -122,12 +124,13 @@ def from_pretrained(
             raise CheckpointError(f"{error}; or give a folder, or a file that ends in {', '.join(SUFFIXES)}") from None
         path = locate(_released(variant_key(str(source)), str(source)))
     state = to_timm_names(read_state_dict(path))[0]
+    found: dict[str, int] = {}
     if variant is None:
-        variant = _variant_of(state, path)
+        variant, found = _variant_of(state, path)
     kernel = state.get(_KERNEL)
     patch_size = {} if kernel is None else {"patch_size": kernel.shape[-1]}  # the detectors' is 16, not 14
     with torch.device("meta"):
-        model = PerceptionEncoder(variant, **{**patch_size, **preset_options(preset, variant), **options})
+        model = PerceptionEncoder(variant, **{**patch_size, **found, **preset_options(preset, variant), **options})
     load_state(model, state, path=path)
     return model.eval()
 
@@ -150,16 +153,24 @@ def _weights_in(folder: Path, variant: object) -> Path:
     return files[0]
 
 
-def _variant_of(state: Mapping[str, Tensor], path: Path) -> str:
+def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, int]]:
+    """Return the variant, and the grid of learned positions where it is not the variant's own."""
     for variant, name in RELEASED_NAMES.items():
         if path.stem == name:
-            return variant
+            return variant, {}
     found = {name: value.shape for name, value in state.items() if name != _KERNEL}
+    positions = found.get(_POSITIONS)
+    others: dict[EncoderConfig, tuple[str, dict[str, int]]] = {}
     with torch.device("meta"):
-        for variant in VARIANTS:  # those of the same shapes have the same configuration
+        for variant, config in VARIANTS.items():  # those of the same shapes have the same configuration
             shapes = {name: value.shape for name, value in PerceptionEncoder(variant).state_dict().items()}
-            if shapes.pop(_KERNEL) and shapes == found:
-                return variant
+            del shapes[_KERNEL]
+            if shapes == found:
+                return variant, {}
+            if positions is not None and {**shapes, _POSITIONS: positions} == found:
+                others.setdefault(config, (variant, {"pos_grid": math.isqrt(positions[1] - config.class_token)}))
+    if len(others) == 1:  # the grid tells a Core from a Spatial encoder, but where LayerScale or the width does, too
+        return others.popitem()[1]
     raise CheckpointError(f"{path} holds no released variant; give variant=dict(img_size=..., patch_size=..., ...)")
 
 
@@ -177,7 +188,7 @@ def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: s
         if block and model.depth <= int(block[1]) < model.config.depth:
             del state[name]
             left_out[name] = f"block after the last of out_indices ({model.depth - 1})"
-    resized = _resize_kernel(state, model)
+    resized = _resize_kernel(state, model) | _resize_positions(state, model)
     _load_strictly(model, state, path)
     return LoadReport(path, layout, left_out, resized)
 
@@ -232,6 +243,17 @@ def _resize_kernel(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[s
         return {}
     state[_KERNEL] = resize_patch_kernel(kernel, size)
     return {_KERNEL: f"{tuple(kernel.shape)} -> {tuple(state[_KERNEL].shape)}"}
+
+
+def _resize_positions(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[str, str]:
+    """Bring the released table to `model.pos_grid`, as perception_models@3e352cc:apps/detection/tools/convert_d2.py."""
+    table, side, grid = state.get(_POSITIONS), model.config.grid_size, model.pos_grid
+    if table is None or side == grid or table.ndim != 3 or table.shape[1] != model.prefix + side**2:
+        return {}
+    patches = table[:, model.prefix :].float().unflatten(1, (side, side))
+    patches = resize_pos_embed(patches, (grid, grid), mode="bicubic").flatten(1, 2).to(table.dtype)
+    state[_POSITIONS] = torch.cat((table[:, : model.prefix], patches), dim=1)
+    return {_POSITIONS: f"{tuple(table.shape)} -> {tuple(state[_POSITIONS].shape)}"}
 
 
 def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -88,13 +88,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(B, C, h, w), or a sequence of just that, -> one map for each of `strides`."""
-        if not isinstance(maps, Tensor):
-            if len(maps) != 1:
-                raise ValueError(
-                    f"SimpleFeaturePyramid takes one map but got {len(maps)}; ask the encoder for one of out_indices, "
-                    "or use FusedFeaturePyramid for several"
-                )
-            maps = maps[0]
+        maps = _only_map(maps, "SimpleFeaturePyramid")
         levels: list[Tensor] = []
         for i, level in enumerate(self.levels):
             if i in self.unused:
@@ -197,6 +191,42 @@ class PlainFeaturePyramid(nn.Module):
             _nothing(x, self.out_channels[i], self.in_stride / self.strides[i]) if i in self.unused else level(x)
             for i, (level, x) in enumerate(zip(self.levels, each, strict=True))
         )
+
+
+class DETAFeaturePyramid(nn.Module):
+    """The released DETA's pyramid: the map itself between a deconvolution and a pooling, without any norm.
+
+    Equal to perception_models@3e352cc:apps/detection/DETA_pe/models/pev1.py (`PEv1_simpleFPN`); a 1x1 convolution and a
+    norm for each level, and the levels coarser than these, are the neck's.
+
+    Args:
+        in_channels: channels of the map.
+        in_stride: stride of the map: the encoder's patch size, in pixels. The levels have half of it, it and twice it;
+            the first has half the channels of the map, the others have all.
+    """
+
+    def __init__(self, in_channels: int, *, in_stride: int = 16) -> None:
+        super().__init__()
+        self.strides = (in_stride // 2, in_stride, 2 * in_stride)
+        self.out_channels = (in_channels // 2, in_channels, in_channels)
+        deconvolution = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
+        self.levels = nn.ModuleList([deconvolution, nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(B, C, h, w), or a sequence of just that, -> one map for each of `strides`."""
+        x = _only_map(maps, "DETAFeaturePyramid")
+        return tuple(level(x) for level in self.levels)
+
+
+def _only_map(maps: Tensor | Sequence[Tensor], name: str) -> Tensor:
+    if isinstance(maps, Tensor):
+        return maps
+    if len(maps) != 1:
+        raise ValueError(
+            f"{name} takes one map but got {len(maps)}; ask the encoder for one of out_indices, "
+            "or use FusedFeaturePyramid for several"
+        )
+    return maps[0]
 
 
 def _nothing(like: Tensor, channels: int, scale: float) -> Tensor:

@@ -39,7 +39,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> 
 def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
     """Bring a patch kernel (C, in, p, p) to (C, in, size, size), bicubically.
 
-    Neither antialiased nor rescaled: perception_models@3e352cc:apps/detection/detectron2_pe/tools/convert_d2.py.
+    Neither antialiased nor rescaled: perception_models@3e352cc:apps/detection/tools/convert_d2.py.
     """
     if kernel.shape[-1] == size:
         return kernel

@@ -126,7 +126,7 @@ def vitdet_recipe(depth: int) -> ViTDetRecipe:
     return VITDET_RECIPES[depth]
 
 
-PRESETS = ("release", "timm", "vitdet")
+PRESETS = ("release", "timm", "vitdet", "deta")
 
 
 def preset_options(preset: str, variant: str | EncoderConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +139,9 @@ def preset_options(preset: str, variant: str | EncoderConfig | Mapping[str, Any]
     - 'vitdet': the released detectors. Patches of 16 pixels, windows of the pretraining grid, four global blocks,
       learned positions tiled, rotary positions compressed into the pretraining range, drop path by depth
       (perception_models@3e352cc:apps/detection/detectron2_pe).
+    - 'deta': the released DETA. Like 'vitdet', but learned positions and windows of 24 tokens for every variant, and
+      rotary positions compressed into a range of 16, whatever the pretraining grid: that is how the weights were
+      trained (perception_models@3e352cc:apps/detection/DETA_pe/models/pev1.py, 'Gwin384').
     """
     config = get_config(variant)
     if preset == "release":
@@ -156,4 +159,6 @@ def preset_options(preset: str, variant: str | EncoderConfig | Mapping[str, Any]
             "rope_grid": config.grid_size,
             "drop_path_rate": recipe.drop_path_rate,
         }
+    if preset == "deta":
+        return {**preset_options("vitdet", config), "window_size": 24, "pos_grid": 24, "rope_grid": 16}
     raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")

@@ -127,6 +127,8 @@ class PerceptionEncoder(nn.Module):
         global_attn_indexes: the blocks that keep global attention (with `window_size`).
         pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
             'bicubic_antialias' (as timm) or 'tile'.
+        pos_grid: side of the table of learned positions, in tokens, if not the pretraining grid; `load_checkpoint`
+            resizes the released table.
         rope_mode: 'extrapolate' counts tokens on; 'interpolate' maps an axis of n tokens to positions
             `i / n * rope_grid`, where n is the window in windowed blocks and the grid in global ones.
         rope_grid: side of the grid to which 'interpolate' maps; one number, or (windows, global); the default is the
@@ -140,7 +142,7 @@ class PerceptionEncoder(nn.Module):
             detectors let it take part as keys.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (one option for each decision in which checkpoints or recipes differ)
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
@@ -148,6 +150,7 @@ class PerceptionEncoder(nn.Module):
         window_size: int | None = None,
         global_attn_indexes: Sequence[int] = (),
         pos_embed_mode: str = "bilinear",
+        pos_grid: int | None = None,
         rope_mode: str = "extrapolate",
         rope_grid: int | Sequence[int] | None = None,
         patch_size: int | None = None,
@@ -169,6 +172,7 @@ class PerceptionEncoder(nn.Module):
         self.window_size = window_size
         self.global_attn_indexes = _block_indices("global_attn_indexes", global_attn_indexes, config.depth)
         self.pos_embed_mode = _one_of("pos_embed_mode", pos_embed_mode, POS_EMBED_MODES)
+        self.pos_grid = config.grid_size if pos_grid is None else pos_grid
         self.rope_mode = _one_of("rope_mode", rope_mode, ROPE_MODES)
         self.rope_grid = _rope_grid(rope_grid, rope_mode, config.grid_size)
         self.mask_window_padding = mask_window_padding
@@ -176,6 +180,8 @@ class PerceptionEncoder(nn.Module):
             raise ValueError("global_attn_indexes and mask_window_padding need window_size; give it too")
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size is {window_size}; it is in tokens and at least 1, or None for no windows")
+        if self.pos_grid < 1:
+            raise ValueError(f"pos_grid is {pos_grid}; it is in tokens and at least 1, or None as pretrained")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {drop_path_rate}; it is a probability below 1")
         if not -1 <= frozen_stages <= self.depth:
@@ -183,11 +189,11 @@ class PerceptionEncoder(nn.Module):
         self.frozen_stages = frozen_stages
         self.grad_checkpointing = grad_checkpointing
 
-        dim, grid = config.embed_dim, config.grid_size
+        dim = config.embed_dim
         self.prefix = int(config.class_token)
         self.patch_embed = PatchEmbed(config.in_chans, dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid * grid, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + self.pos_grid**2, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=_EPS)
         rates = [drop_path_rate * i / max(config.depth - 1, 1) for i in range(self.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
@@ -266,8 +272,7 @@ class PerceptionEncoder(nn.Module):
         return h // p, w // p
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        side = self.config.grid_size
-        pos = self.pos_embed[:, self.prefix :].unflatten(1, (side, side))
+        pos = self.pos_embed[:, self.prefix :].unflatten(1, (self.pos_grid, self.pos_grid))
         x = (self.patch_embed(images) + resize_pos_embed(pos, grid, mode=self.pos_embed_mode)).flatten(1, 2)
         if self.cls_token is not None:
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
@@ -326,7 +331,8 @@ class PerceptionEncoder(nn.Module):
         return (
             f"{self.config}, patch_size={self.patch_size}, out_indices={self.out_indices}, "
             f"window_size={self.window_size}, global_attn_indexes={self.global_attn_indexes}, "
-            f"pos_embed_mode={self.pos_embed_mode!r}, rope_mode={self.rope_mode!r}, rope_grid={self.rope_grid}, "
+            f"pos_embed_mode={self.pos_embed_mode!r}, pos_grid={self.pos_grid}, rope_mode={self.rope_mode!r}, "
+            f"rope_grid={self.rope_grid}, "
             f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}"
         )
 

@@ -38,7 +38,7 @@ class PerceptionEncoderPyramid(Backbone):
     Args:
         variant: as in `PerceptionEncoder`.
         pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` if `out_indices` names several blocks.
-        preset: 'release', 'timm' or 'vitdet': the geometry (see `preset_options`); None leaves it to `options`.
+        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`); None leaves it to `options`.
         weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
         size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
             levels need. Whole windows are `window_size * patch_size`.

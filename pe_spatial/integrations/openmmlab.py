@@ -46,7 +46,7 @@ class Backbone(PerceptionEncoder):
 
     Args:
         variant: as in `PerceptionEncoder`.
-        preset: 'release', 'timm' or 'vitdet': the geometry (see `preset_options`); None leaves it to `options`.
+        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`); None leaves it to `options`.
         init_cfg: None for random weights, or `dict(type='Pretrained', checkpoint=...)` with what `load_checkpoint`
             takes: 'released', 'hf://owner/repo', or a local file. Loading is strict.
         options: those of `PerceptionEncoder`; they override the preset.
@@ -101,7 +101,18 @@ class PlainFeaturePyramid(_Float32Levels, core.PlainFeaturePyramid):
     """The core's `PlainFeaturePyramid` as a neck."""
 
 
-_ADAPTERS = {"simple": SimpleFeaturePyramid, "fused": FusedFeaturePyramid, "single": PlainFeaturePyramid}
+@MODELS.register_module()
+class DETAFeaturePyramid(_Float32Levels, core.DETAFeaturePyramid):
+    """The core's `DETAFeaturePyramid` as a neck."""
+
+
+_ADAPTERS = {
+    "simple": SimpleFeaturePyramid,
+    "fused": FusedFeaturePyramid,
+    "single": PlainFeaturePyramid,
+    "deta": DETAFeaturePyramid,
+}
+_OF_ONE_MAP = ("simple", "deta")
 
 
 @MODELS.register_module(name="PerceptionEncoder")
@@ -132,8 +143,9 @@ class PerceptionEncoderPyramid(nn.Module):
     Args:
         variant: as in `build_encoder`.
         pyramid: options of the adapter.
-        adapter: 'simple' (`SimpleFeaturePyramid`), 'fused' (`FusedFeaturePyramid`) or 'single'
-            (`PlainFeaturePyramid`); None takes the first for one block in `out_indices` and the second for several.
+        adapter: 'simple' (`SimpleFeaturePyramid`), 'fused' (`FusedFeaturePyramid`), 'single' (`PlainFeaturePyramid`) or
+            'deta' (`DETAFeaturePyramid`); None takes the first for one block in `out_indices` and the second for
+            several.
         any_size: take images of any size: zeros at the right and at the bottom fill them up to whole cells of the
             coarsest level, and every level is cut to ceil(H / stride), as convolutional backbones leave it.
         renormalize: `dict(mean=, std=, bgr=, to_mean=, to_std=)`: the statistics that the images came normalised with,
@@ -160,12 +172,14 @@ class PerceptionEncoderPyramid(nn.Module):
         adapter = adapter or ("simple" if maps == 1 else "fused")
         if adapter not in _ADAPTERS:
             raise ConfigError(f"adapter is {adapter!r}; allowed are {', '.join(map(repr, _ADAPTERS))}")
-        if adapter == "simple" and maps > 1:
-            raise ConfigError(f"adapter 'simple' reads one layer but out_indices names {maps}; use 'fused' or 'single'")
+        if adapter in _OF_ONE_MAP and maps > 1:
+            raise ConfigError(
+                f"adapter {adapter!r} reads one layer but out_indices names {maps}; use 'fused' or 'single'"
+            )
         self.any_size = any_size
         self.eval_level = eval_level
         self.pyramid: nn.Module = _ADAPTERS[adapter](
-            self.encoder.embed_dim if adapter == "simple" else [self.encoder.embed_dim] * maps,  # type: ignore[arg-type]
+            self.encoder.embed_dim if adapter in _OF_ONE_MAP else [self.encoder.embed_dim] * maps,  # type: ignore[arg-type]
             **{"in_stride": self.encoder.patch_size, **(pyramid or {})},
         )
         self._renormalize = renormalize is not None

@@ -116,10 +116,22 @@ def test_adapters_by_name():
     assert type(pyramid_of(adapter="single").pyramid).__name__ == "PlainFeaturePyramid"
     levels = pyramid_of(adapter="single", out_indices=(0, 1, 3))(torch.randn(1, 3, 64, 64))
     assert [level.shape[1:] for level in levels] == [(4, 16, 16), (8, 8, 8), (16, 2, 2)]
-    with pytest.raises(ConfigError, match="allowed are 'simple', 'fused', 'single'"):
+    with pytest.raises(ConfigError, match="allowed are 'simple', 'fused', 'single', 'deta'"):
         pyramid_of(adapter="sfp")
-    with pytest.raises(ConfigError, match="reads one layer but out_indices names 2"):
-        pyramid_of(adapter="simple", out_indices=(1, 3))
+    for adapter in ("simple", "deta"):
+        with pytest.raises(ConfigError, match=f"adapter '{adapter}' reads one layer but out_indices names 2"):
+            pyramid_of(adapter=adapter, out_indices=(1, 3))
+
+
+def test_deta_adapter():
+    model = pyramid_of(adapter="deta", pyramid=None, any_size=True)
+    images = torch.randn(1, 3, 60, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        levels = model(images)
+        (expected,) = model.encoder(torch.nn.functional.pad(images, (0, 0, 0, 4)))
+    assert [tuple(level.shape[1:]) for level in levels] == [(16, 8, 12), (32, 4, 6), (32, 2, 3)]
+    assert all(level.dtype == torch.float32 and level.is_contiguous() for level in levels)
+    torch.testing.assert_close(levels[1], expected.float(), rtol=0, atol=0)
 
 
 def test_neck_equals_the_core():
