@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_files import file, same_bits, shapes_of
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, PerceptionEncoder, SimpleFeaturePyramid
@@ -36,24 +37,8 @@ CONTRACTS = (
 )
 
 
-def file(state, **rest):
-    return CheckpointFile(Path("weights.pth"), dict(state), rest)
-
-
 def empty(shapes):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def shapes_of(state):
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_files import file, same_bits, shapes_of
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder, from_pretrained, preset_options
@@ -44,21 +45,6 @@ SMALL = EncoderConfig(
     class_token=False,
     init_values=0.1,
 )
-
-
-def file(state, **rest):
-    return CheckpointFile(Path("weights.pth"), dict(state), rest)
-
-
-def shapes_of(state):
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("mmdet")
 from coco_files import write_coco
+from command_line import tool
 from mmengine.config import Config
 from torch.testing import assert_close
 
@@ -59,19 +60,6 @@ def project(tmp_path_factory):
     cfg.default_hooks.logger.interval = 1
     cfg.dump(root / "tiny.py")
     return root
-
-
-def tool(name, *args, cwd):
-    done = subprocess.run(
-        [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """The linear probe: what is frozen, what is learned, how pictures and labels get in, and a run as a user starts it."""
 
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
+from command_line import tool
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
@@ -198,19 +197,6 @@ def project(tmp_path_factory):
     cfg.default_hooks.logger.interval = 1
     cfg.dump(root / "tiny.py")
     return root
-
-
-def tool(name, *args, cwd):
-    done = subprocess.run(
-        [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,22 @@
+"""The tools, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def tool(name, *args, cwd):
+    """Run tools/NAME.py and return what it prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
