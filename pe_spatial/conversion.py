@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoder.checkpoint import LEFT_OUT
-from .encoder.files import SUFFIXES, CheckpointError, CheckpointFile
+from .encoder.checkpoint import LEFT_OUT, rename
+from .encoder.files import SUFFIXES, CheckpointError, CheckpointFile, some
 from .encoder.resize import resize_patch_kernel
 from .encoder.variants import VARIANTS, VITDET_RECIPES, EncoderConfig
 from .layouts import (
@@ -133,7 +133,7 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
     found = _find_layout(weights)
     if found is None:
         raise CheckpointError(
-            f"{file.path} holds no encoder or detector that is known here, but {_some(file.state)}; known are encoders "
+            f"{file.path} holds no encoder or detector that is known here, but {some(file.state)}; known are encoders "
             "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN and DETA on one, the authors' and ours"
         )
     prefix, kind, layout = found
@@ -234,12 +234,7 @@ def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not all(any(name.startswith(part) for name in state) for part in ("proposal_generator.", "backbone.encoder.")):
         return state
     theirs = {row.ours: row.theirs for row in ROWS["detector"] if row.theirs}
-    out = {}
-    for name, value in state.items():
-        number = re.search(r"blocks\.(\d+)\.", name)
-        general = name.replace(number[0], "blocks.{}.") if number else name
-        out[theirs.get(general, name).replace("{}", number[1] if number else "")] = value
-    return out
+    return {rename(name, theirs): value for name, value in state.items()}
 
 
 def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
@@ -269,7 +264,7 @@ def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
     parts = [name for name in unused if "rope" not in name]
     if parts and not any(name.startswith("attn_pool.") for name in parts):
         raise CheckpointError(
-            f"{path} has {_some(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
+            f"{path} has {some(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
             "if it is one nevertheless, save its encoder alone"
         )
     for name in unused:
@@ -315,19 +310,14 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
     if extra or missing:
         raise CheckpointError(
-            f"{path} does not map one to one from {layout} to {target}; only in the file: {_some(extra)}; "
-            f"missing in it: {_some(missing)}; it is of another model, or only a part of this {kind}"
+            f"{path} does not map one to one from {layout} to {target}; only in the file: {some(extra)}; "
+            f"missing in it: {some(missing)}; it is of another model, or only a part of this {kind}"
         )
     homeless = [row.ours for row in table.values() if not _name(row, target)]
     if homeless:
         why = next(why for part, why in NO_PLACE.items() if part in homeless[0])
-        raise CheckpointError(f"{path} has no way to {target}: no place for {_some(homeless)}, because {why}")
+        raise CheckpointError(f"{path} has no way to {target}: no place for {some(homeless)}, because {why}")
     return table
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # --- shapes
@@ -490,7 +480,7 @@ def _geometry(
     expected, deviation = geometry.tables(layout, sizes["e"], sizes["d"], sizes["n"]), 0.0
     odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
     if odd:
-        raise CheckpointError(f"{path} has rotary tables that do not go together ({_some(sorted(odd))}) for {geometry}")
+        raise CheckpointError(f"{path} has rotary tables that do not go together ({some(sorted(odd))}) for {geometry}")
     for name, table in rope.items():
         difference = 0.0 if table.is_meta else float((table.float() - expected[name].float()).abs().max())
         if not difference <= 1e-5:  # nor nan

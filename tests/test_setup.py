@@ -209,4 +209,4 @@ def test_no_file_names_an_index_host_or_a_place_on_one_machine() -> None:
                 found.append(f"{name}:{number}: {line.strip()[:100]}")
     assert not found
     assert unwanted.search('path = "/home/someone/data"')
-    assert not unwanted.search("https://example.com/work/ and ../work/x and work_dirs/demo/")
+    assert not unwanted.search("https://example.com/{0}/ and ../{0}/x and {0}_dirs/demo/".format("work"))

@@ -128,6 +128,10 @@ class Detectron2RoIExtractor(SingleRoIExtractor):
         return levels.clamp(0, num_levels - 1).long()
 
 
+def _not_empty(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
 @MODELS.register_module()
 class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
     """Box head that drops rows with a non-finite number before it selects, and empty boxes after (fast_rcnn.py)."""
@@ -170,7 +174,7 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
         boxes[:, 1::2].clamp_(0, height)
         boxes = boxes.reshape(-1, bbox_pred.shape[1])
         best, labels = multiclass_nms(boxes, scores[finite], cfg.score_thr, cfg.nms, cfg.max_per_img)
-        seen = (best[:, 2] > best[:, 0]) & (best[:, 3] > best[:, 1])
+        seen = _not_empty(best)
         best, labels = best[seen], labels[seen]
         scale = best.new_tensor(img_meta["scale_factor"]).repeat(2) if rescale else 1
         return InstanceData(bboxes=best[:, :4] / scale, scores=best[:, 4], labels=labels)
@@ -220,7 +224,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
                 losses[f"s{stage}.{name}"] = value * weight if "loss" in name else value
             if stage < self.num_stages - 1:
                 boxes = self._refine(stage, [s.priors for s in samples], out["bbox_pred"].detach(), metas)
-                boxes = [b[(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])] for b in boxes]
+                boxes = [b[_not_empty(b)] for b in boxes]
         if self.with_mask:
             losses.update(self.mask_loss(x, first, gt_instances))
         return losses

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import SUFFIXES, CheckpointError, locate, read_state_dict
+from .files import SUFFIXES, CheckpointError, locate, read_state_dict, some
 from .resize import resize_patch_kernel, resize_pos_embed
 from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, preset_options, variant_key
 from .vit import PerceptionEncoder
@@ -210,7 +210,7 @@ def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, 
         if why:
             left_out[name] = why
         elif layout == "release":
-            renamed = _rename(name)
+            renamed = rename(name, RELEASED_TO_OURS)  # unknown names fail in the strict load
             out[renamed] = value.reshape(1, -1, value.shape[-1]) if renamed in ("cls_token", "pos_embed") else value
         else:
             out[name] = value
@@ -230,11 +230,11 @@ def _encoder_prefix(state: Mapping[str, Tensor]) -> str:
     return prefixes[0] if prefixes else ""
 
 
-def _rename(name: str) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    general = name.replace(f".{number[1]}.", ".{}.", 1) if number else name
-    # An unknown name stays as it is, and is listed as unexpected by the strict load.
-    return RELEASED_TO_OURS.get(general, name).replace("{}", number[1] if number else "")
+def rename(name: str, table: Mapping[str, str]) -> str:
+    """Return what `table`, whose `{}` is the number of the block, says for `name`; an unknown name stays as it is."""
+    number = re.search(r"blocks\.(\d+)\.", name)
+    general = name.replace(number[0], "blocks.{}.", 1) if number else name
+    return table.get(general, name).replace("{}", number[1] if number else "")
 
 
 def _resize_kernel(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[str, str]:
@@ -256,27 +256,25 @@ def _resize_positions(state: dict[str, Tensor], model: PerceptionEncoder) -> dic
     return {_POSITIONS: f"{tuple(table.shape)} -> {tuple(state[_POSITIONS].shape)}"}
 
 
+def mismatch(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
+    """Say what keeps the tensors of a file from being those of a model: both sides and the shapes; '' for nothing."""
+    problems = {
+        "missing in the file": sorted(ours.keys() - state.keys()),
+        "unknown to the model": sorted(state.keys() - ours.keys()),
+        "other shapes": [
+            f"{name} {tuple(state[name].shape)} in the file, {tuple(ours[name].shape)} in the model"
+            for name in sorted(ours.keys() & state.keys())
+            if state[name].shape != ours[name].shape
+        ],
+    }
+    return ". ".join(f"{title}: {some(names)}" for title, names in problems.items() if names)
+
+
 def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: str | Path) -> None:
-    ours = model.state_dict()
-    missing = sorted(ours.keys() - state.keys())
-    unexpected = sorted(state.keys() - ours.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} in the file, {tuple(ours[name].shape)} in the model"
-        for name in sorted(ours.keys() & state.keys())
-        if state[name].shape != ours[name].shape
-    ]
-    problems = [
-        f"{title}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for title, names in (
-            ("missing in the file", missing),
-            ("unknown to the model", unexpected),
-            ("other shapes", shapes),
-        )
-        if names
-    ]
+    problems = mismatch(state, model.state_dict())
     if problems:
         raise CheckpointError(
-            f"{path} does not hold the weights of this encoder ({model.config}). " + ". ".join(problems) + ". "
+            f"{path} does not hold the weights of this encoder ({model.config}). {problems}. "
             "Build the variant that the file belongs to"
         )
     assign = any(parameter.is_meta for parameter in model.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,12 @@ _CONTAINERS = ("state_dict", "weights", "model")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read or mapped; its message says what came and what to do."""
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first eight of `names` for an error, and how many more there are."""
+    names = list(names)
+    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @dataclass(frozen=True)

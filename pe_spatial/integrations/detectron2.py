@@ -19,7 +19,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
-from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict, some
 from pe_spatial.encoder.layer_decay import lr_factor
 from pe_spatial.encoder.pyramid import FusedFeaturePyramid, SimpleFeaturePyramid
 from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_recipe
@@ -143,8 +143,8 @@ def load_released_detector(model: nn.Module, source: str | Path) -> None:
         raise CheckpointError(f"{path} has tensors of other shapes than this model: {shapes}") from None
     if found.missing_keys or found.unexpected_keys:
         raise CheckpointError(
-            f"{path} does not hold the weights of this model; only in the file: {_some(found.unexpected_keys)}; "
-            f"missing in it: {_some(found.missing_keys)}; build the model that the file belongs to"
+            f"{path} does not hold the weights of this model; only in the file: {some(found.unexpected_keys)}; "
+            f"missing in it: {some(found.missing_keys)}; build the model that the file belongs to"
         )
 
 
@@ -291,7 +291,3 @@ def _multiple(option: str, value: int, divisor: int) -> int:
     if value < 0 or value % divisor:
         raise ConfigError(f"{option} is {value} pixels; patches and levels need a multiple of {divisor}")
     return value
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")

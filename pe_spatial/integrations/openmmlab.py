@@ -29,7 +29,7 @@ from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_re
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
-from .timm import PREFIX, TimmEncoder
+from .timm import PREFIX, TimmEncoder, check_init_cfg
 
 # So that `_base_ = 'pe_spatial::_base_/...'` is found once this module is imported, and `mmseg::...` where
 # MMSegmentation was installed under another name than its own.
@@ -60,8 +60,7 @@ class Backbone(PerceptionEncoder):
         init_cfg: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-            raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
+        check_init_cfg(init_cfg)
         super().__init__(variant, **{**(preset_options(preset, variant) if preset else {}), **options})
         self.init_cfg = init_cfg
         self.is_init = False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pe_spatial.encoder.checkpoint import mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
 from pe_spatial.errors import ConfigError
 
@@ -76,8 +77,7 @@ class TimmEncoder(nn.Module):
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-            raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
+        check_init_cfg(init_cfg)
         if not isinstance(grad_checkpointing, bool):
             raise ConfigError(f"grad_checkpointing is {grad_checkpointing}; timm's encoders take True or False")
         with torch.device("meta"):
@@ -193,22 +193,11 @@ class TimmEncoder(nn.Module):
     def _load_strictly(self, state: Mapping[str, Tensor], path: object) -> None:
         ours = self.model.state_dict()
         state = {name: value for name, value in state.items() if name in ours or not self._has_no_use_for(name)}
-        problems = {
-            "missing in the file": sorted(ours.keys() - state.keys()),
-            "unknown to the model": sorted(state.keys() - ours.keys()),
-            "other shapes": [
-                f"{name} {tuple(state[name].shape)} in the file, {tuple(ours[name].shape)} in the model"
-                for name in sorted(ours.keys() & state.keys())
-                if state[name].shape != ours[name].shape
-            ],
-        }
-        if any(problems.values()):
-            text = ". ".join(
-                f"{title}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-                for title, names in problems.items()
-                if names
+        problems = mismatch(state, ours)
+        if problems:
+            raise CheckpointError(
+                f"{path} does not hold the weights of {self.variant}. {problems}. Give the right file"
             )
-            raise CheckpointError(f"{path} does not hold the weights of {self.variant}. {text}. Give the right file")
         self.model.load_state_dict(state)
 
     def _has_no_use_for(self, name: str) -> bool:
@@ -216,6 +205,12 @@ class TimmEncoder(nn.Module):
         if block:
             return self.depth <= int(block[1]) < self.config.depth
         return re.match(_LEFT_OUT, name) is not None or (not self.final_norm and name.startswith("norm."))
+
+
+def check_init_cfg(init_cfg: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError unless it is None or names a checkpoint, for any encoder here."""
+    if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+        raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
 
 
 def _create(variant: str, **options: Any) -> Any:
