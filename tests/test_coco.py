@@ -12,7 +12,8 @@ from coco_files import annotation, write_coco
 from mmcv.transforms import LoadImageFromFile
 from torch.utils.data import DataLoader
 
-from pe_spatial.detection import CheckedCocoDataset, LoadPicture
+from pe_spatial.detection import CheckedCocoDataset
+from pe_spatial.integrations.loading import LoadPicture
 from pe_spatial.errors import DatasetError
 
 pytestmark = pytest.mark.mmdet

@@ -21,9 +21,10 @@ ARROWS = {
     "conversion": {"encoder", "layouts"},
     "layouts": {"encoder"},
     "errors": set(),
+    "pictures": {"errors"},
     "synthetic": {"synthetic", "encoder", "errors"},
-    "integrations": {"integrations", "encoder", "errors"},
-    **{room: {room, "integrations", "encoder", "errors"} for room in ("detection", "depth", "tracking")},
+    "integrations": {"integrations", "encoder", "errors", "pictures"},
+    **{room: {room, "integrations", "encoder", "errors", "pictures"} for room in ("detection", "depth", "tracking")},
 }
 
 

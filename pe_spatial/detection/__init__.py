@@ -1,6 +1,6 @@
 """Detection in MMDetection: checked input, two-stage heads, DETA, augmentation, the swap. Importing it registers."""
 
-from .coco import CheckedCocoDataset, LoadPicture
+from .coco import CheckedCocoDataset
 from .deta import DETA, CanvasPreprocessor
 from .deta_head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
 from .deta_transforms import ShortSideResize
@@ -37,7 +37,6 @@ __all__ = [
     "FastLVISMetric",
     "FederatedLoss",
     "Float32Linear",
-    "LoadPicture",
     "RepeatFactorSampler",
     "SetClassWeights",
     "ShortSideResize",

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine import fileio
 from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, TRANSFORMS
-from PIL import Image, ImageOps, UnidentifiedImageError
+from mmengine.registry import DATASETS
 
 from pe_spatial.errors import DatasetError
+from pe_spatial.integrations.loading import LoadPicture
 
 _NAMED = 5  # how many offenders an error names before it says 'and so many more'
 _ROUNDING = 0.5  # pixels by which a box may leave its picture without being counted as clipped
@@ -178,91 +175,6 @@ class _Prepared:
 
     def __call__(self, _: str) -> Any:
         return self.coco
-
-
-@TRANSFORMS.register_module()
-class LoadPicture(BaseTransform):
-    """Read a picture of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
-
-    Grey, palette, transparent (transparency is dropped), CMYK and 16-bit pictures become three channels of 8 bits. PIL
-    decodes, as in the released recipe.
-
-    Args:
-        skip_broken: for training: log a picture that cannot be used, and have another one drawn, instead of raising.
-        backend_args: of mmengine's file backend.
-    """
-
-    def __init__(self, *, skip_broken: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
-        self.skip_broken = skip_broken
-        self.backend_args = backend_args
-        self.broken: set[str] = set()  # seen by this process
-
-    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Add img (H, W, 3) uint8 BGR, img_shape and ori_shape; None for a picture to skip."""
-        path = results["img_path"]
-        try:
-            data = fileio.get(path, backend_args=self.backend_args)
-            size = (results["height"], results["width"]) if "height" in results else None
-            image = decode_rgb(data, path, size=size)
-            expected = size or image.shape[:2]
-            if image.shape[:2] != expected:
-                raise DatasetError(
-                    f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its "
-                    f"annotations say {expected[0]}x{expected[1]}; mend the annotation file or restore the picture"
-                )
-        except (DatasetError, OSError) as error:
-            problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
-            if not self.skip_broken:
-                raise problem from error
-            self._log_once(path, problem)
-            return None
-        results["img"] = image[..., ::-1]
-        results["img_shape"] = results["ori_shape"] = image.shape[:2]
-        return results
-
-    def _log_once(self, path: str, problem: Exception) -> None:
-        if path not in self.broken:
-            self.broken.add(path)
-            print_log(
-                f"skipped ({len(self.broken)} pictures so far in this process): {problem}",
-                logger="current",
-                level=logging.WARNING,
-            )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(skip_broken={self.skip_broken})"
-
-
-def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8 RGB, turned as its EXIF says; DatasetError names `path` if that fails.
-
-    If `size` (height, width) is that of the picture as stored and not as turned, boxes refer to it as stored: it is not
-    turned. Where both are of one size, it is turned, as MMDetection does.
-    """
-    try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-        stored, picture = picture, ImageOps.exif_transpose(picture)
-        if size is not None and picture.size != size[::-1] == stored.size:
-            picture = stored
-        if picture.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
-            if picture.getextrema()[1] > 65535:
-                raise ValueError("pixels of 32 bits have no defined range")
-            grey = np.round(np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-            picture = Image.fromarray(grey)
-        elif picture.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        return np.array(picture.convert("RGB"))  # a copy: asarray would be read-only
-    except MemoryError:
-        raise  # not the picture's fault
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path} is no picture (or empty); restore the file or remove it from the set") from error
-    except Exception as error:
-        # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(
-            f"{path} cannot be decoded ({reason}); restore the file or remove it from the set"
-        ) from error
 
 
 def is_id(value: Any) -> bool:
