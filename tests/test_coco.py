@@ -13,8 +13,8 @@ from mmcv.transforms import LoadImageFromFile
 from torch.utils.data import DataLoader
 
 from pe_spatial.detection import CheckedCocoDataset
-from pe_spatial.integrations.loading import LoadPicture
 from pe_spatial.errors import DatasetError
+from pe_spatial.integrations.loading import LoadPicture
 
 pytestmark = pytest.mark.mmdet
 CLASSES = ("red", "blue")
@@ -42,10 +42,11 @@ def edit(coco):
 def log(monkeypatch):
     """What was logged, as (message, level)."""
     lines = []
-    monkeypatch.setattr(
-        "pe_spatial.detection.coco.print_log",
-        lambda message, *, level=logging.INFO, **_: lines.append((message, level)),
-    )
+    for module in ("detection.coco", "integrations.loading"):
+        monkeypatch.setattr(
+            f"pe_spatial.{module}.print_log",
+            lambda message, *, level=logging.INFO, **_: lines.append((message, level)),
+        )
     return lines
 
 
