@@ -1,0 +1,1 @@
+"""Monocular depth: data, heads, losses, metrics, inference. Importing it registers."""

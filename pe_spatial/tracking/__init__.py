@@ -1,0 +1,1 @@
+"""Video object segmentation: propagation without training, the SAM 2-style tracker, J&F."""
