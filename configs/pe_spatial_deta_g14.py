@@ -8,8 +8,9 @@
 #   expected  box AP 65.2, with --tta 66.0: Meta's numbers for their code (README of apps/detection, which says that
 #             package versions may make it 65.9); not measured yet with this config
 #
-# Evaluation only: the four training stages are not here yet. The released evaluation ignores EXIF rotation, runs
-# in float32, and antialiases the smaller views with torchvision 0.17 or later: tta_model.antialias=False for without.
+# Evaluation only; the four training stages are in projects/coco_detection/deta/. The released evaluation ignores EXIF
+# rotation, runs in float32, and antialiases the smaller views with torchvision 0.17 or later: tta_model.antialias=False
+# for without.
 
 _base_ = [
     '_base_/models/deta_pe.py',

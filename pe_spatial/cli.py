@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -21,10 +22,19 @@ from mmengine.runner.checkpoint import load_state_dict
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.conversion import to_mmdet
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
 SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "preset", "checkpoint", "lr")
-_OURS = (CheckpointError, ConfigError, DatasetError)
+_OURS = (CheckpointError, ConfigError, DatasetError, TrainingError)
+
+
+class _Options(DictAction):  # type: ignore[misc]
+    """KEY=VALUE pairs; given twice, both count, so that a script can set some and its user others."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -38,7 +48,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Options,
         default={},
         metavar="KEY=VALUE",
         help="options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512",
@@ -116,7 +126,13 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for."""
+    """Build the runner that the config asks for; several processes without a GPU talk through gloo."""
+    if cfg.launcher == "pytorch" and not torch.cuda.is_available():  # where mmengine would ask for a driver
+        torch.distributed.init_process_group("gloo")
+        if "runner_type" not in cfg:
+            unused = cfg.get("find_unused_parameters", False)
+            wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
+            cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
     with _as_config_error(cfg.filename):
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
@@ -191,12 +207,33 @@ def explain_missing_weights(cfg: Config, error: CheckpointError) -> CheckpointEr
     )
 
 
-def _encoders(node: Any, place: str) -> Iterator[str]:
+def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError:
+    """Return the error of a training step as a sentence with the options that mend it, if it is a known one."""
+    text = str(error)
+    loader = cfg.train_dataloader
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        encoder = next(_encoders(cfg.model, "model", initialised=False), "model.backbone")
+        return TrainingError(
+            f"out of memory in step {step}: lower train_dataloader.batch_size (now {loader.get('batch_size')}; "
+            f"optim_wrapper.accumulative_counts makes up for it), set {encoder}.grad_checkpointing=True, use --amp, or "
+            f"smaller pictures; tools/plan.py {cfg.filename} says what a step takes"
+        )
+    if "DataLoader timed out" in text:
+        return TrainingError(
+            f"step {step} waited {loader.get('timeout')} s for a data worker: the storage hangs, or pictures take "
+            "longer than that; look at the storage, raise train_dataloader.timeout, or set num_workers=0 to see where"
+        )
+    return error
+
+
+def _encoders(node: Any, place: str, *, initialised: bool = True) -> Iterator[str]:
+    """Places of the encoders in a config; of those with init_cfg alone if `initialised`."""
     if isinstance(node, Mapping):
-        if node.get("type") in ("PerceptionEncoder", "PerceptionEncoderPyramid") and node.get("init_cfg"):
+        encoder = node.get("type") in ("PerceptionEncoder", "PerceptionEncoderPyramid")
+        if encoder and (node.get("init_cfg") or not initialised):
             yield place
         for key, value in node.items():
-            yield from _encoders(value, f"{place}.{key}")
+            yield from _encoders(value, f"{place}.{key}", initialised=initialised)
 
 
 def move_data_root(cfg: Config, root: str) -> None:

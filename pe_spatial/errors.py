@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DatasetError(ValueError):
     """Input data that cannot be used; the message names the file and the remedy, on one line."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message names the step and what to change, on one line."""

@@ -1,22 +1,32 @@
 """Train what a config describes: detection, depth, tracking.
 
 python tools/train.py configs/pe_spatial_cascade_coco.py --data-root data/coco
-torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
+tools/dist_train.sh configs/pe_spatial_cascade_coco.py 8          # eight GPUs; for nodes see there
 python tools/train.py mmdet::detr/detr_r50_8xb2-150e_coco.py --swap pe_spatial_s16_512    # PE for its backbone
 python tools/train.py CONFIG --resume                    # the latest checkpoint of the work dir, if there is one
 """
 
 import argparse
+import os
 
 from mmengine.runner import find_latest_checkpoint
 
 from pe_spatial import cli
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError
+from pe_spatial.integrations.determinism import make_deterministic
+from pe_spatial.integrations.safety import make_safe
+
+
+def restarted() -> bool:
+    """Whether the launcher started this process in the place of one that was lost."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = cli.load_config(args)
+    if restarted() and not args.resume:
+        args.resume = "auto"
     if args.amp:
         optimizer_options = ("type", "loss_scale", "dtype", "use_fsdp")
         cfg.optim_wrapper = dict(
@@ -28,18 +38,27 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config} has no auto_scale_lr.base_batch_size to scale the learning rate from")
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
-        checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
-        if checkpoint:
+        checkpoint = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+        if checkpoint:  # otherwise the run begins as its config says, with its load_from
             cli.check_training_checkpoint(checkpoint)
+            cfg.resume, cfg.load_from = True, checkpoint
+    make_safe(cfg, non_finite_steps=args.non_finite_steps)
+    if args.deterministic:
+        make_deterministic(cfg, args.seed or 0)
+    elif args.seed is not None:
+        cfg.randomness = dict(cfg.get("randomness") or {}, seed=args.seed)
     runner = cli.build_runner(cfg)
-    if args.resume:
+    if cfg.get("resume"):
         cli.load_strictly(runner)
     try:
         runner.train()
     except CheckpointError as error:
         raise cli.explain_missing_weights(cfg, error) from error
+    except RuntimeError as error:
+        explained = cli.explain_failure(cfg, runner.iter + 1, error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 if __name__ == "__main__":
@@ -48,6 +67,17 @@ if __name__ == "__main__":
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="continue a run; default: its latest checkpoint"
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16), if the config has none")
+    parser.add_argument("--seed", type=int, help="of every random number")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="same seed (default 0), same losses to the last bit, on resume too"
+    )
+    parser.add_argument(
+        "--non-finite-steps",
+        type=int,
+        default=1,
+        metavar="K",
+        help="stop after K steps in a row whose loss is no finite number (default 1); 0: skip and count them",
+    )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument("--swap", metavar="VARIANT", help="put this encoder in the place of the config's backbone")
     cli.add_swap_arguments(parser)

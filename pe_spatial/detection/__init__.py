@@ -3,7 +3,8 @@
 from .coco import CheckedCocoDataset
 from .deta import DETA, CanvasPreprocessor
 from .deta_head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
-from .deta_transforms import ShortSideResize
+from .deta_start import StartFromStage
+from .deta_transforms import DETAJitter, ShortSideResize
 from .deta_tta import DETATTA
 from .heads import (
     Detectron2BBoxHead,
@@ -15,6 +16,7 @@ from .heads import (
     Float32Linear,
 )
 from .lvis import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
+from .objects365 import CheckedObjects365Dataset
 from .swap import probe_backbone, swap_backbone
 from .tta import BoxTTA
 
@@ -25,8 +27,10 @@ __all__ = [
     "CanvasPreprocessor",
     "CheckedCocoDataset",
     "CheckedLVISDataset",
+    "CheckedObjects365Dataset",
     "DETAFirstStageAssigner",
     "DETAHead",
+    "DETAJitter",
     "DETASecondStageAssigner",
     "Detectron2BBoxHead",
     "Detectron2BoxCoder",
@@ -40,6 +44,7 @@ __all__ = [
     "RepeatFactorSampler",
     "SetClassWeights",
     "ShortSideResize",
+    "StartFromStage",
     "probe_backbone",
     "swap_backbone",
 ]

@@ -8,7 +8,7 @@ without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,6 +64,7 @@ class DETA(DeformableDETR):
     Args:
         num_queries: proposals that reach the decoder.
         num_feature_levels: maps that the neck returns.
+        neck: as in `DeformableDETR`, but without `in_channels` it gets those of the backbone's pyramid.
         nms_pre: proposals of each level that enter the NMS.
         nms_iou_threshold: above which the NMS drops the lower of two proposals of one level.
         grad_checkpointing: recompute the activations of the deformable encoder's layers in the backward pass.
@@ -75,6 +76,7 @@ class DETA(DeformableDETR):
         *,
         num_queries: int = 900,
         num_feature_levels: int = 5,
+        neck: Mapping[str, Any],
         nms_pre: int = 1000,
         nms_iou_threshold: float = 0.9,
         grad_checkpointing: bool = False,
@@ -90,6 +92,9 @@ class DETA(DeformableDETR):
             as_two_stage=True,
             **options,
         )
+        if "in_channels" not in neck:
+            neck = {**neck, "in_channels": list(self.backbone.pyramid.out_channels)}
+        self.neck = MODELS.build(neck)
 
     def _init_layers(self) -> None:
         super()._init_layers()

@@ -1,6 +1,6 @@
 # DETA on PE as in perception_models@3e352cc:apps/detection/DETA_pe, in MMDetection's words: the released weights give
-# the released results. Another variant: model.backbone.variant, and in model.neck.in_channels half its width, then its
-# width twice. Another canvas: model.data_preprocessor.pad_size_divisor, and the sizes of the pipelines.
+# the released results. Another variant: model.backbone.variant. Another canvas:
+# model.data_preprocessor.pad_size_divisor, and the sizes of the pipelines.
 
 model = dict(
     type='DETA',
@@ -21,7 +21,6 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='released')),
     neck=dict(
         type='ChannelMapper',
-        in_channels=[768, 1536, 1536],
         kernel_size=1,
         out_channels=256,
         act_cfg=None,

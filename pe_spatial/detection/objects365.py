@@ -1,0 +1,33 @@
+"""Objects365 v2, checked as COCO is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import DATASETS
+
+from pe_spatial.detection.coco import CheckedCocoDataset
+from pe_spatial.errors import DatasetError
+
+
+@DATASETS.register_module()
+class CheckedObjects365Dataset(CheckedCocoDataset):
+    """Objects365 v2 instances; args as of `CheckedCocoDataset`, but the classes are the file's.
+
+    There are files with the published names of the classes and with mended ones; the ids 1 to 365 are the same.
+    Pictures are looked for in the folder of their part, `patch8/objects365_v1_00420917.jpg`, where the archives unpack
+    to, though some files say `images/v1/patch8/...`.
+    """
+
+    def read_annotations(self) -> dict[str, Any]:
+        """Read the annotation file, take its names of the classes, and shorten its paths."""
+        content = super().read_annotations()
+        if [category["id"] for category in content["categories"]] != list(range(1, 366)):
+            raise DatasetError(
+                f"{self.ann_file} has not the categories 1 to 365 of Objects365 v2, in this order; give a "
+                "zhiyuan_objv2_*.json, or use CheckedCocoDataset for another set"
+            )
+        self._metainfo["classes"] = tuple(category["name"] for category in content["categories"])
+        for image in content["images"]:
+            image["file_name"] = "/".join(image["file_name"].split("/")[-2:])
+        return content

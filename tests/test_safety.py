@@ -1,0 +1,191 @@
+"""Runs that are killed, stopped, or fed nonsense."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+from mmengine.hooks import Hook
+from mmengine.runner import find_latest_checkpoint
+from tiny_run import build, losses, tiny_config
+from torch.testing import assert_close
+
+from pe_spatial.errors import TrainingError
+from pe_spatial.integrations.safety import EXIT_AGAIN, AtomicLocalBackend
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+class SignalAt(Hook):
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def after_train_iter(self, runner, **_):
+        if runner.iter + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("epochs", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, epochs, number):
+    """Also in the middle of an epoch: the same samples, then the same weights as without the stop."""
+    whole = build(tiny_config(tmp_path / "whole", epochs=epochs))
+    drawn, seen = [], []
+    watch(whole, drawn)
+    whole.train()
+    stopped = build(tiny_config(tmp_path / "part", epochs=epochs))
+    watch(stopped, seen)
+    stopped.register_hook(SignalAt(6, number))
+    with pytest.raises(SystemExit) as end:
+        stopped.train()
+    assert end.value.code == EXIT_AGAIN == 75
+    assert find_latest_checkpoint(str(tmp_path / "part")).endswith("iter_6.pth")
+    resumed = build(tiny_config(tmp_path / "part", epochs=epochs, resume=True))
+    watch(resumed, seen)
+    resumed.train()
+    assert seen == drawn
+    assert resumed.iter == whole.iter == (20 if epochs else 10)
+    assert resumed.optim_wrapper.optimizer.state_dict()["state"][0]["step"] == whole.iter
+
+
+def watch(runner, draws):
+    step = runner.model.train_step
+
+    def record(data, optim_wrapper):
+        draws.append([sample.img_path for sample in data["data_samples"]])
+        return step(data, optim_wrapper)
+
+    runner.model.train_step = record
+
+
+def test_signals_are_given_back_after_the_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    build(tiny_config(tmp_path)).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_old_checkpoints_go_only_after_the_new_one_has_its_name(tmp_path, monkeypatch):
+    """Whatever dies while the third is written, the two before it and the name of the second are there."""
+    runner = build(tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 2}))
+    put = AtomicLocalBackend.put
+
+    def fail(self, data, path):
+        if Path(path).name == "iter_6.pth":
+            assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_2.pth", "iter_4.pth"]
+            raise OSError("disk full")
+        put(self, data, path)
+
+    monkeypatch.setattr(AtomicLocalBackend, "put", fail)
+    with pytest.raises(OSError, match="disk full"):
+        runner.train()
+    assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_2.pth", "iter_4.pth"]
+    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_4.pth")
+
+
+def test_only_so_many_are_kept_and_leftovers_of_killed_writes_go(tmp_path):
+    (tmp_path / ".iter_4.pth.123").write_bytes(b"half a file")
+    (tmp_path / "mine.pth").write_bytes(b"not ours")
+    build(tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 2})).train()
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"iter_8.pth", "iter_10.pth", "mine.pth"}
+    assert not list(tmp_path.glob(".iter*"))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    backend = AtomicLocalBackend()
+    backend.put_text("old", tmp_path / "sub" / "file")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        backend.put(b"new", tmp_path / "sub" / "file")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "sub").iterdir()] == [("file", "old")]
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path):
+    cfg = tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 1})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    runner = build(cfg)
+    with pytest.raises(TrainingError, match=r"loss of step \d+ is nan; pictures: .*\b7\.png"):
+        runner.train()
+    saved = weights(find_latest_checkpoint(str(tmp_path)))
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_steps_are_skipped_and_counted(tmp_path):
+    cfg = tiny_config(tmp_path, **{"train_cfg.max_iters": 20})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    runner = build(cfg, non_finite_steps=0)
+    found = losses(runner)
+    runner.train()
+    bad = [step for step, loss in found.items() if loss != loss]
+    assert bad
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+    state = runner.optim_wrapper.optimizer.state_dict()["state"]
+    assert state[0]["step"] == 20 - len(bad)  # moments and their count stayed as they were
+    watch = next(hook for hook in runner.hooks if type(hook).__name__ == "WatchLoss")
+    assert watch.skipped == len(bad)
+
+
+def test_patience_counts_steps_in_a_row(tmp_path):
+    cfg = tiny_config(tmp_path, **{"train_cfg.max_iters": 20})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    build(cfg, non_finite_steps=2).train()  # never two in a row
+    runner = build(tiny_config(tmp_path / "again"), non_finite_steps=2)
+    runner.model.linear.weight.data.fill_(float("inf"))
+    with pytest.raises(TrainingError, match="2 such steps in a row"):
+        runner.train()
+    assert runner.iter == 1
+
+
+def test_hooks_of_the_config_itself_are_kept(tmp_path):
+    cfg = tiny_config(tmp_path, custom_hooks=[dict(type="WatchLoss", patience=5)])
+    runner = build(cfg)
+    assert [hook.patience for hook in runner.hooks if type(hook).__name__ == "WatchLoss"] == [5]
+    assert cfg.train_dataloader.get("timeout") is None
+    assert build(tiny_config(tmp_path, workers=1)).cfg.train_dataloader.timeout == 600
+
+
+@pytest.mark.slow
+def test_200_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
+    """Forked processes write one checkpoint after the other; after every kill the latest one loads."""
+    monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)  # formatting it takes most of the time
+    runner = build(tiny_config(tmp_path, **{"model.width": 100_000, "default_hooks.checkpoint.max_keep_ckpts": 1}))
+    hook = next(hook for hook in runner.hooks if type(hook).__name__ == "SafeCheckpointHook")
+    runner.train()
+    step, duration, unfinished = 10, 0.0, 0
+    for _ in range(200):
+        done, say = os.pipe()
+        start = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    step += 1
+                    hook._save_checkpoint_with_step(runner, step, meta=dict(epoch=0, iter=step))
+                    os.write(say, b".")
+            finally:
+                os._exit(1)
+        os.read(done, 1)  # its first one is written
+        duration = max(duration, time.perf_counter() - start)
+        time.sleep(random.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(done)
+        os.close(say)
+        leftovers = list(tmp_path.glob(".*"))
+        unfinished += bool(leftovers)
+        latest = find_latest_checkpoint(str(tmp_path))
+        content = torch.load(latest, weights_only=False)
+        assert_close(content["state_dict"], runner.model.state_dict())
+        assert content["meta"]["iter"] > step
+        step = content["meta"]["iter"]
+        hook.keep_ckpt_ids.clear()
+        hook.keep_ckpt_ids.append(step)
+        for leftover in leftovers:
+            leftover.unlink()
+    assert unfinished  # some kills did hit a write
