@@ -27,3 +27,4 @@ lint: setup
 
 bench: setup
 	$(python) tools/benchmark.py
+	$(python) tools/benchmark_tracking.py
