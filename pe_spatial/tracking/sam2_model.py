@@ -1,0 +1,325 @@
+"""SAM 2.1 with a Perception Encoder as its image encoder: the trunk, its neck, and the model around them.
+
+Everything but the image encoder is the package `sam2`'s own classes, unmodified. It is imported when the first model is
+built, because importing it initialises hydra.
+
+Every grid of g x g tokens counts as one of stride 16: the model works on images of 16 g pixels a side, and the trunk
+brings them to g patches of whatever side the encoder has. So models of patch 14 and 16 differ in the encoder alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pe_spatial.encoder.checkpoint import load_checkpoint, mismatch
+from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.pyramid import SimpleFeaturePyramid
+from pe_spatial.encoder.variants import VITDET_RECIPES, EncoderConfig, get_config, preset_options
+from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
+
+STRIDE = 16
+"""Pixels of the model's image to a token, whatever the encoder's patch size."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of R, G, B in the range 0 to 1: how sam2 normalises images."""
+
+PE_MEAN = PE_STD = 0.5
+
+RELEASE_FLAGS: dict[str, Any] = {
+    "num_maskmem": 7,
+    "sigmoid_scale_for_mem_enc": 20.0,
+    "sigmoid_bias_for_mem_enc": -10.0,
+    "use_mask_input_as_output_without_sam": True,
+    "directly_add_no_mem_embed": True,
+    "no_obj_embed_spatial": True,
+    "use_high_res_features_in_sam": True,
+    "multimask_output_in_sam": True,
+    "iou_prediction_use_sigmoid": True,
+    "use_obj_ptrs_in_encoder": True,
+    "add_tpos_enc_to_obj_ptrs": True,
+    "proj_tpos_enc_in_obj_ptrs": True,
+    "use_signed_tpos_enc_to_obj_ptrs": True,
+    "only_obj_ptrs_in_the_past_for_eval": True,
+    "pred_obj_scores": True,
+    "pred_obj_scores_mlp": True,
+    "fixed_no_obj_ptr": True,
+    "multimask_output_for_tracking": True,
+    "use_multimask_token_for_obj_ptr": True,
+    "multimask_min_pt_num": 0,
+    "multimask_max_pt_num": 1,
+    "use_mlp_for_obj_ptr_proj": True,
+}
+"""What SAM 2.1 sets otherwise than `SAM2Base` (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
+
+_ENCODER = "image_encoder."
+_log = logging.getLogger(__name__)
+
+
+class PETrunk(nn.Module):
+    """A Perception Encoder as the trunk of sam2's `ImageEncoder`.
+
+    Up to the pretraining grid it runs as released. Above it most blocks attend in windows of the pretraining grid, with
+    learned positions tiled and rotary positions compressed: PE gets worse when larger images are fed to it as a whole.
+
+    Args:
+        variant: as in `PerceptionEncoder`.
+        grid: tokens a side.
+        image_size: pixels a side of the images that come, normalised with ImageNet's statistics.
+        out_index: the block whose output is returned.
+        frozen: run in evaluation mode and without autograd (as far as `frozen_stages`, where `options` give it).
+        options: of `PerceptionEncoder`. Without `window_size` they add to the geometry above; with it they are the
+            whole geometry (`dict(window_size=None)` is the released one at every grid).
+
+    Raises ConfigError for a grid above the pretraining grid of an encoder whose global blocks were never published.
+    """
+
+    def __init__(
+        self,
+        variant: str | EncoderConfig | Mapping[str, Any],
+        *,
+        grid: int,
+        image_size: int,
+        out_index: int = -1,
+        frozen: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        config = get_config(variant)
+        options = dict(options or {})
+        if frozen:
+            options.setdefault("frozen_stages", out_index % config.depth + 1)
+        geometry = {} if "window_size" in options else _geometry(config, grid)
+        self.encoder = PerceptionEncoder(variant, out_indices=(out_index,), **{**geometry, **options})
+        self.image_size = image_size
+        self.input_size = grid * self.encoder.patch_size
+        self.channel_list = [self.encoder.embed_dim]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("_scale", std / PE_STD, persistent=False)
+        self.register_buffer("_shift", (mean - PE_MEAN) / PE_STD, persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, S, S), S = `image_size`, normalised with ImageNet's statistics -> [(B, C, grid, grid)]."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {tuple(images.shape)}, but the model was built for {self.image_size}x{self.image_size}; "
+                "resize them, or build it with another grid"
+            )
+        images = images * self._scale + self._shift
+        if self.input_size != self.image_size:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        return list(self.encoder(images))
+
+
+def _geometry(config: EncoderConfig, grid: int) -> dict[str, Any]:
+    native = config.grid_size
+    if grid <= native:
+        return preset_options("release", config)
+    if config.depth not in VITDET_RECIPES:
+        raise ConfigError(
+            f"grid {grid} is above the pretraining grid {native}, and no global blocks are published for an encoder of "
+            f"{config.depth} blocks; take a grid up to {native}, or give encoder_options=dict(window_size={native}, "
+            "global_attn_indexes=..., pos_embed_mode='tile', rope_mode='interpolate')"
+        )
+    windows = {k: v for k, v in preset_options("vitdet", config).items() if k not in ("patch_size", "drop_path_rate")}
+    # The released detectors let padding take part as keys; a frozen encoder has never seen any.
+    return {**windows, "mask_window_padding": grid % native != 0}
+
+
+class PENeck(nn.Module):
+    """The simple feature pyramid as the neck of sam2's `ImageEncoder`: strides 4, 8 and 16 from the trunk's one map.
+
+    Args:
+        position_encoding: map (B, C, h, w) -> its positions; sam2's `PositionEmbeddingSine`.
+        d_model: channels of every level.
+        backbone_channel_list: channels of the trunk's map, in a list.
+    """
+
+    def __init__(self, position_encoding: nn.Module, *, d_model: int, backbone_channel_list: Sequence[int]) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.backbone_channel_list = list(backbone_channel_list)
+        (channels,) = self.backbone_channel_list
+        self.pyramid = SimpleFeaturePyramid(channels, out_channels=d_model, strides=(4, 8, 16), in_stride=STRIDE)
+        self.position_encoding = position_encoding
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """[(B, C, g, g)] -> levels (B, d_model, 4g, 4g), (.., 2g, 2g), (.., g, g) and their positions, alike."""
+        levels = list(self.pyramid(maps))
+        return levels, [self.position_encoding(level).to(level.dtype) for level in levels]
+
+
+class ResizingMaskDownSampler(nn.Module):
+    """sam2's `MaskDownSampler`, which divides by 16, behind a resize: for images of another size than 16 g.
+
+    Args:
+        downsampler: the stock one; the parameters keep its names.
+        grid: tokens a side.
+    """
+
+    def __init__(self, downsampler: nn.Module, grid: int) -> None:
+        super().__init__()
+        self.encoder = downsampler.encoder
+        self.size = (STRIDE * grid, STRIDE * grid)
+
+    def forward(self, masks: Tensor) -> Tensor:
+        """(B, 1, S, S) -> (B, C, g, g)."""
+        return self.encoder(F.interpolate(masks, self.size, mode="bilinear", align_corners=False, antialias=True))
+
+
+def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and the dimensions that tests make small)
+    variant: str | EncoderConfig | Mapping[str, Any],
+    grid: int,
+    *,
+    out_index: int = -1,
+    frozen: bool = True,
+    encoder_options: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    cls: str | type[SAM2Base] = "base",
+    flags: Mapping[str, Any] | None = None,
+    true_stride: bool = False,
+    d_model: int = 256,
+    mem_dim: int = 64,
+    layers: int = 4,
+    feedforward: int = 2048,
+) -> SAM2Base:
+    """Return SAM 2.1 on a Perception Encoder, in evaluation mode.
+
+    Args:
+        variant: as in `PerceptionEncoder`.
+        grid: tokens a side: 32 is the pretraining grid of every PE-Spatial, 64 SAM 2.1's, 72 SAM 3's; any is allowed.
+        out_index: the encoder's block to read.
+        frozen: whether the encoder is (the neck never is).
+        encoder_options: of `PerceptionEncoder`, as `options` in `PETrunk`.
+        checkpoint: the encoder's weights, as in `load_checkpoint`; None leaves them random. `load_sam2_weights` fills
+            the rest, `load_tracker_weights` all of it.
+        cls: 'base' (`SAM2Base`), 'video' (`SAM2VideoPredictor`), or a subclass of the former.
+        flags: of `cls`; they override `RELEASE_FLAGS`.
+        true_stride: work on images of `grid * patch_size` pixels instead of `16 * grid`, masks included. For a patch of
+            14 that takes SAM 3's way to reduce masks (`ResizingMaskDownSampler`). No parameter changes.
+        d_model: width, a multiple of 8.
+        mem_dim: channels of a memory, a multiple of 4 that divides `d_model`.
+        layers: of the memory attention.
+        feedforward: hidden width in them.
+
+    Raises ConfigError if sam2 is missing and for sizes that do not fit.
+    """
+    if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
+        raise ConfigError(f"grid is {grid!r}; it is the number of tokens a side, for instance 32 or 64")
+    if d_model % 8 or mem_dim % 4 or d_model % mem_dim:
+        raise ConfigError(f"d_model {d_model} must be a multiple of 8, and mem_dim {mem_dim} one of 4 that divides it")
+    try:
+        from sam2.modeling.backbones.image_encoder import ImageEncoder
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"
+        ) from error
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.transformer import RoPEAttention
+
+    patch = (encoder_options or {}).get("patch_size") or get_config(variant).patch_size
+    stride = patch if true_stride else STRIDE
+    image_size = stride * grid
+    trunk = PETrunk(
+        variant, grid=grid, image_size=image_size, out_index=out_index, frozen=frozen, options=encoder_options
+    )
+    if checkpoint is not None:
+        load_checkpoint(trunk.encoder, checkpoint)
+    neck = PENeck(PositionEmbeddingSine(d_model), d_model=d_model, backbone_channel_list=trunk.channel_list)
+    rope = dict(embedding_dim=d_model, num_heads=1, dropout=0.1, feat_sizes=(grid, grid))
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        self_attention=RoPEAttention(**rope),
+        cross_attention=RoPEAttention(**rope, rope_k_repeat=True, kv_in_dim=mem_dim),
+        d_model=d_model,
+        dim_feedforward=feedforward,
+        dropout=0.1,
+        pos_enc_at_attn=False,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+    )
+    downsampler: nn.Module = MaskDownSampler(embed_dim=d_model, kernel_size=3, stride=2, padding=1)
+    memory_encoder = MemoryEncoder(
+        out_dim=mem_dim,
+        in_dim=d_model,
+        mask_downsampler=downsampler if stride == STRIDE else ResizingMaskDownSampler(downsampler, grid),
+        fuser=Fuser(CXBlock(d_model), num_layers=2),
+        position_encoding=PositionEmbeddingSine(mem_dim),
+    )
+    model: SAM2Base = _class(cls)(
+        image_encoder=ImageEncoder(trunk, neck),
+        memory_attention=MemoryAttention(d_model=d_model, pos_enc_at_input=True, layer=layer, num_layers=layers),
+        memory_encoder=memory_encoder,
+        image_size=image_size,
+        backbone_stride=stride,
+        **{**RELEASE_FLAGS, **(flags or {})},
+    )
+    return model.eval()
+
+
+def _class(cls: str | type[SAM2Base]) -> type[SAM2Base]:
+    from sam2.modeling.sam2_base import SAM2Base
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+    found = {"base": SAM2Base, "video": SAM2VideoPredictor}.get(cls) if isinstance(cls, str) else cls
+    if not (isinstance(found, type) and issubclass(found, SAM2Base)):
+        raise ConfigError(f"cls is {cls!r}; allowed are 'base', 'video' and subclasses of SAM2Base")
+    return found
+
+
+def load_sam2_weights(model: SAM2Base, source: str | Path) -> None:
+    """Load a SAM 2.1 checkpoint into all of `model` but its image encoder, strictly.
+
+    No tensor depends on the grid, so the files of facebook/sam2.1-hiera-* fit at every grid of a model of the default
+    dimensions. They were trained at 64: a smaller grid uses the first of the rotary positions that they know, and a
+    larger one runs past them.
+
+    Args:
+        model: of `build_pe_sam2`, or a subclass.
+        source: as in `load_checkpoint`. What the file says of the image encoder is left out.
+
+    Raises CheckpointError, listing both sides, if the rest does not map one to one.
+    """
+    path = locate(source)
+    state = {name: value for name, value in read_state_dict(path).items() if not name.startswith(_ENCODER)}
+    _load(model, state, path, [name for name in model.state_dict() if not name.startswith(_ENCODER)])
+
+
+def load_tracker_weights(model: SAM2Base, source: str | Path) -> None:
+    """Load a whole trained tracker, encoder included, strictly.
+
+    Args:
+        model: of `build_pe_sam2`, or a subclass.
+        source: as in `load_checkpoint`; in the file the tracker may be a part of a larger model.
+
+    Raises CheckpointError, listing both sides, if it does not map one to one.
+    """
+    path = locate(source)
+    state = read_state_dict(path)
+    mark = "maskmem_tpos_enc"
+    prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)), "")
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    _load(model, state, path, list(model.state_dict()))
+
+
+def _load(model: SAM2Base, state: Mapping[str, Tensor], path: Path, names: Sequence[str]) -> None:
+    ours = model.state_dict()
+    problems = mismatch(state, {name: ours[name] for name in names})
+    if problems:
+        raise CheckpointError(f"{path} does not hold the weights of this tracker. {problems}. Give the right file")
+    model.load_state_dict({**ours, **state})
+    _log.info("%s: %d tensors of a tracker", path, len(state))
