@@ -133,6 +133,8 @@ def build_runner(cfg: Config) -> Runner:
             unused = cfg.get("find_unused_parameters", False)
             wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
             cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
+    if cfg.get("runner_type") == "ShardedRunner":
+        import pe_spatial.integrations.sharding  # noqa: F401  (registers; needs a newer torch than the rest)
     with _as_config_error(cfg.filename):
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
@@ -164,11 +166,15 @@ def load_weights_of_any_layout(runner: Runner) -> None:
     """Have `runner` take weights alone, strictly: tools/train.py's, a safetensors file's, a Detectron2 detector's."""
 
     def load(source: str, **_: Any) -> Any:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if hasattr(model, "load_encoder"):  # nothing but an encoder: its file, of any layout, or 'released'
+            model.load_encoder(source)
+            runner.logger.info(f"Load encoder from {source}")
+            return {}
         path = locate(source)
         file = read_checkpoint(path)
         checkpoint = {**file.rest, "state_dict": to_mmdet(file)}
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         try:
             load_state_dict(model, checkpoint["state_dict"], strict=True)
         except RuntimeError as error:

@@ -22,6 +22,8 @@ ARROWS = {
     "layouts": {"encoder"},
     "errors": set(),
     "pictures": {"errors"},
+    "layer_sweep": {"integrations", "errors"},
+    "planning": {"encoder", "errors"},
     "synthetic": {"synthetic", "encoder", "errors"},
     "integrations": {"integrations", "encoder", "errors", "pictures"},
     **{room: {room, "integrations", "encoder", "errors", "pictures"} for room in ("detection", "depth", "tracking")},

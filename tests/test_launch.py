@@ -21,7 +21,6 @@ ENVIRON = {
     "PYTHON": sys.executable,
     "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
     "OMP_NUM_THREADS": "1",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-ENCODER, PRESET, CONFIG = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ENCODER, PRESET, CONFIG, TRACKER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_encoder_snippets():
@@ -34,3 +34,15 @@ def test_config_snippet_swaps_the_backbone(tmp_path):
     assert not model.with_neck
     assert model.backbone.pyramid.strides == tuple(cfg.model.rpn_head.anchor_generator.strides)
     assert cfg.optim_wrapper.constructor == "LayerDecayOptimWrapperConstructor"
+
+
+def test_tracker_snippet():
+    pytest.importorskip("sam2")
+    import numpy as np
+    import torch
+
+    frames = np.random.default_rng(0).integers(0, 255, (2, 90, 120, 3)).astype(np.uint8)
+    names = dict(frame=frames[0], next_frame=frames[1], x=40, y=30)
+    exec(TRACKER.replace("'released'", "None").replace("_b16_", "_t16_"), names)
+    assert names["masks"][1].shape == (90, 120)
+    assert names["masks"][1].dtype == torch.bool

@@ -16,6 +16,8 @@ fi
 config="$1" gpus="$2"
 shift 2
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Else processes that restart look for the lost ones where torchrun's own store still has their addresses.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 rendezvous=(--standalone)
 if [ "${NNODES:-1}" != 1 ]; then
   : "${MASTER_ADDR:?is the name or address of one of the nodes}"

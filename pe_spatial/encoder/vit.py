@@ -242,10 +242,15 @@ class PerceptionEncoder(nn.Module):
         Maps are the residual stream after a block: the released models end without a norm. Raises ValueError if a side
         is not a multiple of the patch size p.
         """
+        return self.forward_with_class_tokens(images)[0]
+
+    def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the maps of `forward` and, after the same blocks, the class tokens (B, C); none if there is none."""
         grid = self._grid(images)
         with _autograd(self.frozen_stages < 0):
             x = self._embed(images, grid)
         maps: dict[int, Tensor] = {}
+        tokens: dict[int, Tensor] = {}
         for windowed, run in self._runs:
             rope = self._rope(windowed, grid, x.device)
             real, mask = self._padding(windowed, grid, x)
@@ -256,9 +261,11 @@ class PerceptionEncoder(nn.Module):
                     x = self._block(i, x, rope, real, mask, images.shape[0])
                 if i in self.out_indices:
                     maps[i] = self._map(x, grid, windowed)
+                    if self.prefix:
+                        tokens[i] = self._class_token(x, images.shape[0])[:, 0]
             if windowed:
                 x = self._leave_windows(x, grid)
-        return tuple(maps[i] for i in self.out_indices)
+        return tuple(maps[i] for i in self.out_indices), tuple(tokens[i] for i in self.out_indices if tokens)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
@@ -307,9 +314,12 @@ class PerceptionEncoder(nn.Module):
         assert self.window_size is not None
         patches = window_unpartition(x[:, self.prefix :], self.window_size, grid).flatten(1, 2)
         if self.prefix:
-            cls_token = x[:, :1].unflatten(0, (patches.shape[0], -1)).mean(dim=1)
-            patches = torch.cat((cls_token, patches), dim=1)
+            patches = torch.cat((self._class_token(x, patches.shape[0]), patches), dim=1)
         return patches
+
+    def _class_token(self, x: Tensor, images: int) -> Tensor:
+        """(images * windows, N, C) -> the mean over the windows of each image, (images, 1, C)."""
+        return x[:, :1].unflatten(0, (images, -1)).mean(dim=1)
 
     def _block(self, i: int, x: Tensor, *args: Any) -> Tensor:
         block = self.blocks[i]

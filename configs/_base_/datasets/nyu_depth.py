@@ -1,0 +1,42 @@
+# NYUv2 as BTS split it (24231 pairs of 640 x 480 in training, the 654 of the Eigen split in testing), with the
+# augmentation of BTS, BinsFormer, DINOv2 and DINOv3. Depth is 16-bit millimetres, 0 where it is missing.
+# Another folder: --data-root FOLDER (tools/prepare_nyu.py checks it, and says where the files come from).
+
+data_root = 'data/nyu/'
+max_depth = 10.0  # metres
+crop_size = (416, 544)  # (h, w) in pixels
+
+train_pipeline = [
+    dict(type='LoadPicture', skip_broken=True),
+    dict(type='LoadDepth', skip_empty=True),
+    dict(type='DepthCrop', box=(43, 45, 608, 472)),  # without the white border: 427 x 565
+    dict(type='DepthRandomRotate', degrees=2.5, prob=0.5),
+    dict(type='DepthRandomFlip', prob=0.5),
+    dict(type='DepthRandomCrop', size=crop_size),
+    dict(type='DepthColorAug', gamma=(0.9, 1.1), brightness=(0.75, 1.25), color=(0.9, 1.1), prob=0.5),
+    dict(type='PackDepthInputs'),
+]
+test_pipeline = [dict(type='LoadPicture'), dict(type='LoadDepth'), dict(type='PackDepthInputs')]
+
+dataset = dict(
+    type='DepthPairDataset',
+    data_root=data_root,
+    scale=1000,
+    max_depth=max_depth,
+    intrinsics=(518.8579, 519.4696, 325.5824, 253.7362))
+train_dataloader = dict(
+    batch_size=2,  # a GPU; 8 GPUs make the 16 of the schedule
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(**dataset, ann_file='nyu_train.txt', expected=24231, pipeline=train_pipeline))
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(**dataset, ann_file='nyu_test.txt', expected=654, test_mode=True, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+val_evaluator = dict(type='CheckedDepthMetric', crop='eigen', min_depth=1e-3, max_depth=max_depth)
+test_evaluator = val_evaluator

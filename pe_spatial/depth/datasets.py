@@ -1,0 +1,251 @@
+"""Pairs of a picture and its depth map, from a list, a table or two folders, checked once."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+
+from pe_spatial.errors import ConfigError, DatasetError
+
+_NAMED = 5  # how many offenders an error names before it says 'and so many more'
+_CAMERA = ("fx", "fy", "cx", "cy")
+_COLUMNS = ("rgb", "depth", "units_per_metre", *_CAMERA, "max_eval_depth_m", "notes")
+
+
+@DATASETS.register_module()
+class DepthPairDataset(BaseDataset):
+    """Pairs of a picture and a depth map; missing files and wrong lines raise DatasetError, and one log line counts.
+
+    The pairs come from `ann_file`, or without one from two folders:
+
+    - `*.txt`, the lists of BTS: a line is `picture depth [focal length]`, relative to the two prefixes; leading slashes
+      are taken off, the focal length is only checked. Where the depth is None (KITTI) the line is counted and left out.
+    - `*.csv` with the columns rgb and depth, relative to the two prefixes, and if wanted units_per_metre, fx, fy, cx,
+      cy, max_eval_depth_m and notes. Options given here take the place of its columns.
+    - folders: below `img_path` every file whose name fits `names[0]`, with the file of name `names[1]` in the same
+      folder below `depth_path`.
+
+    Args:
+        ann_file: list or table, relative to `data_root`.
+        data_root: folder of everything.
+        data_prefix: `img_path` and `depth_path`, the folders of both kinds, relative to `data_root`.
+        names: of pictures and depth maps, with {} for what they have in common, such as
+            ("rgb_{}.jpg", "sync_depth_{}.png") for NYUv2's folders.
+        scale: units of the depth files per metre: 1000 for millimetres, 256 for KITTI, 1 for metres.
+        min_depth, max_depth: in metres; depth outside is missing.
+        intrinsics: (fx, fy, cx, cy) of all pictures, in pixels.
+        expected: how many pairs there have to be, such as 24231 and 654 in NYUv2.
+        skip_missing: leave out, and count, pairs of which a file is not there; only for training.
+        options: those of mmengine's `BaseDataset`, such as `pipeline`.
+    """
+
+    METAINFO: ClassVar[dict[str, Any]] = dict(classes=(), palette=[])  # MMSegmentation's tools ask for both
+
+    def __init__(
+        self,
+        *,
+        ann_file: str = "",
+        data_root: str = "",
+        data_prefix: Mapping[str, str] | None = None,
+        names: Sequence[str] | None = None,
+        scale: float | None = None,
+        min_depth: float = 0.0,
+        max_depth: float | None = None,
+        intrinsics: Sequence[float] | None = None,
+        expected: int | None = None,
+        skip_missing: bool = False,
+        **options: Any,
+    ) -> None:
+        prefix = dict(data_prefix or {})
+        if not set(prefix) <= {"img_path", "depth_path"}:
+            raise ConfigError(f"data_prefix holds {', '.join(prefix)}; it takes img_path and depth_path")
+        if ann_file and not ann_file.endswith((".txt", ".csv")):
+            raise ConfigError(f"ann_file is {ann_file}; it is a list (.txt) or a table (.csv) of pairs")
+        if bool(ann_file) == bool(names):
+            raise ConfigError(f"ann_file is {ann_file!r} and names is {names}; give one of them")
+        if names is not None and not (len(names) == 2 and all(name.count("{}") == 1 for name in names)):
+            raise ConfigError(f"names is {names}; it holds two patterns with one {{}} each, such as ('{{}}.jpg', ...)")
+        if (scale is None and not ann_file.endswith(".csv")) or (scale is not None and not scale > 0):
+            raise ConfigError(f"scale is {scale}; give the units of the depth files per metre, such as 1000")
+        if max_depth is not None and not 0 <= min_depth < max_depth:
+            raise ConfigError(f"min_depth is {min_depth} and max_depth {max_depth}; 0 <= min_depth < max_depth, metres")
+        if intrinsics is not None and not (len(intrinsics) == 4 and min(intrinsics[:2]) > 0):
+            raise ConfigError(f"intrinsics is {intrinsics}; it is (fx, fy, cx, cy) in pixels")
+        if skip_missing and options.get("test_mode"):
+            raise ConfigError("skip_missing=True in testing would leave out what is to be measured; leave it out")
+        self.names = names
+        self.common = {"depth_scale": scale, "max_depth": max_depth, "intrinsics": intrinsics}
+        self.min_depth = min_depth
+        self.expected = expected
+        self.skip_missing = skip_missing
+        prefix = {"img_path": "", "depth_path": "", **prefix}
+        super().__init__(ann_file=ann_file, data_root=data_root, data_prefix=prefix, **options)
+        if self.test_mode and any(_skips(step) for step in self.pipeline.transforms):
+            raise ConfigError(
+                "skip_broken or skip_empty is True in the pipeline of a test, which cannot draw another pair; "
+                "leave it out there"
+            )
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Return img_path, depth_path, depth_scale, min_depth and, where known, max_depth and intrinsics."""
+        self.without_depth = 0
+        pairs = list(self._folder_pairs() if self.names else self._file_pairs())
+        if not pairs:
+            raise DatasetError(f"{self._source()} holds no pairs; check data_root (--data-root) and ann_file")
+        missing = self._leave_out_missing(pairs)
+        if self.expected not in (None, len(pairs)):
+            raise DatasetError(
+                f"{self._source()} holds {len(pairs)} pairs, expected are {self.expected}; "
+                "complete the set, or set expected=None for another one"
+            )
+        print_log(
+            f"{self._source()}: {len(pairs)} pairs ({self.without_depth} more without depth, {missing} missing)",
+            logger="current",
+        )
+        return pairs
+
+    def _file_pairs(self) -> Iterator[dict[str, Any]]:
+        try:
+            with open(self.ann_file, newline="", encoding="utf-8-sig") as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            raise DatasetError(
+                f"no file {self.ann_file}; check data_root (--data-root) and ann_file, "
+                "or see tools/prepare_nyu.py for NYUv2's"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{self.ann_file} cannot be read as text ({error}); give a list of pairs") from error
+        yield from self._table(lines) if self.ann_file.endswith(".csv") else self._list(lines)
+
+    def _list(self, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(lines, 1):
+            fields = line.split()
+            if not fields:
+                continue
+            if len(fields) not in (2, 3) or (len(fields) == 3 and not _positive(fields[2])):
+                raise DatasetError(
+                    f"{self.ann_file}, line {number}: {line!r} is not 'picture depth focal_length'; "
+                    "mend or remove it (paths hold no blanks; a .csv may)"
+                )
+            if fields[1] == "None":
+                self.without_depth += 1
+            else:
+                yield self._pair(fields[0].lstrip("/"), fields[1].lstrip("/"), {})
+
+    def _table(self, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+        rows = csv.DictReader(lines)
+        columns = rows.fieldnames or []
+        unknown = [name for name in columns if name not in _COLUMNS]
+        if unknown or not {"rgb", "depth"} <= set(columns) or set(columns) & set(_CAMERA) not in (set(), set(_CAMERA)):
+            raise DatasetError(
+                f"{self.ann_file} has the columns {', '.join(columns)}; it needs rgb and depth, and allows "
+                f"{', '.join(_COLUMNS[2:])} (of fx, fy, cx, cy all or none)"
+            )
+        for row in rows:
+            numbers = [name for name in columns if name in _COLUMNS[2:-1] and row[name]]
+            positive = [name for name in numbers if name not in ("cx", "cy")]
+            wrong = [name for name in numbers if not _number(row[name])]
+            wrong += [name for name in positive if not _positive(row[name])]
+            if wrong or not row["rgb"] or not row["depth"] or None in row:
+                raise DatasetError(
+                    f"{self.ann_file}, line {rows.line_num}: {lines[rows.line_num - 1]!r} has a wrong "
+                    f"{wrong[0] if wrong else 'rgb or depth, or a field too many'}; mend or remove it"
+                )
+            own = {
+                "depth_scale": _value(row, "units_per_metre"),
+                "max_depth": _value(row, "max_eval_depth_m"),
+                "intrinsics": tuple(float(row[k]) for k in _CAMERA) if row.get("fx") else None,
+            }
+            if own["depth_scale"] is None and self.common["depth_scale"] is None:
+                raise DatasetError(
+                    f"{self.ann_file}, line {rows.line_num} has no units_per_metre; add it, or set scale of the dataset"
+                )
+            yield self._pair(row["rgb"], row["depth"], own)
+
+    def _folder_pairs(self) -> Iterator[dict[str, Any]]:
+        root = Path(self.data_prefix["img_path"])
+        if not root.is_dir():
+            raise DatasetError(f"no folder {root}; check data_root (--data-root) and data_prefix")
+        head, tail = self.names[0].split("{}")
+        for path in sorted(root.rglob(f"{head}*{tail}")):
+            stem = path.name[len(head) : len(path.name) - len(tail)]
+            picture = path.relative_to(root)
+            yield self._pair(str(picture), str(picture.with_name(self.names[1].replace("{}", stem))), {})
+
+    def _pair(self, picture: str, depth: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        known = {key: own.get(key) if value is None else value for key, value in self.common.items()}
+        return {
+            "img_path": os.path.join(self.data_prefix["img_path"], picture),
+            "depth_path": os.path.join(self.data_prefix["depth_path"], depth),
+            "min_depth": self.min_depth,
+            **{key: value for key, value in known.items() if value is not None},
+            "seg_fields": [],
+        }
+
+    def _leave_out_missing(self, pairs: list[dict[str, Any]]) -> int:
+        """Remove or report pairs of which a file is not there; how many there were."""
+        listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each file
+
+        def absent(path: str) -> bool:
+            parent, name = os.path.split(path)
+            if parent not in listed:
+                listed[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else set()
+            return name not in listed[parent]
+
+        pictures = {pair["img_path"] for pair in pairs if absent(pair["img_path"])}
+        maps = {pair["depth_path"] for pair in pairs if absent(pair["depth_path"])}
+        bad = [pair for pair in pairs if pair["img_path"] in pictures or pair["depth_path"] in maps]
+        if bad and (not self.skip_missing or len(bad) == len(pairs)):
+            files = [path for pair in bad for path in (pair["img_path"], pair["depth_path"]) if path in pictures | maps]
+            more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+            raise DatasetError(
+                f"{len(pictures)} pictures and {len(maps)} depth maps of the {len(pairs)} pairs in {self._source()} "
+                f"are not there: {', '.join(files[:_NAMED])}{more}; check data_root (--data-root) and data_prefix"
+                + ("" if self.test_mode else ", or set skip_missing=True of the dataset to train without them")
+            )
+        pairs[:] = [pair for pair in pairs if pair["img_path"] not in pictures and pair["depth_path"] not in maps]
+        return len(bad)
+
+    def _source(self) -> str:
+        return self.ann_file or self.data_prefix["img_path"]
+
+    def __getitem__(self, idx: int) -> Any:
+        """Return a sample; in training another one where the pipeline gives None."""
+        if self.test_mode:
+            return super().__getitem__(idx)
+        self.full_init()
+        for _ in range(self.max_refetch + 1):
+            sample = self.prepare_data(idx)
+            if sample is not None:
+                return sample
+            idx = self._rand_another()
+        raise DatasetError(
+            f"{self.max_refetch + 1} draws from {self._source()} gave no usable pair (the log says why): "
+            "check data_root (--data-root), or restore the files"
+        )
+
+
+def _skips(step: Any) -> bool:
+    return getattr(step, "skip_broken", False) or getattr(step, "skip_empty", False)
+
+
+def _number(text: str) -> bool:
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False
+
+
+def _positive(text: str) -> bool:
+    return _number(text) and float(text) > 0
+
+
+def _value(row: Mapping[str, str], key: str) -> float | None:
+    return float(row[key]) if row.get(key) else None

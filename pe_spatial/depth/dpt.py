@@ -1,0 +1,186 @@
+"""The DPT head for depth: four maps of a plain vision transformer, brought to four scales and fused.
+
+Reference: dinov2@b8931f7:dinov2/hub/depth/decode_heads.py (DPTHead), with the 1x1 convolution of a fusion before the
+upsampling, which is the same at a quarter of the cost; norms on the levels as dinov3@6876159 has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pe_spatial.errors import ConfigError
+
+from .heads import SPACINGS, WEIGHTINGS, Level, bin_depths, check_depth_range, expected_depth, one_of, resize
+
+READOUTS = ("ignore", "add", "project")
+
+
+class Reassemble(nn.Module):
+    """One layer's map to one scale of the pyramid.
+
+    Args:
+        channels: of the map.
+        out_channels: of the result.
+        scale: factor on the grid: 4, 2, 1 or 0.5.
+        readout, token, norm: as in `DPTDepthHead`.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, *, scale: float, readout: str, token: str | None, norm: str | None
+    ) -> None:
+        super().__init__()
+        self.level = Level(channels, token=token, join="add" if readout == "add" else "concat", norm=norm)
+        self.readout = (
+            nn.Sequential(nn.Conv2d(self.level.out_channels, channels, 1), nn.GELU())
+            if readout == "project"
+            else nn.Identity()
+        )
+        self.project = nn.Conv2d(channels, out_channels, 1)
+        if scale == 1:
+            self.resize: nn.Module = nn.Identity()
+        elif scale == 0.5:
+            self.resize = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        elif scale in (2, 4):
+            self.resize = nn.ConvTranspose2d(out_channels, out_channels, int(scale), stride=int(scale))
+        else:
+            raise ConfigError(f"scale {scale} of a DPT level is not among 4, 2, 1, 0.5")
+
+    def forward(self, patches: Tensor, class_token: Tensor | None) -> Tensor:
+        """(B, C, h, w), (B, C) -> (B, out, h * scale, w * scale), rounded up."""
+        return self.resize(self.project(self.readout(self.level(patches, class_token))))
+
+
+class ResidualUnit(nn.Module):
+    """Two 3x3 convolutions behind a ReLU each, added to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same."""
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Fusion(nn.Module):
+    """Add a level to the running map and double its resolution; the deepest level finds no map yet."""
+
+    def __init__(self, channels: int, *, deepest: bool) -> None:
+        super().__init__()
+        if not deepest:
+            self.level_unit = ResidualUnit(channels)
+        self.unit = ResidualUnit(channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor | None, level: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2 * h, 2 * w); the level is resized to (h, w), as odd grids need it."""
+        x = level if x is None else x + self.level_unit(resize(level, x.shape[-2:]))
+        return double(self.project(self.unit(x)))
+
+
+def double(x: Tensor) -> Tensor:
+    """Upsample (B, C, h, w) by two, bilinearly, corners aligned."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+@MODELS.register_module()
+class DPTDepthHead(nn.Module):
+    """DPT: four layers at strides p / 4, p / 2, p and 2 p of a patch p, fused from the deepest up, then depth.
+
+    The output has 32 times the grid of the deepest map, at odd grids more than the picture; whoever calls resizes it.
+
+    Args:
+        in_channels: of each map that the encoder gives.
+        in_index: the map of each of the four levels, finest first; [0, 0, 0, 0] reads one layer four times.
+        channels: of the fusion; None takes a quarter of the width of the deepest map.
+        level_channels: of the four levels before it; None takes an eighth, a quarter, a half and all of that width.
+        scales: factor on the grid of each level. A hierarchical backbone, whose maps have these scales, takes 1s.
+        readout: what becomes of the token of the whole image: 'ignore', 'add' or 'project' (beside it, linear, GELU).
+        token: that token: 'class' or 'mean', and None for 'ignore'. PE-Spatial-G has no class token.
+        norm: on each level: 'batch', 'layer' or None.
+        min_depth, max_depth: in metres.
+        bins: None regresses relu(x) + min_depth; a number takes the expectation over so many bins, at half resolution.
+        spacing, weighting: of the bins, as in `BinsDepthHead`.
+        init_depth: in metres; the regression begins near it, because it cannot leave the flat side of the relu.
+        grad_checkpointing: recompute the fusions in the backward pass; the two finest dominate the memory.
+    """
+
+    def __init__(  # noqa: PLR0913  (one option for each decision in which published heads differ)
+        self,
+        in_channels: Sequence[int],
+        *,
+        in_index: Sequence[int] = (0, 1, 2, 3),
+        channels: int | None = None,
+        level_channels: Sequence[int] | None = None,
+        scales: Sequence[float] = (4, 2, 1, 0.5),
+        readout: str = "ignore",
+        token: str | None = None,
+        norm: str | None = None,
+        min_depth: float = 1e-3,
+        max_depth: float = 10.0,
+        bins: int | None = None,
+        spacing: str = "uniform",
+        weighting: str = "linear",
+        init_depth: float = 2.5,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        check_depth_range(min_depth, max_depth)
+        one_of("readout", readout, READOUTS)
+        if (token is None) != (readout == "ignore"):
+            raise ConfigError(
+                f"readout is {readout!r} and token {token!r}; 'ignore' reads no token, the others 'class' or 'mean'"
+            )
+        if len(in_index) != 4 or not all(0 <= i < len(in_channels) for i in in_index):
+            raise ConfigError(
+                f"in_index is {list(in_index)} but the encoder gives {len(in_channels)} maps; name four of them, "
+                "such as [0, 0, 0, 0] for one layer, or four layers in out_indices"
+            )
+        self.in_index = tuple(in_index)
+        self.min_depth, self.max_depth = min_depth, max_depth
+        self.token = token
+        self.weighting = one_of("weighting", weighting, WEIGHTINGS)
+        self.grad_checkpointing = grad_checkpointing
+        width = in_channels[in_index[-1]]
+        channels = channels or width // 4
+        level_channels = level_channels or [width // 8, width // 4, width // 2, width]
+        self.reassemble = nn.ModuleList(
+            Reassemble(in_channels[i], out, scale=scale, readout=readout, token=token, norm=norm)
+            for i, out, scale in zip(in_index, level_channels, scales, strict=True)
+        )
+        self.convs = nn.ModuleList(nn.Conv2d(c, channels, 3, padding=1, bias=False) for c in level_channels)
+        self.fusions = nn.ModuleList(Fusion(channels, deepest=i == 3) for i in range(4))
+        self.project = nn.Conv2d(channels, channels, 3, padding=1)
+        self.narrow = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.hidden = nn.Conv2d(channels // 2, 32, 3, padding=1)
+        self.out = nn.Conv2d(32, bins or 1, 1)
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.constant_(self.out.bias, 0.0 if bins else init_depth - min_depth)
+        one_of("spacing", spacing, SPACINGS)
+        self.register_buffer(
+            "depths", bin_depths(bins, min_depth, max_depth, spacing) if bins else None, persistent=False
+        )
+
+    def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
+        """Maps (B, C, h, w), for 'class' their class tokens (B, C) -> depth (B, 1, H, W)."""
+        tokens = class_tokens or [None] * len(maps)
+        levels = [reassemble(maps[i], tokens[i]) for i, reassemble in zip(self.in_index, self.reassemble, strict=True)]
+        x = self.narrow(F.relu(self.project(self._fuse(levels))))
+        if self.depths is not None:
+            return expected_depth(self.out(F.relu(self.hidden(x))), self.depths, self.weighting)
+        return F.relu(self.out(F.relu(self.hidden(double(x)))).float()) + self.min_depth
+
+    def _fuse(self, levels: Sequence[Tensor]) -> Tensor:
+        x = None
+        for level, conv, fusion in list(zip(levels, self.convs, self.fusions, strict=True))[::-1]:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(fusion, x, conv(level), use_reentrant=False)
+            else:
+                x = fusion(x, conv(level))
+        return x

@@ -1,0 +1,203 @@
+"""An encoder, a depth head and what stands around them: padding, sliding windows, flips, losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
+from pe_spatial.errors import ConfigError
+
+from .heads import one_of, resize
+
+LAYERS: dict[str, tuple[float, ...]] = {
+    "last": (1.0,),
+    "even": (1 / 4, 2 / 4, 3 / 4, 1.0),
+    "late": (5 / 8, 6 / 8, 7 / 8, 1.0),
+}
+"""Name -> which blocks a head reads, as parts of the depth; of PE-Spatial-G 'even' is [12, 24, 37, 49]."""
+
+MODES = ("whole", "slide")
+
+
+def named_layers(name: str, depth: int) -> list[int]:
+    """Return the blocks, 0-based, that a name of `LAYERS` means in an encoder of `depth` blocks.
+
+    Rounded up, so that the last one is always read: the usual i * (n // 4) - 1 never reaches the end of 50 blocks.
+    """
+    if name not in LAYERS:
+        raise ConfigError(f"out_indices is {name!r}; allowed are block numbers and {', '.join(map(repr, LAYERS))}")
+    return [math.ceil(part * depth) - 1 for part in LAYERS[name]]
+
+
+# MMSegmentation has a DepthEstimator of its own, which its scope would find first.
+@MODELS.register_module(name="PEDepthEstimator")
+class DepthEstimator(BaseModel):
+    """Metric depth from one picture: any backbone of the registries, a depth head, a list of losses.
+
+    Pictures whose sides are no multiples of the encoder's patch are padded with zeros on all sides, and the padding is
+    cut from the prediction (DINOv2 squeezes it into the picture instead).
+
+    Args:
+        backbone: its config. `out_indices` may be a name of `LAYERS`, so that the layers follow the variant.
+        decode_head: config of `BinsDepthHead` or `DPTDepthHead`; `in_channels` follows from the encoder, and is only
+            given for backbones that do not tell their width.
+        losses: configs of modules (pred (B, 1, H, W), target (B, 1, H, W), 0 = missing) -> scalar; they are summed.
+        frozen: keep the backbone in evaluation mode and without autograd.
+        test_cfg: `mode` 'whole' or 'slide' (with `crop_size` and `stride`, (h, w) in pixels: windows, averaged where
+            they overlap), `flip` True to average with the prediction of the mirrored picture.
+        data_preprocessor: config of `DepthPreprocessor`.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        decode_head: Mapping[str, Any],
+        *,
+        losses: Sequence[Mapping[str, Any]],
+        frozen: bool = True,
+        test_cfg: Mapping[str, Any] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor)
+        self.backbone = _build_backbone(backbone)
+        self.decode_head = _build_head(decode_head, self.backbone)
+        self.losses = nn.ModuleList(MODELS.build(cfg) for cfg in losses)
+        self.frozen = frozen
+        self.test_cfg = _checked_test_cfg(**(test_cfg or {}))
+        if frozen:
+            self.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DepthEstimator:
+        """Set training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(
+        self, inputs: Tensor, data_samples: Sequence[SegDataSample] | None = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor] | list[SegDataSample]:
+        """Run mmengine's 'loss', 'predict' or 'tensor' on normalised `inputs` (B, 3, H, W).
+
+        'predict' returns samples with pred_depth_map (1, h, w) in metres, at the size that the picture had before it
+        was resized (`ori_shape`); 'tensor' returns depth (B, 1, H, W) of the whole picture, as in training.
+        """
+        if mode == "loss":
+            return self.loss(inputs, data_samples)
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        one_of("mode", mode, ("tensor", "loss", "predict"))
+        return self.depth(inputs)
+
+    def loss(self, inputs: Tensor, data_samples: Sequence[SegDataSample]) -> dict[str, Tensor]:
+        """Return each loss of the batch."""
+        target = torch.stack([sample.gt_depth_map.data for sample in data_samples])
+        depth = self.depth(inputs)
+        return {f"loss_{i}_{type(loss).__name__}": loss(depth, target) for i, loss in enumerate(self.losses)}
+
+    def predict(self, inputs: Tensor, data_samples: Sequence[SegDataSample] | None = None) -> list[SegDataSample]:
+        """Put a prediction into every sample, without the padding of the batch."""
+        samples = data_samples or [SegDataSample() for _ in inputs]
+        for depth, sample in zip(self.infer(inputs), samples, strict=True):
+            h, w = sample.get("img_shape", inputs.shape[-2:])
+            depth = resize(depth[None, :, :h, :w], sample.get("ori_shape", (h, w))[:2])
+            sample.pred_depth_map = PixelData(data=depth[0])
+        return list(samples)
+
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Predict depth (B, 1, H, W), in the range of the head, as `test_cfg` says: windows and flips."""
+        if self.test_cfg["mode"] == "whole":
+            return self._view(inputs)
+        (h, w), (dy, dx) = self.test_cfg["crop_size"], self.test_cfg["stride"]
+        total, count = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[-2:]), inputs.new_zeros(inputs.shape[-2:])
+        for y, x in product(_starts(inputs.shape[-2], h, dy), _starts(inputs.shape[-1], w, dx)):
+            window = (..., slice(y, y + h), slice(x, x + w))
+            total[window] += self._view(inputs[window])
+            count[window] += 1
+        return total / count
+
+    def _view(self, inputs: Tensor) -> Tensor:
+        depth = self.depth(inputs, clamp=True)
+        return (depth + self.depth(inputs.flip(-1), clamp=True).flip(-1)) / 2 if self.test_cfg["flip"] else depth
+
+    def depth(self, inputs: Tensor, *, clamp: bool = False) -> Tensor:
+        """(B, 3, H, W), normalised -> depth (B, 1, H, W) in float32.
+
+        `clamp` holds it in the range of the head, before it is resized, as in dinov2@b8931f7; training goes without,
+        because nothing is learned from clamped pixels.
+        """
+        (h, w), patch = inputs.shape[-2:], getattr(self.backbone, "patch_size", 1)
+        top, left = -h % patch // 2, -w % patch // 2
+        images = F.pad(inputs, (left, -w % patch - left, top, -h % patch - top))
+        depth = self.decode_head(*self._encode(images)).float()
+        if clamp:
+            depth = depth.clamp(self.decode_head.min_depth, self.decode_head.max_depth)
+        return resize(depth, images.shape[-2:])[..., top : top + h, left : left + w]
+
+    def _encode(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.decode_head.token == "class":
+                return self.backbone.forward_with_class_tokens(images)
+            return self.backbone(images), ()
+
+
+def _build_backbone(cfg: Mapping[str, Any]) -> nn.Module:
+    layers = cfg.get("out_indices")
+    if isinstance(layers, str):
+        if "variant" not in cfg:
+            raise ConfigError(f"out_indices {layers!r} is for encoders with a variant; give {cfg['type']} numbers")
+        with torch.device("meta"):  # one block tells the depth
+            plan = MODELS.build(dict(type=cfg["type"], variant=cfg["variant"], out_indices=[0]))
+        cfg = {**cfg, "out_indices": named_layers(layers, plan.config.depth)}
+    return MODELS.build(cfg)
+
+
+def _build_head(cfg: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+    width = getattr(backbone, "embed_dim", None)
+    if isinstance(width, int):
+        if "in_channels" in cfg:
+            raise ConfigError("decode_head.in_channels follows from the encoder; leave it out")
+        cfg = {**cfg, "in_channels": [width] * len(backbone.out_indices)}
+    elif "in_channels" not in cfg:
+        raise ConfigError(f"{type(backbone).__name__} does not tell its width; give decode_head.in_channels")
+    head = MODELS.build(cfg)
+    # `prefix` counts the class token of a Perception Encoder.
+    if head.token == "class" and not (hasattr(backbone, "forward_with_class_tokens") and backbone.prefix):
+        name = getattr(backbone, "variant", None) or type(backbone).__name__
+        raise ConfigError(f"{name} gives no class token; set decode_head.token to 'mean' (of the patches) or None")
+    return head
+
+
+def _checked_test_cfg(
+    mode: str = "whole",
+    *,
+    flip: bool = False,
+    crop_size: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    one_of("test_cfg.mode", mode, MODES)
+    windows = (crop_size, stride)
+    if mode == "slide" and not all(v and len(v) == 2 and min(v) > 0 for v in windows):
+        raise ConfigError(f"test_cfg.mode 'slide' needs crop_size and stride, (h, w) in pixels, and got {windows}")
+    if mode == "slide" and (stride[0] > crop_size[0] or stride[1] > crop_size[1]):
+        raise ConfigError(f"test_cfg.stride {stride} is larger than crop_size {crop_size}: pixels would be left out")
+    if mode == "whole" and any(windows):
+        raise ConfigError("test_cfg.crop_size and stride belong to mode 'slide'; set it, or leave them out")
+    return dict(mode=mode, flip=flip, crop_size=crop_size, stride=stride)
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    """Return where windows begin along one side; the last one ends at its end, and a short side has one."""
+    last = max(size - window, 0)
+    return [*range(0, last, stride), last]

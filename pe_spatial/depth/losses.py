@@ -1,0 +1,235 @@
+"""Losses on depth in metres: `loss(pred, target) -> scalar`, both (B, 1, H, W), where a target of 0 is missing.
+
+All compute in float32, whatever autocast says, and give 0 with a gradient of 0 where nothing is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+import torch.distributed.nn
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from pe_spatial.errors import ConfigError
+
+
+class _DepthLoss(nn.Module):
+    """What the losses share: the weight, float32, the check of the sizes, and which pixels are valid.
+
+    Args:
+        max_depth: in metres; targets beyond are left out, None leaves out none.
+        loss_weight: factor of the loss.
+    """
+
+    def __init__(self, *, max_depth: float | None = None, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.max_depth = max_depth
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the weighted loss, a float32 scalar, of pred (B, 1, H, W) > 0 against target (B, 1, H, W)."""
+        if pred.shape != target.shape:
+            raise ValueError(
+                f"the prediction is {tuple(pred.shape)} and the target {tuple(target.shape)}; "
+                "resize the prediction to the target, both (B, 1, H, W)"
+            )
+        pred, target = pred.float(), target.float()  # no operation below is one that autocast would bring to 16 bits
+        valid = target > 0
+        if self.max_depth is not None:
+            valid = valid & (target <= self.max_depth)
+        return self.loss_weight * self.compute(pred, target, valid)
+
+    def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Return the loss over the pixels in `valid` (B, 1, H, W) bool."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Say the options."""
+        return f"max_depth={self.max_depth}, loss_weight={self.loss_weight}"
+
+
+@MODELS.register_module()
+class SigLoss(_DepthLoss):
+    """Scale-invariant logarithmic error of a batch, as DINOv2 and DINOv3 train with.
+
+    sqrt(var(g) + 0.15 mean(g)^2), where g = ln(pred + 0.001) - ln(target + 0.001) over all valid pixels of the batch
+    and var divides by N - 1. During the warm-up the variance is left out
+    (dinov2@b8931f7:dinov2/eval/depth/models/losses/sigloss.py).
+
+    Args:
+        warm_up: calls in training mode without the variance, 100 as released; a checkpoint remembers how many there
+            were.
+        across_ranks: take N, mean and variance over all ranks. As released each rank takes its own, so that the loss
+            depends on how a batch is spread over the devices.
+        options: `max_depth` (inclusive) and `loss_weight`.
+    """
+
+    EPS = 1e-3
+
+    def __init__(self, *, warm_up: int = 100, across_ranks: bool = False, **options: float | None) -> None:
+        super().__init__(**options)
+        self.warm_up = warm_up
+        self.across_ranks = across_ranks
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Return the loss and count the call."""
+        g = _log_difference(pred, target, valid, eps=self.EPS)
+        count, total = self._sums(valid.sum(dtype=torch.float32), g.sum())
+        mean = total / count.clamp(min=1)
+        (squares,) = self._sums(torch.where(valid, g - mean, 0).square().sum())
+        spread = squares / (count - 1).clamp(min=1)
+        spread = spread * (self.calls >= self.warm_up)
+        if self.training:
+            self.calls += 1
+        return _safe_sqrt(spread + 0.15 * mean.square())
+
+    def _sums(self, *values: Tensor) -> list[Tensor]:
+        if not (self.across_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return list(values)
+        # Its gradient sums over the ranks, which the mean over ranks of DDP then makes that of the whole batch.
+        return list(torch.distributed.nn.all_reduce(torch.stack(values)))
+
+    def extra_repr(self) -> str:
+        """Say the options."""
+        return f"warm_up={self.warm_up}, across_ranks={self.across_ranks}, {super().extra_repr()}"
+
+
+@MODELS.register_module()
+class GradientLoss(_DepthLoss):
+    """Difference between the slopes of prediction and target, along both axes of the image, at four scales.
+
+    With D = ln(pred + 0.001) - ln(target + 0.001) on every 1st, 2nd, 4th and 6th pixel: |D(y) - D(y + 2)| summed over
+    the pairs of which both pixels are valid, along rows and columns, divided by the number of valid pixels of the batch
+    (dinov3@6876159:dinov3/eval/depth/loss.py). DINOv2's slices the first two axes, batch and channel, and so is 0 for
+    two images a device; its recipe gives the loss a weight of 0.5.
+
+    Args:
+        log: of logarithms, as in the recipe, or of the depths.
+        options: `max_depth` (inclusive) and `loss_weight`.
+    """
+
+    EPS = 1e-3
+    STRIDES = (1, 2, 4, 6)
+
+    def __init__(self, *, log: bool = True, **options: float | None) -> None:
+        super().__init__(**options)
+        self.log = log
+
+    def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Return the sum over the scales."""
+        if self.log:
+            difference = _log_difference(pred, target, valid, eps=self.EPS)
+        else:
+            difference = torch.where(valid, pred - target, 0)
+        return _slopes(difference, valid, strides=self.STRIDES, step=2)
+
+    def extra_repr(self) -> str:
+        """Say the options."""
+        return f"log={self.log}, {super().extra_repr()}"
+
+
+@MODELS.register_module()
+class SiLog(_DepthLoss):
+    """Scale-invariant logarithmic error of each image, averaged over the images with valid pixels.
+
+    sqrt(mean(d^2) - variance_focus mean(d)^2) with d = ln(pred) - ln(target): with 0.5 MMSegmentation's SiLogLoss, and
+    with 0.85 the error of BTS but for its factor of 10 and its mean over the batch. Predictions below 1e-6 count as
+    that.
+
+    Args:
+        variance_focus: 0 is the plain root mean square, 1 does not see the scale.
+        options: `max_depth` (inclusive) and `loss_weight`.
+    """
+
+    EPS = 1e-6
+
+    def __init__(self, *, variance_focus: float = 0.5, **options: float | None) -> None:
+        super().__init__(**options)
+        if not 0 <= variance_focus <= 1:
+            raise ConfigError(f"variance_focus is {variance_focus}; it is from 0 to 1")
+        self.variance_focus = variance_focus
+
+    def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Return the mean over the images."""
+        d = _log_difference(pred.clamp(min=self.EPS), target, valid, eps=0.0)
+        count = valid.sum((1, 2, 3))
+        mean = d.sum((1, 2, 3)) / count.clamp(min=1)
+        square = d.square().sum((1, 2, 3)) / count.clamp(min=1)
+        images = _safe_sqrt(square - self.variance_focus * mean.square())
+        return images.sum() / (count > 0).sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        """Say the options."""
+        return f"variance_focus={self.variance_focus}, {super().extra_repr()}"
+
+
+@MODELS.register_module()
+class ScaleAndShiftInvariantLoss(_DepthLoss):
+    """Squared error and slopes after the best scale and shift of each image, for relative depth.
+
+    Half the mean squared error over the valid pixels of the batch, plus `slopes` times the differences of neighbours at
+    the strides 1, 2, 4 and 8 (MiDaS, arXiv 1907.01341v3, sections 5 and B, with least squares; its authors' published
+    loss). The gradient goes through scale and shift, too.
+
+    Args:
+        space: what the prediction is, up to scale and shift: 'disparity' (1 / depth, as MiDaS predicts) or 'depth'.
+        slopes: weight of the differences of neighbours.
+        options: `max_depth` (inclusive) and `loss_weight`.
+    """
+
+    STRIDES = (1, 2, 4, 8)
+
+    def __init__(self, *, space: str = "disparity", slopes: float = 0.5, **options: float | None) -> None:
+        super().__init__(**options)
+        if space not in ("disparity", "depth"):
+            raise ConfigError(f"space is {space!r}; allowed are 'disparity' and 'depth'")
+        self.space = space
+        self.slopes = slopes
+
+    def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Align each image by least squares and return the loss."""
+        if self.space == "disparity":
+            target = 1 / torch.where(valid, target, 1)
+        count = valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(valid, x, 0).sum((1, 2, 3), keepdim=True) / count  # (B, 1, 1, 1)
+
+        pred, target = pred - mean(pred), target - mean(target)  # the best shift
+        spread = mean(pred.square())
+        scale = mean(pred * target) / torch.where(spread > 0, spread, 1)
+        difference = torch.where(valid, scale * pred - target, 0)
+        loss = difference.square().sum() / (2 * valid.sum().clamp(min=1))
+        return loss + self.slopes * _slopes(difference, valid, strides=self.STRIDES, step=1)
+
+    def extra_repr(self) -> str:
+        """Say the options."""
+        return f"space={self.space!r}, slopes={self.slopes}, {super().extra_repr()}"
+
+
+def _log_difference(pred: Tensor, target: Tensor, valid: Tensor, *, eps: float) -> Tensor:
+    """Return ln(pred + eps) - ln(target + eps), and 0, without a gradient, where nothing is valid."""
+    return torch.where(valid, (pred + eps).log() - (target + eps).log(), 0)
+
+
+def _slopes(difference: Tensor, valid: Tensor, *, strides: Sequence[int], step: int) -> Tensor:
+    """Sum over scales the mean absolute change of `difference` (B, 1, H, W) over `step` pixels along both axes.
+
+    The mean is over the valid pixels of a scale, not over the pairs.
+    """
+    total = difference.new_zeros(())
+    for stride in strides:
+        d, v = difference[..., ::stride, ::stride], valid[..., ::stride, ::stride]
+        rows = (d[..., step:, :] - d[..., :-step, :]).abs() * (v[..., step:, :] & v[..., :-step, :])
+        columns = (d[..., step:] - d[..., :-step]).abs() * (v[..., step:] & v[..., :-step])
+        total = total + (rows.sum() + columns.sum()) / v.sum().clamp(min=1)
+    return total
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """Return the square root, and |x| where x <= 0 by rounding, so that the gradient stays finite."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), x.abs())

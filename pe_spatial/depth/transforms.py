@@ -1,0 +1,443 @@
+"""Depth maps in a pipeline: read and checked, cut and turned with their picture, packed, padded as missing.
+
+Depth is float32 metres along the optical axis and 0 where it is missing, from the file to the loss. In a pipeline it is
+`results["gt_depth_map"]` (H, W), named in `seg_fields`, so that MMSegmentation's own transforms treat it too (Resize by
+the nearest, and metric depth keeps its values). MMCV's, of the same names in another scope, do not.
+`results["intrinsics"]` (fx, fy, cx, cy), in pixels and counted from the centre of the first one, follows the cuts and
+flips made here; after a rotation, or a flip or resize made elsewhere, it is left out rather than wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmcv.transforms import BaseTransform
+from mmengine.logging import print_log
+from mmengine.model import ImgDataPreprocessor
+from mmengine.registry import MODELS, TRANSFORMS
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from PIL import Image
+
+from pe_spatial.errors import ConfigError, DatasetError
+
+DEPTH = "gt_depth_map"
+_SCALES = {1000: "millimetres", 1: "metres", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimetres"}
+
+
+def read_depth(path: str, *, scale: float) -> np.ndarray:
+    """Read a depth map as (H, W) float32 metres; what is not finite or not positive is missing (0).
+
+    Args:
+        path: PNG, PGM or TIFF of 16 bits or of floats, PFM, NPY, or EXR if OpenCV was told to read it.
+        scale: units of the file per metre: 1000 for millimetres, 256 for KITTI, 1 for metres.
+
+    Raises DatasetError if it cannot be read, holds 8 bits or several channels.
+    """
+    return _clean(_read(path, scale))[0]
+
+
+def _read(path: str, scale: float) -> np.ndarray:
+    try:
+        values = _decode(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plugins raise almost anything on broken data
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"{path} cannot be read as a depth map ({reason}); restore it or leave it out") from error
+    if values.ndim != 2:
+        raise DatasetError(f"{path} has the shape {values.shape}; a depth map has one channel, (height, width)")
+    if values.dtype.itemsize == 1:
+        raise DatasetError(
+            f"{path} holds {values.dtype} values: 256 levels are a picture of depth and no measurement; "
+            "give depth of 16 bits, such as millimetres, or of floats"
+        )
+    return values.astype(np.float32) / np.float32(scale)
+
+
+def _decode(path: str) -> np.ndarray:
+    if path.endswith(".npy"):
+        return np.load(path, allow_pickle=False)
+    if path.endswith(".exr"):
+        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # names the variable it wants set
+        if values is None:
+            raise ValueError("it is no EXR file")
+        return values
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the depth with 0 where it is no depth, and how many pixels were NaN, infinite or negative."""
+    valid = (depth > 0) & (depth < np.inf)  # False for NaN
+    odd = int(np.count_nonzero(~valid) - np.count_nonzero(depth == 0))
+    return np.where(valid, depth, np.float32(0)), odd
+
+
+def check_scale(depth: np.ndarray, *, scale: float, max_depth: float | None, path: str) -> None:
+    """Raise DatasetError, naming the likely scales, if the median of `depth` (metres, 0 = missing) cannot be a scene's.
+
+    It can be from 1/200 of `max_depth` to ten times as much (0.05 m to 100 m for 10 m), without one from 0.05 m to
+    1000 m: metres taken for millimetres, or the reverse, are far outside.
+    """
+    values = depth[depth > 0]
+    if not len(values):
+        return
+    median = float(np.median(values[:: -(-len(values) // 4096)]))  # a few thousand pixels tell it
+    low, high = (max_depth / 200, max_depth * 10) if max_depth else (0.05, 1000)
+    if low <= median <= high:
+        return
+    likely = [s for s in _SCALES if low <= median * scale / s <= (max_depth or 100)]
+    advice = " or ".join(f"scale={s} ({_SCALES[s]})" for s in likely) or "the scale of the file"
+    raise DatasetError(
+        f"{path} has a median depth of {median:.4g} m at scale={scale:g} units per metre, "
+        f"which is no scene of {f'at most {max_depth:g} m' if max_depth else 'this world'}; set {advice}"
+    )
+
+
+@TRANSFORMS.register_module()
+class LoadDepth(BaseTransform):
+    """Read the depth map of a pair as `read_depth` does, after its picture and before anything changes that.
+
+    Depth outside the pair's range is missing. NaN, infinite and negative values are missing too and counted in the log.
+    A map of another size than its picture and a scale that cannot be (`check_scale`) raise DatasetError.
+
+    Args:
+        skip_empty: for training: log a map without any depth, and have another pair drawn.
+    """
+
+    def __init__(self, *, skip_empty: bool = False) -> None:
+        self.skip_empty = skip_empty
+        self.seen: dict[str, set[str]] = {}  # kind of oddity -> files, in this process
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Add gt_depth_map (H, W) from depth_path, depth_scale, min_depth and max_depth; None for a pair to skip."""
+        path, max_depth = results["depth_path"], results.get("max_depth")
+        depth, odd = _clean(_read(path, results["depth_scale"]))
+        if odd:
+            self._log("NaN, infinite or negative depth", path, f"{odd} of {depth.size} pixels, taken as missing")
+        if depth.shape != tuple(results["ori_shape"]):
+            raise DatasetError(
+                f"{path} is {depth.shape[0]}x{depth.shape[1]} (height x width) but {results['img_path']} is "
+                f"{results['ori_shape'][0]}x{results['ori_shape'][1]}; bring both to one size and view, "
+                "and place LoadDepth before anything that cuts the picture"
+            )
+        check_scale(depth, scale=results["depth_scale"], max_depth=max_depth, path=path)
+        depth[depth < results.get("min_depth", 0.0)] = 0
+        if max_depth is not None:
+            depth[depth > max_depth] = 0
+        if not depth.any():
+            self._log("no depth", path, "skipped" if self.skip_empty else "kept")
+            if self.skip_empty:
+                return None
+        results[DEPTH] = depth
+        results.setdefault("seg_fields", []).append(DEPTH)
+        return results
+
+    def _log(self, kind: str, path: str, what: str) -> None:
+        files = self.seen.setdefault(kind, set())
+        known = len(files)
+        files.add(path)
+        if len(files) > known and len(files) in (1, 10, 100, 1000, 10000):
+            print_log(
+                f"{kind} in {path}: {what} ({len(files)} such files so far in this process)",
+                logger="current",
+                level=logging.WARNING,
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(skip_empty={self.skip_empty})"
+
+
+@TRANSFORMS.register_module()
+class DepthCrop(BaseTransform):
+    """Cut picture and depth to a fixed box; from then on that is the picture, at whose size predictions come back.
+
+    Args:
+        box: (left, top, right, bottom) in pixels, right and bottom exclusive: (43, 45, 608, 472) for training on NYUv2
+            (AdaBins, BinsFormer, DINOv2), which leaves 427 x 565.
+        bottom_centre: instead of it, (height, width) of a window in the middle of the lower edge: (352, 1216) for KITTI
+            (cleinc/bts@5e3406b: left = int((width - 1216) / 2)).
+        picture_only: leave the depth whole, as BTS does in evaluation; then the metric needs `pasted=True`.
+    """
+
+    def __init__(
+        self,
+        *,
+        box: Sequence[int] | None = None,
+        bottom_centre: Sequence[int] | None = None,
+        picture_only: bool = False,
+    ) -> None:
+        if (box is None) == (bottom_centre is None):
+            raise ConfigError(f"DepthCrop takes box or bottom_centre, and got {box} and {bottom_centre}; give one")
+        if box is not None and not (len(box) == 4 and 0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+            raise ConfigError(f"box is {tuple(box)}; it is (left, top, right, bottom) in pixels, not empty")
+        self.box = box
+        self.bottom_centre = bottom_centre
+        self.picture_only = picture_only
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Cut; DatasetError if the box leaves the picture."""
+        height, width = results["img"].shape[:2]
+        left, top, right, bottom = self.box or bottom_centre_box(height, width, size=self.bottom_centre)
+        if left < 0 or top < 0 or right > width or bottom > height:
+            raise DatasetError(
+                f"{results['img_path']} is {height}x{width} (height x width) and does not hold the box "
+                f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); check the crop of the pipeline"
+            )
+        _cut(results, (left, top, right, bottom), ("img",) if self.picture_only else ("img", DEPTH))
+        results["ori_shape"] = results["img_shape"]
+        return results
+
+    def __repr__(self) -> str:
+        where = f"box={self.box}" if self.box else f"bottom_centre={self.bottom_centre}"
+        return f"{type(self).__name__}({where}, picture_only={self.picture_only})"
+
+
+def bottom_centre_box(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a window of `size` (height, width) in the middle of the lower edge."""
+    left, top = int((width - size[1]) / 2), height - size[0]
+    return left, top, left + size[1], top + size[0]
+
+
+@TRANSFORMS.register_module()
+class DepthRandomCrop(BaseTransform):
+    """Cut picture and depth to a window of fixed size at a random place.
+
+    Args:
+        size: (height, width) in pixels; (416, 544) for NYUv2, (352, 704) for KITTI.
+        pad_val: fill smaller pictures at the right and at the bottom with this, their depth as missing; without it a
+            smaller picture raises DatasetError.
+    """
+
+    def __init__(self, size: Sequence[int], *, pad_val: int | None = None) -> None:
+        self.size = tuple(size)
+        self.pad_val = pad_val
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Fill up if need be, and cut."""
+        height, width = results["img"].shape[:2]
+        if self.size[0] > height or self.size[1] > width:
+            if self.pad_val is None:
+                raise DatasetError(
+                    f"{results['img_path']} is {height}x{width} (height x width), smaller than the crop of "
+                    f"{self.size[0]}x{self.size[1]}; make the crop smaller, or set pad_val=0 of DepthRandomCrop"
+                )
+            shape, camera = (max(height, self.size[0]), max(width, self.size[1])), _camera(results)
+            results["img"] = mmcv.impad(results["img"], shape=shape, pad_val=(self.pad_val,) * 3)
+            if DEPTH in results:
+                results[DEPTH] = mmcv.impad(results[DEPTH], shape=shape, pad_val=0)
+            results["intrinsics"], results["intrinsics_shape"] = camera, shape
+            height, width = shape
+        top = np.random.randint(height - self.size[0] + 1)
+        left = np.random.randint(width - self.size[1] + 1)
+        _cut(results, (left, top, left + self.size[1], top + self.size[0]), ("img", DEPTH))
+        return results
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, pad_val={self.pad_val})"
+
+
+def _cut(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> None:
+    left, top, right, bottom = box
+    camera = _camera(results)
+    for key in keys:
+        if key in results:
+            results[key] = results[key][top:bottom, left:right]
+    results["img_shape"] = results["intrinsics_shape"] = results["img"].shape[:2]
+    results["intrinsics"] = camera and (camera[0], camera[1], camera[2] - left, camera[3] - top)
+
+
+def _camera(results: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the intrinsics, if they are known and hold for the picture as it is now."""
+    if results.get("intrinsics") is None or results.get("flip", False) != results.get("intrinsics_flip", False):
+        return None
+    shape = results.get("intrinsics_shape", results["ori_shape"])
+    return tuple(results["intrinsics"]) if tuple(shape) == results["img"].shape[:2] else None
+
+
+@TRANSFORMS.register_module()
+class DepthRandomFlip(BaseTransform):
+    """Mirror picture and depth left to right, with a probability of `prob`, and the camera with them.
+
+    RandomFlip does it too if it is MMSegmentation's; MMCV's would leave the depth as it was.
+    """
+
+    def __init__(self, *, prob: float = 0.5) -> None:
+        self.prob = prob
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Mirror, or not; say so in flip and flip_direction."""
+        results["flip"] = bool(np.random.rand() < self.prob)
+        results["flip_direction"] = "horizontal" if results["flip"] else None
+        if results["flip"]:
+            camera = _camera({**results, "flip": False})
+            for key in ("img", DEPTH):
+                if key in results:
+                    results[key] = results[key][:, ::-1]
+            width = results["img"].shape[1]
+            results["intrinsics"] = camera and (*camera[:2], width - 1 - camera[2], camera[3])
+        results["intrinsics_flip"] = results["flip"]
+        return results
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(prob={self.prob})"
+
+
+@TRANSFORMS.register_module()
+class DepthRandomRotate(BaseTransform):
+    """Turn picture (bilinear) and depth (nearest) about the centre; depth that comes from outside is missing.
+
+    Args:
+        degrees: the angle is drawn from -degrees to degrees.
+        prob: of turning at all.
+        pad_val: of the picture where it comes from outside (0 in BTS and in the recipe of DINOv2).
+    """
+
+    def __init__(self, *, degrees: float = 2.5, prob: float = 0.5, pad_val: int = 0) -> None:
+        self.degrees = degrees
+        self.prob = prob
+        self.pad_val = pad_val
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Turn; the intrinsics are dropped."""
+        if np.random.rand() >= self.prob:
+            return results
+        angle = np.random.uniform(-self.degrees, self.degrees)
+        picture = np.ascontiguousarray(results["img"])
+        results["img"] = mmcv.imrotate(picture, angle, border_value=(self.pad_val,) * 3)
+        if DEPTH in results:
+            results[DEPTH] = mmcv.imrotate(results[DEPTH], angle, border_value=0, interpolation="nearest")
+        results["intrinsics"] = None
+        return results
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(degrees={self.degrees}, prob={self.prob}, pad_val={self.pad_val})"
+
+
+@TRANSFORMS.register_module()
+class DepthColorAug(BaseTransform):
+    """Random gamma, brightness and balance of the channels (cleinc/bts@5e3406b), on 8-bit pictures of any order.
+
+    As in BTS a pixel is in 0 ... 1 when it is raised to gamma. The toolbox that DINOv2 trained with does that in
+    0 ... 255, where a gamma of 0.9 ... 1.1 also changes the brightness by 0.57 ... 1.74.
+
+    Args:
+        gamma, brightness, color: ranges; each channel draws its own `color`. BTS has brightness (0.75, 1.25) for NYUv2
+            and (0.9, 1.1) for KITTI.
+        prob: of changing the picture at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma: Sequence[float] = (0.9, 1.1),
+        brightness: Sequence[float] = (0.75, 1.25),
+        color: Sequence[float] = (0.9, 1.1),
+        prob: float = 0.5,
+    ) -> None:
+        self.gamma, self.brightness, self.color = tuple(gamma), tuple(brightness), tuple(color)
+        self.prob = prob
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Change the picture through one table of 256 values per channel."""
+        if np.random.rand() >= self.prob:
+            return results
+        gamma, brightness = np.random.uniform(*self.gamma), np.random.uniform(*self.brightness)
+        factor = brightness * np.random.uniform(*self.color, size=3)
+        table = ((np.arange(256) / 255) ** gamma)[:, None] * factor  # (256, 3)
+        table = np.round(255 * table.clip(0, 1)).astype(np.uint8)[None]
+        results["img"] = cv2.LUT(np.ascontiguousarray(results["img"]), table)
+        return results
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(gamma={self.gamma}, brightness={self.brightness}, color={self.color}, "
+            f"prob={self.prob})"
+        )
+
+
+_META = ("img_path", "depth_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction", "max_depth")
+
+
+@TRANSFORMS.register_module()
+class PackDepthInputs(BaseTransform):
+    """Pack a picture and, if it has one, its depth map for the model.
+
+    inputs is (3, H, W) uint8, BGR; data_samples holds gt_depth_map (1, H, W) float32 and what is known of img_path,
+    depth_path, ori_shape, img_shape, scale_factor, flip, flip_direction, max_depth and intrinsics.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Return dict(inputs=, data_samples=)."""
+        sample = SegDataSample(metainfo={"flip": False, **{key: results[key] for key in _META if key in results}})
+        camera = _camera(results)
+        if camera is not None:
+            sample.set_metainfo({"intrinsics": camera})
+        if DEPTH in results:
+            depth = np.ascontiguousarray(results[DEPTH], dtype=np.float32)
+            sample.gt_depth_map = PixelData(data=torch.from_numpy(depth)[None])
+        picture = np.ascontiguousarray(results["img"].transpose(2, 0, 1))
+        return {"inputs": torch.from_numpy(picture), "data_samples": sample}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+@MODELS.register_module()
+class DepthPreprocessor(ImgDataPreprocessor):
+    """Normalise pictures and bring a batch to one size: `pad_val` at the right and at the bottom, depth as missing.
+
+    In training the depth maps are filled up with 0; in evaluation they stay as they are, and `padding_size`
+    (left, right, top, bottom) says what to cut from the prediction.
+
+    Args:
+        mean, std: of the channels after their exchange, on pixels of 0 ... 255.
+        bgr_to_rgb: exchange them.
+        pad_size_divisor: bring both sides to a multiple of this.
+        pad_val: in normalised units, so that 0 is the mean colour.
+    """
+
+    def __init__(
+        self,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bgr_to_rgb: bool = True,
+        pad_size_divisor: int = 1,
+        pad_val: float = 0.0,
+    ) -> None:
+        super().__init__(mean, std, pad_size_divisor, pad_val, bgr_to_rgb)
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """Lists of (3, H, W) pictures and of samples -> inputs (B, 3, H', W') and the samples."""
+        sizes = [tuple(picture.shape[-2:]) for picture in data["inputs"]]
+        data = super().forward(data, training)
+        if data["data_samples"] is None:
+            return data
+        height, width = data["inputs"].shape[-2:]
+        for sample, (h, w) in zip(data["data_samples"], sizes, strict=True):
+            padding = (0, width - w, 0, height - h)
+            sample.set_metainfo({"img_shape": (h, w), "pad_shape": (height, width), "padding_size": padding})
+            if training:
+                sample.gt_depth_map = PixelData(data=F.pad(self._depth(sample, (h, w)), padding))
+        return data
+
+    @staticmethod
+    def _depth(sample: SegDataSample, size: tuple[int, int]) -> torch.Tensor:
+        if DEPTH not in sample:
+            raise ConfigError("a training sample has no gt_depth_map; the pipeline needs LoadDepth and PackDepthInputs")
+        depth = sample.gt_depth_map.data
+        if tuple(depth.shape[-2:]) != size:
+            raise ConfigError(
+                f"{sample.get('img_path')} is {size[0]}x{size[1]} in training and its depth map "
+                f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changed one without the other"
+            )
+        return depth

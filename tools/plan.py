@@ -1,0 +1,183 @@
+"""Say what training a config takes, before anything is trained: memory of each GPU, arithmetic, time.
+
+python tools/plan.py projects/coco_detection/deta/stage4_coco_1824.py --gpus 64 --gpu-memory 80
+python tools/plan.py configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b16,l14,g14 --json plan.json
+
+Everything runs on the meta device: no weights are made and no GPU is needed. The table is Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+
+from pe_spatial import VARIANTS, cli
+from pe_spatial.errors import ConfigError
+from pe_spatial.planning import Step, build_on_meta, measure_step, measure_weights, set_checkpointing
+
+GB, TERA = 1e9, 1e12
+COLUMNS = (
+    "variant", "weights", "recomputed", "parameters", "gradients", "optimizer", "extra", "activations", "total", "fits",
+    "largest batch", "TFLOP forward", "TFLOP step", "hours/epoch",
+)  # fmt: skip
+
+
+def configs(args: argparse.Namespace) -> dict[str, Config]:
+    """Return one config for each variant that was asked for, by the variant's name."""
+    result = {}
+    for key in args.variants.split(",") if args.variants else [None]:
+        cfg = cli.read_config(args.config)
+        cfg.merge_from_dict(args.cfg_options)
+        if key is not None:
+            names = [name for name in VARIANTS if name == key or name.startswith(f"pe_spatial_{key}_")]
+            if len(names) != 1:
+                raise ConfigError(f"--variants has {key!r}; give names such as t16, s16, b16, l14, g14 or {names}")
+            cfg.merge_from_dict({"model.backbone.variant": names[0]})
+        variant = cfg.model.backbone.get("variant", cfg.model.backbone.type)
+        result[variant if isinstance(variant, str) else "own"] = cfg
+    return result
+
+
+def picture_size(cfg: Config) -> tuple[int, int]:
+    """Return (h, w) of the pictures when they reach the model, in pixels."""
+    preprocessor = cfg.model.get("data_preprocessor") or {}
+    side = preprocessor.get("pad_size_divisor", 1)
+    size = preprocessor.get("size") or (side, side)
+    if min(size) < 128:  # a divisor, no canvas
+        raise ConfigError(f"{cfg.filename} does not say how large pictures are; give --size HEIGHT WIDTH")
+    return tuple(size)
+
+
+def rows(variant: str, cfg: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Plan one config: a row for each of whole or sharded weights, activations kept or recomputed; in bytes."""
+    if not cfg.get("optim_wrapper"):
+        raise ConfigError(f"{cfg.filename} has no optim_wrapper, so it trains nothing that could be planned")
+    batch = args.batch_size or cfg.train_dataloader.batch_size
+    size = tuple(args.size) if args.size else picture_size(cfg)
+    bfloat16 = cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
+    model, optimizer = build_on_meta(cfg)
+    buckets = args.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
+    ways = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
+    if args.gpus > 1:
+        ways["FSDP"] = measure_weights(model, optimizer, shards=args.gpus, bfloat16=bfloat16)
+    result = []
+    for recomputed in (False, True):
+        set_checkpointing(model, recomputed)
+        step, more = (measure_step(model, b, size, bfloat16=bfloat16) for b in (batch, batch + 1))
+        for way, weights in ways.items():
+            activations, next_one = (
+                x.activations_without_copies if way == "FSDP" and bfloat16 else x.activations for x in (step, more)
+            )
+            room = (args.gpu_memory - args.reserve) * GB - weights.kept
+            fitting = batch + (room - activations) // (next_one - activations)
+            result.append(
+                dict(
+                    variant=variant, size=size, batch=batch, bfloat16=bfloat16, counted=step.counted,
+                    number=sum(p.numel() for p in model.parameters()), weights=way, recomputed=recomputed,
+                    parameters=weights.parameters, gradients=weights.gradients, optimizer=weights.states,
+                    extra=weights.extra, update=weights.update, saved=step.saved, activations=activations,
+                    total=weights.kept + max(activations, weights.update),
+                    largest_batch=max(int(fitting), 0) if room >= weights.update else 0,
+                    forward_flops=sum(step.forward_flops.values()) / batch,
+                    step_flops=sum(step.step_flops.values()) / batch,
+                    hours=args.images / args.gpus * seconds(step, args) / batch / 3600,
+                )
+            )  # fmt: skip
+    return result
+
+
+def seconds(step: Step, args: argparse.Namespace) -> float:
+    """Time of a step, by its arithmetic alone."""
+    rates = {torch.float32: args.float32_rate, torch.bfloat16: args.bfloat16_rate}
+    return sum(n / (rates[dtype] * TERA * args.efficiency) for dtype, n in step.step_flops.items())
+
+
+def table(plan: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Return the plan in Markdown."""
+    memory = ("parameters", "gradients", "optimizer", "extra", "activations", "total")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in plan:
+        fits = row["total"] <= (args.gpu_memory - args.reserve) * GB
+        cells = [
+            f"{row['variant']} ({row['number'] / 1e6:.1f} M)", row["weights"], "yes" if row["recomputed"] else "no",
+            *(f"{row[key] / GB:.2f}" for key in memory),
+            "yes" if fits else "no", str(row["largest_batch"]),
+            f"{row['forward_flops'] / TERA:.2f}", f"{row['step_flops'] / TERA:.2f}", f"{row['hours']:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def assumptions(row: Mapping[str, Any], args: argparse.Namespace) -> str:
+    """Return what the numbers mean and stand on."""
+    (h, w), batch = row["size"], row["batch"]
+    precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
+    return f"""\
+{args.config}: {h} x {w} px, {batch} pictures on each of {args.gpus} GPUs of {args.gpu_memory:g} GB, {precision}.
+Counted: {row["counted"]}.
+
+- Memory in GB (1e9 bytes) of one GPU. weights: whole on each GPU (DDP) or cut over all (FSDP, one unit for each block).
+  extra: DDP's buckets; of FSDP what is gathered at a time. activations: the highest number alive, recomputed blocks
+  included. total: the sum, or with what the optimizer makes in passing if that is more than the activations.
+- fits: total leaves {args.reserve:g} GB for the CUDA context, libraries' buffers and fragments.
+- TFLOP for a picture: products, convolutions and attention, each multiplication and addition one operation; step:
+  forward, backward and what is recomputed.
+- hours for {args.images} pictures at {args.efficiency:.0%} of {args.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
+{args.float32_rate:g} TFLOP/s in float32; without data loading,
+  communication and validation.
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    MMLogger.get_current_instance().setLevel("WARNING")  # mmengine tells of each parameter with a rate of its own
+    for name in ("gpus", "batch_size", "images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    plan = [row for variant, cfg in configs(args).items() for row in rows(variant, cfg, args)]
+    print(assumptions(plan[0], args))
+    print(table(plan, args))
+    if args.json:
+        path = Path(args.json)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(plan, indent=1) + "\n")
+        unfinished.replace(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("config", help="configuration file")
+    result.add_argument("--gpus", type=int, default=8, metavar="N", help="in all nodes together (default 8)")
+    result.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one GPU (default 80)")
+    result.add_argument("--reserve", type=float, default=4, metavar="GB", help="of it to leave free (default 4)")
+    result.add_argument("--batch-size", type=int, metavar="B", help="pictures on one GPU, if not the config's")
+    result.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pictures, where no canvas says it")
+    result.add_argument("--variants", metavar="T16,S16", help="one plan for each: t16, s16, b16, l14, g14")
+    result.add_argument(
+        "--images", type=int, default=117266, help="of an epoch (default 117266: COCO train2017's with objects)"
+    )
+    result.add_argument("--efficiency", type=float, default=0.4, help="share of the peak rates reached (default 0.4)")
+    result.add_argument(
+        "--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help="peak (default 989: H100 SXM, dense)"
+    )
+    result.add_argument(
+        "--float32-rate", type=float, default=67, metavar="TFLOPS", help="peak (default 67: H100 SXM without TF32)"
+    )
+    result.add_argument("--json", metavar="OUT", help="write the rows here too, in bytes and operations")
+    result.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="options to replace"
+    )
+    result.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, parser().parse_args())
