@@ -27,4 +27,5 @@ lint: setup
 
 bench: setup
 	$(python) tools/benchmark.py
-	$(python) tools/benchmark_tracking.py
+	$(python) tools/benchmark_vos.py
+	$(python) tools/benchmark_propagation.py

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist, is_distributed
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -125,14 +126,23 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for; several processes without a GPU talk through gloo."""
+def start_processes(cfg: Config) -> None:
+    """Let the processes of a launcher find one another, if they have not; without a GPU they talk through gloo."""
+    if cfg.launcher == "none" or is_distributed():
+        return
     if cfg.launcher == "pytorch" and not torch.cuda.is_available():  # where mmengine would ask for a driver
         torch.distributed.init_process_group("gloo")
-        if "runner_type" not in cfg:
-            unused = cfg.get("find_unused_parameters", False)
-            wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
-            cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
+    else:
+        init_dist(cfg.launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config asks for."""
+    start_processes(cfg)
+    if cfg.launcher != "none" and not torch.cuda.is_available() and "runner_type" not in cfg:
+        unused = cfg.get("find_unused_parameters", False)
+        wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
+        cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
     if cfg.get("runner_type") == "ShardedRunner":
         import pe_spatial.integrations.sharding  # noqa: F401  (registers; needs a newer torch than the rest)
     with _as_config_error(cfg.filename):

@@ -9,22 +9,28 @@ python tools/train.py CONFIG --resume                    # the latest checkpoint
 import argparse
 import os
 
+from mmengine.dist import broadcast_object_list
 from mmengine.runner import find_latest_checkpoint
 
 from pe_spatial import cli
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.determinism import make_deterministic
-from pe_spatial.integrations.safety import make_safe
+from pe_spatial.integrations.safety import highest, make_safe
 
 
 def restarted() -> bool:
-    """Whether the launcher started this process in the place of one that was lost."""
-    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    """Whether the launcher started any of the processes in the place of one that was lost.
+
+    Not every process knows: on nodes that lost none, torchrun starts them anew without counting it.
+    """
+    counts = [int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0) for launcher in ("TORCHELASTIC", "SLURM")]
+    return bool(highest(max(counts)))
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = cli.load_config(args)
+    cli.start_processes(cfg)
     if restarted() and not args.resume:
         args.resume = "auto"
     if args.amp:
@@ -38,7 +44,9 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config} has no auto_scale_lr.base_batch_size to scale the learning rate from")
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        checkpoint = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+        names = [find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume]
+        broadcast_object_list(names)  # one checkpoint for all processes
+        (checkpoint,) = names
         if checkpoint:  # otherwise the run begins as its config says, with its load_from
             cli.check_training_checkpoint(checkpoint)
             cfg.resume, cfg.load_from = True, checkpoint

@@ -129,7 +129,7 @@ class StopOnSignal(Hook):
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
         """Save and exit if any process was told to."""
-        number = int(_highest(self._received))
+        number = int(highest(self._received))
         if not number:
             return
         hooks = [hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
@@ -162,7 +162,7 @@ class WatchLoss(Hook):
     def after_train_iter(self, runner: Runner, *, outputs: dict[str, Any], data_batch: Any, **_: Any) -> None:
         """Look at the loss."""
         loss = torch.as_tensor(outputs["loss"]).detach()
-        if not _highest(float(not torch.isfinite(loss).all())):
+        if not highest(float(not torch.isfinite(loss).all())):
             self.in_a_row = 0
             return
         self.in_a_row += 1
@@ -180,7 +180,7 @@ def _drop_gradients_that_are_not_finite(optimizer: torch.optim.Optimizer, *_: An
     """Take all gradients away if one is not finite: an optimizer then leaves weights and moments as they are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     finite = all(torch.isfinite(norm).item() for norm in torch._foreach_norm([p.grad for p in parameters]))
-    if _highest(float(not finite)):
+    if highest(float(not finite)):
         for parameter in parameters:
             parameter.grad = None
 
@@ -191,8 +191,8 @@ def _pictures(data_batch: Any) -> str:
     return some(names) if names else "unknown"
 
 
-def _highest(value: float) -> float:
-    """Return the largest of the processes' values."""
+def highest(value: float) -> float:
+    """Return the largest of the processes' values; all of them must call this."""
     if not is_distributed():
         return value
     highest = torch.tensor(float(value))
