@@ -209,7 +209,7 @@ def test_nothing_usable_ends(nyu, log):
     for path in nyu.glob("*/sync_depth_*.png"):
         Image.fromarray(np.zeros((24, 32), np.uint16)).save(path)
     dataset = build(nyu, pipeline=[LoadPicture(), LoadDepth(skip_empty=True)], max_refetch=20)
-    with pytest.raises(DatasetError, match=r"21 draws from .*train.txt gave no usable pair"):
+    with pytest.raises(DatasetError, match=r"21 draws from .*train.txt gave no usable picture"):
         dataset[0]
     assert len(log) == 2
 

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.integrations.loading import DrawsAnother
 
 _NAMED = 5  # how many offenders an error names before it says 'and so many more'
 _CAMERA = ("fx", "fy", "cx", "cy")
@@ -20,7 +21,7 @@ _COLUMNS = ("rgb", "depth", "units_per_metre", *_CAMERA, "max_eval_depth_m", "no
 
 
 @DATASETS.register_module()
-class DepthPairDataset(BaseDataset):
+class DepthPairDataset(DrawsAnother, BaseDataset):
     """Pairs of a picture and a depth map; missing files and wrong lines raise DatasetError, and one log line counts.
 
     The pairs come from `ann_file`, or without one from two folders:
@@ -215,21 +216,6 @@ class DepthPairDataset(BaseDataset):
 
     def _source(self) -> str:
         return self.ann_file or self.data_prefix["img_path"]
-
-    def __getitem__(self, idx: int) -> Any:
-        """Return a sample; in training another one where the pipeline gives None."""
-        if self.test_mode:
-            return super().__getitem__(idx)
-        self.full_init()
-        for _ in range(self.max_refetch + 1):
-            sample = self.prepare_data(idx)
-            if sample is not None:
-                return sample
-            idx = self._rand_another()
-        raise DatasetError(
-            f"{self.max_refetch + 1} draws from {self._source()} gave no usable pair (the log says why): "
-            "check data_root (--data-root), or restore the files"
-        )
 
 
 def _skips(step: Any) -> bool:

@@ -17,14 +17,14 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from pe_spatial.errors import DatasetError
-from pe_spatial.integrations.loading import LoadPicture
+from pe_spatial.integrations.loading import DrawsAnother, LoadPicture
 
 _NAMED = 5  # how many offenders an error names before it says 'and so many more'
 _ROUNDING = 0.5  # pixels by which a box may leave its picture without being counted as clipped
 
 
 @DATASETS.register_module()
-class CheckedCocoDataset(CocoDataset):
+class CheckedCocoDataset(DrawsAnother, CocoDataset):
     """COCO instances, checked once when they are loaded.
 
     Boxes that leave their picture are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
@@ -78,21 +78,6 @@ class CheckedCocoDataset(CocoDataset):
                 f"{_some(list(self.metainfo['classes']))} leave none with a usable box; see the counts logged above"
             )
         return kept
-
-    def __getitem__(self, idx: int) -> Any:
-        """Return a sample; in training another one where the pipeline gives None."""
-        if self.test_mode:
-            return super().__getitem__(idx)
-        self.full_init()
-        for _ in range(self.max_refetch + 1):
-            sample = self.prepare_data(idx)
-            if sample is not None:
-                return sample
-            idx = self._rand_another()
-        raise DatasetError(
-            f"{self.max_refetch + 1} draws from {self.ann_file} gave no usable picture (the log names broken ones): "
-            "check data_root (--data-root), or restore the pictures"
-        )
 
     def _check_classes(self, content: Mapping[str, Any]) -> None:
         # mmdet would leave unknown classes out, and thereby silently renumber the others.

@@ -15,6 +15,25 @@ from pe_spatial.errors import DatasetError
 from pe_spatial.pictures import decode_rgb
 
 
+class DrawsAnother:
+    """For mmengine's datasets: in training, draw another sample where the pipeline gives None for a broken one."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """Return a sample; DatasetError after `max_refetch` more draws."""
+        if self.test_mode:
+            return super().__getitem__(idx)
+        self.full_init()
+        for _ in range(self.max_refetch + 1):
+            sample = self.prepare_data(idx)
+            if sample is not None:
+                return sample
+            idx = self._rand_another()
+        raise DatasetError(
+            f"{self.max_refetch + 1} draws from {self.ann_file or self.data_prefix} gave no usable picture "
+            "(the log names broken ones): check data_root (--data-root), or restore the files"
+        )
+
+
 @TRANSFORMS.register_module()
 class LoadPicture(BaseTransform):
     """Read a picture of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
