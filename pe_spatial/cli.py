@@ -90,6 +90,15 @@ def read_config(name: str) -> Config:
         return Config.fromfile(installed_config(name))
 
 
+def config_in(checkpoint: str) -> Config:
+    """Return the config that tools/train.py wrote into a checkpoint; CheckpointError if there is none."""
+    meta = read_checkpoint(locate(checkpoint)).rest.get("meta")
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"{checkpoint} holds no config; name it with --config")
+    return Config.fromstring(text, ".py")
+
+
 def installed_config(name: str) -> str:
     """Return the path of package::folder/name.py; other names are returned as they are."""
     package, mark, path = name.partition("::")

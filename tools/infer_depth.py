@@ -1,8 +1,8 @@
 """Depth of pictures, folders and videos: .npy in metres, 16-bit PNG, colours, point clouds, the error against truth.
 
-python tools/infer_depth.py rooms/ walk.mp4 --config configs/pe_spatial_dpt_nyu.py --checkpoint iter_38400.pth
-python tools/infer_depth.py IMAGES --config CONFIG --checkpoint CKPT --write png colour ply --intrinsics 519 519 320 240
-python tools/infer_depth.py IMAGES --config CONFIG --checkpoint CKPT --gt pairs.csv     # rgb,depth,units_per_metre
+python tools/infer_depth.py rooms/ walk.mp4 --checkpoint work_dirs/pe_spatial_dpt_nyu/iter_38400.pth
+python tools/infer_depth.py IMAGES --checkpoint CKPT --write png colour ply --intrinsics 519 519 320 240
+python tools/infer_depth.py IMAGES --checkpoint CKPT --gt pairs.csv     # rgb,depth,units_per_metre
 
 Into --out go NAME.npy (float32) for every picture, what --write names, and metadata.json, which says what is what. A
 run that was stopped goes on where it was: pictures that have their .npy are not predicted again, unless --overwrite.
@@ -57,7 +57,7 @@ def start_metadata(args: argparse.Namespace) -> dict:
     """Return what identifies the predictions; refuse a folder that holds those of another model."""
     digest = hashlib.sha256(locate(args.checkpoint).read_bytes()).hexdigest()
     model = {
-        "config": Path(args.config).name,
+        "config": Path(args.config).name if args.config else None,
         "cfg_options": {key: str(value) for key, value in args.cfg_options.items()},
         "checkpoint": Path(args.checkpoint).name,
         "sha256": digest,
@@ -235,7 +235,7 @@ def report(about: dict, done: Counter, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = cli.read_config(args.config)
+    cfg = cli.read_config(args.config) if args.config else cli.config_in(args.checkpoint)
     cfg.merge_from_dict(args.cfg_options)
     sources = Sources(args.images, without=args.out)
     predictor = DepthPredictor(cfg, args.checkpoint, device=args.device)
@@ -254,8 +254,8 @@ def main(args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="pictures, folders (and those in them), videos")
-    parser.add_argument("--config", required=True, help="configuration that the checkpoint was trained with")
     parser.add_argument("--checkpoint", required=True, help="file that tools/train.py wrote")
+    parser.add_argument("--config", help="configuration (the one that the checkpoint holds)")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results (depth)")
     parser.add_argument("--write", nargs="*", choices=["png", "colour", "ply"], default=["png", "colour"])
