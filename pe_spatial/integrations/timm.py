@@ -142,6 +142,10 @@ class TimmEncoder(nn.Module):
 
         Raises ValueError if a side is not a multiple of the patch size p.
         """
+        return self.forward_with_class_tokens(images)[0]
+
+    def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the maps of `forward` and, after the same blocks, the class tokens (B, C); none if there is none."""
         (h, w), p = images.shape[-2:], self.patch_size
         if h % p or w % p or not h or not w:
             raise ValueError(
@@ -149,8 +153,16 @@ class TimmEncoder(nn.Module):
                 f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
             )
         blocks = sorted(set(self.out_indices))  # the order in which timm returns them
-        maps = self.model.forward_intermediates(images, indices=blocks, norm=self.final_norm, intermediates_only=True)
-        return tuple(maps[blocks.index(i)] for i in self.out_indices)
+        options = dict(norm=self.final_norm, return_prefix_tokens=bool(self.prefix), intermediates_only=True)
+        out = self.model.forward_intermediates(images, indices=blocks, **options)
+        maps, tokens = zip(*out, strict=True) if self.prefix else (out, ())
+        at = [blocks.index(i) for i in self.out_indices]
+        return tuple(maps[i] for i in at), tuple(tokens[i][:, 0] for i in at if tokens)
+
+    @property
+    def prefix(self) -> int:
+        """1 with a class token, else 0."""
+        return int(getattr(self.model, "cls_token", None) is not None)
 
     def layer_of(self, name: str) -> int:
         """Return the layer of the parameter `name`: 0 for patches, tokens and positions, i + 1 for block i.

@@ -2,11 +2,12 @@
 # NYUv2, evaluated on the same seven by NYUv2's protocol.
 #
 #   command   python tools/train.py projects/nyu_depth/overfit_nyu.py --data-root FOLDER   (with rgb/ and depth/)
-#             python tools/test.py projects/nyu_depth/overfit_nyu.py work_dirs/overfit_nyu/iter_ITERATIONS.pth
+#             python tools/test.py projects/nyu_depth/overfit_nyu.py work_dirs/overfit_nyu/iter_250.pth
 #   data      any few pairs of one name and size, depth in 16-bit millimetres; measured with seven of the 654
 #   hardware  two CPU cores
-#   cost      HERE
-#   expected  HERE
+#   cost      9 minutes of CPU time for 250 iterations
+#   expected  RMSE below 0.15 m on the pictures it was trained on; measured here: 0.124 m, abs_rel 0.016 (the run was
+#             interrupted at iteration 33 and resumed). The mean depth of the seven, for every pixel, has 1.579 m
 #
 # Besides the data this changes what stands between a network and learning seven pictures by heart in minutes: no
 # augmentation, no frozen encoder, 256 x 192 px (at which the truth itself, brought back to 640 x 480, is 0.07 m off).

@@ -63,6 +63,8 @@ def test_builds_without_weights_and_gives_maps_of_the_right_stride(name):
     maps[0].square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []  # DDP would stop at one
     assert [tuple(x.shape) for x in maps] == [(2, channels, 5, 3)] * 2
+    tokens = encoder.forward_with_class_tokens(torch.randn(2, 3, 5 * patch, 3 * patch))[1]
+    assert [tuple(x.shape) for x in tokens] == [(2, channels)] * 2 * encoder.prefix
     assert not any(name.startswith(("model.head", "model.attn_pool", "model.fc_norm")) for name in encoder.state_dict())
 
 
@@ -73,14 +75,15 @@ def test_maps_are_the_patches_of_the_layers_asked_for(randomize):
     full.load_state_dict(encoder.model.state_dict(), strict=False)
     images = torch.randn(2, 3, 48, 80)
     with torch.inference_mode():
-        maps = encoder(images)
+        maps, class_tokens = encoder.forward_with_class_tokens(images)
         x = full.norm_pre(full._pos_embed(full.patch_embed(images)))
         tokens = []
         for block in full.blocks:
             x = block(x)
-            tokens.append(x[:, 1:])
-    for got, i in zip(maps, (5, 1, 5), strict=True):
-        assert_close(got.flatten(2).transpose(1, 2), tokens[i])
+            tokens.append(x)
+    for got, token, i in zip(maps, class_tokens, (5, 1, 5), strict=True):
+        assert_close(got.flatten(2).transpose(1, 2), tokens[i][:, 1:])
+        assert_close(token, tokens[i][:, 0])
     assert got.shape == (2, 64, 3, 5)
 
 
