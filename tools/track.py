@@ -28,7 +28,7 @@ from pe_spatial.pictures import read_rgb
 from pe_spatial.tracking.masks import read_mask, write_mask
 from pe_spatial.tracking.sam2_model import build_pe_sam2, load_tracker_weights
 from pe_spatial.tracking.streaming import Prompt, StreamingTracker
-from pe_spatial.tracking.video import Clip, _decode, list_frames, overlay
+from pe_spatial.tracking.video import Clip, decode_video, list_frames, overlay
 
 VOID = 255  # in index masks
 
@@ -79,7 +79,7 @@ def read_frames(source):
     if source.is_dir():
         yield from ((path.stem, read_rgb(path)) for path in list_frames(source))
     else:
-        yield from ((f"{i:05d}", frame) for i, frame in enumerate(_decode(source)))
+        yield from ((f"{i:05d}", frame) for i, frame in enumerate(decode_video(source)))
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class Clip:
         if isinstance(self.frames, tuple):
             frames = ((path.stem, str(path), read_rgb(path)) for path in self.frames)
         else:
-            frames = ((f"{i:05d}", f"frame {i} of {self.frames}", rgb) for i, rgb in enumerate(_decode(self.frames)))
+            decoded = enumerate(decode_video(self.frames))
+            frames = ((f"{i:05d}", f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
         for name, source, rgb in frames:
             if rgb.shape[:2] != size:
                 raise DatasetError(
@@ -116,7 +117,8 @@ def _open(path: Path) -> cv2.VideoCapture:
     return capture
 
 
-def _decode(path: Path) -> Iterator[np.ndarray]:
+def decode_video(path: Path) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) uint8 RGB of a video file; DatasetError if it ends before its announced end."""
     capture = _open(path)
     announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     count = 0
