@@ -137,18 +137,19 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def start_processes(cfg: Config) -> None:
     """Let the processes of a launcher find one another, if they have not; without a GPU they talk through gloo."""
-    if cfg.launcher == "none" or is_distributed():
+    launcher = cfg.get("launcher", "none")
+    if launcher == "none" or is_distributed():
         return
-    if cfg.launcher == "pytorch" and not torch.cuda.is_available():  # where mmengine would ask for a driver
+    if launcher == "pytorch" and not torch.cuda.is_available():  # where mmengine would ask for a driver
         torch.distributed.init_process_group("gloo")
     else:
-        init_dist(cfg.launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
+        init_dist(launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
 
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for."""
     start_processes(cfg)
-    if cfg.launcher != "none" and not torch.cuda.is_available() and "runner_type" not in cfg:
+    if is_distributed() and not torch.cuda.is_available() and "runner_type" not in cfg:
         unused = cfg.get("find_unused_parameters", False)
         wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
         cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))

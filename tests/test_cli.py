@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
+from tiny_run import tiny_config
 
 from pe_spatial import cli
 from pe_spatial.encoder.files import CheckpointError
@@ -16,6 +17,11 @@ def test_options_given_twice_all_count():
     args = cli.parser("").parse_args(["c.py", "--cfg-options", "a=1", "b.c=2", "--cfg-options", "b.c=3", "d=x"])
     assert args.cfg_options == {"a": 1, "b.c": 3, "d": "x"}
     assert cli.parser("").parse_args(["c.py"]).cfg_options == {}
+
+
+def test_a_config_without_a_launcher_builds_a_runner(tmp_path):
+    """As the demo's, which no command line has been through."""
+    assert type(cli.build_runner(tiny_config(tmp_path))).__name__ == "Runner"
 
 
 def test_config_comes_back_from_a_checkpoint(tmp_path):
