@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.writing import replacing
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HIGHER_IS_BETTER = {
@@ -424,9 +425,8 @@ class LayerSweep:
             ).train()
             model.data_preprocessor = preprocessor.to(get_device())
             state = {name: value.contiguous() for name, value in model.state_dict().items()}
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(state, unfinished, {"key": key})
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                save_file(state, unfinished, {"key": key})
         model.load_state_dict(load_file(path))
         self._probes[layer] = model.to(get_device()).eval()
         return not found
@@ -622,7 +622,5 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)

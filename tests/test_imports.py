@@ -22,11 +22,15 @@ ARROWS = {
     "layouts": {"encoder"},
     "errors": set(),
     "pictures": {"errors"},
-    "layer_sweep": {"integrations", "errors"},
+    "writing": set(),
+    "layer_sweep": {"integrations", "errors", "writing"},
     "planning": {"encoder", "errors"},
     "synthetic": {"synthetic", "encoder", "errors"},
-    "integrations": {"integrations", "encoder", "errors", "pictures"},
-    **{room: {room, "integrations", "encoder", "errors", "pictures"} for room in ("detection", "depth", "tracking")},
+    "integrations": {"integrations", "encoder", "errors", "pictures", "writing"},
+    **{
+        room: {room, "integrations", "encoder", "errors", "pictures", "writing"}
+        for room in ("detection", "depth", "tracking")
+    },
 }
 
 

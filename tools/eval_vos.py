@@ -16,12 +16,12 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.tracking.evaluation import COUNTS, PROTOCOLS, Evaluation, evaluate, read_sequences
+from pe_spatial.writing import replacing
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -47,14 +47,10 @@ def as_csv(evaluation: Evaluation) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise DatasetError(f"cannot write {path}: {error}") from error
 
 

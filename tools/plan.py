@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from mmengine.logging import MMLogger
 from pe_spatial import VARIANTS, cli
 from pe_spatial.errors import ConfigError
 from pe_spatial.planning import Step, build_on_meta, measure_step, measure_weights, set_checkpointing
+from pe_spatial.writing import replacing
 
 GB, TERA = 1e9, 1e12
 COLUMNS = (
@@ -145,10 +144,8 @@ def main(args: argparse.Namespace) -> None:
     print(assumptions(plan[0], args))
     print(table(plan, args))
     if args.json:
-        path = Path(args.json)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(plan, indent=1) + "\n")
-        unfinished.replace(path)
+        with replacing(args.json) as unfinished:
+            unfinished.write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,14 +10,10 @@ that a video may be of any length. `tracker` in the config holds the arguments o
 """
 
 import argparse
-import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -28,7 +24,7 @@ from pe_spatial.pictures import read_rgb
 from pe_spatial.tracking.masks import read_mask, write_mask
 from pe_spatial.tracking.sam2_model import build_pe_sam2, load_tracker_weights
 from pe_spatial.tracking.streaming import Prompt, StreamingTracker
-from pe_spatial.tracking.video import Clip, decode_video, list_frames, overlay
+from pe_spatial.tracking.video import FPS, Clip, decode_video, list_frames, mp4_writer, overlay
 
 VOID = 255  # in index masks
 
@@ -82,28 +78,6 @@ def read_frames(source):
         yield from ((f"{i:05d}", frame) for i, frame in enumerate(decode_video(source)))
 
 
-@contextmanager
-def mp4(path, fps) -> Iterator:
-    """Give a function that appends a frame to a file, which appears when all is well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.{path.stem}.mp4")
-    writer = cv2.VideoWriter()
-
-    def write(rgb):
-        codec = cv2.VideoWriter_fourcc(*"mp4v")
-        if not writer.isOpened() and not writer.open(str(unfinished), codec, fps, rgb.shape[1::-1]):
-            raise DatasetError(f"OpenCV cannot write {path} as mp4 here; install opencv-python with its own codecs")
-        writer.write(np.ascontiguousarray(rgb[..., ::-1]))
-
-    try:
-        yield write
-        writer.release()
-        os.replace(unfinished, path)
-    finally:
-        writer.release()
-        unfinished.unlink(missing_ok=True)
-
-
 def main(args):
     prompts = read_prompts(args)
     cfg = cli.read_config(args.config)
@@ -114,8 +88,8 @@ def main(args):
     tracker = StreamingTracker(model.to(args.device), non_overlapping=True)
 
     clock, count = time.time(), 0
-    fps = 24.0 if args.video.is_dir() else Clip(args.video.name, args.video, args.video).fps
-    with mp4(args.out, fps) as write:
+    fps = FPS if args.video.is_dir() else Clip(args.video.name, args.video, args.video).fps
+    with mp4_writer(args.out, fps) as write:
         for t, (name, frame) in enumerate(tqdm(read_frames(args.video), unit=" frames")):
             found = tracker.step(frame, prompts.pop(t, None))
             ids = np.zeros(frame.shape[:2], np.uint8)

@@ -35,6 +35,7 @@ from pe_spatial.tracking.masks import write_mask
 from pe_spatial.tracking.propagation import SHAPES
 from pe_spatial.tracking.video import Clip, list_frames, write_overlay
 from pe_spatial.tracking.zero_shot import NORMALIZATIONS, PRESETS, ZeroShotTracker
+from pe_spatial.writing import replacing
 
 PROPAGATION = ("context", "radius", "shape", "topk", "temperature")
 
@@ -101,10 +102,8 @@ def claim(out, wanted):
 
 
 def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def track(tracker, clip, folders, progress):
@@ -159,9 +158,8 @@ def sweep(scores, out):
     axes.set(xlabel="layer, from 0", ylabel="J&F")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    unfinished = out / f".{os.getpid()}.png"
-    figure.savefig(unfinished)
-    os.replace(unfinished, out / "layers.png")
+    with replacing(out / "layers.png") as unfinished:
+        figure.savefig(unfinished)
     print(f"best layer {best}: {means[best]:.1f}, last layer {last}: {means[last]:.1f}; {out / 'layers.png'}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from mmengine.registry import METRICS
 from torch import Tensor
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.writing import replacing
 
 from .transforms import bottom_centre_box
 
@@ -334,14 +334,10 @@ class CheckedDepthMetric(BaseMetric):
         return lines
 
     def _write_csv(self, results: Sequence[tuple[str, tuple[float, ...]]]) -> None:
-        folder = os.path.dirname(self.csv_path)
-        os.makedirs(folder or ".", exist_ok=True)
-        temporary = f"{self.csv_path}.{os.getpid()}.tmp"
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with replacing(self.csv_path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["img_path", *self.columns])
             writer.writerows([path, *(f"{value:.7g}" for value in row)] for path, row in results)
-        os.replace(temporary, self.csv_path)
 
 
 def _nanmean(values: np.ndarray) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from pe_spatial.detection.deta_postprocess import postprocess
 from pe_spatial.detection.soft_nms import soft_nms
 from pe_spatial.errors import ConfigError
+from pe_spatial.writing import replacing
 
 RECIPES: dict[int, dict[str, Sequence[Any]]] = {
     1824: dict(long_sides=(1728, 1536, 1344), size_ranges=((0, 10000), (0, 10000), (64, 10000), (64, 10000))),
@@ -246,9 +246,8 @@ class DETATTA(BaseTTAModel):
         if self.resume_dir is not None:
             values = {name: value.cpu() for name, value in instances.items()}
             path = self._path(sample)
-            unfinished = _beside(path)
-            torch.save({**values, "picture": _picture(sample)}, unfinished)
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                torch.save({**values, "picture": _picture(sample)}, unfinished)
 
     def _path(self, sample: DetDataSample) -> Path:
         return self.resume_dir / f"{sample.img_id}.pt"  # type: ignore[operator]
@@ -259,10 +258,8 @@ class DETATTA(BaseTTAModel):
         settings = json.dumps(self._describe(), indent=1)
         path = folder / "settings.json"
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = _beside(path)
-            unfinished.write_text(settings)
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                unfinished.write_text(settings)
         if path.read_text() != settings:
             raise ConfigError(
                 f"{folder} holds detections of another checkpoint or of other options (see {path.name} there); "
@@ -284,7 +281,3 @@ class DETATTA(BaseTTAModel):
 
 def _picture(sample: DetDataSample) -> str:
     return f"{sample.img_id} {tuple(sample.ori_shape[:2])} {tuple(sample.img_shape[:2])}"
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.{os.environ.get('RANK', 0)}")

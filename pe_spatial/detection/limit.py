@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from pe_spatial.detection.coco import read_coco
 from pe_spatial.errors import ConfigError
+from pe_spatial.writing import replacing
 
 
 def limit_test(cfg: Config, number: int) -> None:
@@ -44,7 +45,5 @@ def write_first(content: Mapping[str, Any], number: int, path: Path) -> None:
     images = content["images"][:number]
     ids = {image["id"] for image in images}
     annotations = [entry for entry in content.get("annotations", ()) if entry["image_id"] in ids]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")  # every rank writes the file
-    unfinished.write_text(json.dumps({**content, "images": images, "annotations": annotations}))
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:  # every rank writes the file
+        unfinished.write_text(json.dumps({**content, "images": images, "annotations": annotations}))

@@ -21,6 +21,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from pe_spatial.encoder.files import some
 from pe_spatial.errors import TrainingError
+from pe_spatial.writing import replacing
 
 EXIT_AGAIN = 75
 """Exit code of a run that was told to stop and saved its state: sysexits.h's EX_TEMPFAIL, 'try again'."""
@@ -31,17 +32,10 @@ class AtomicLocalBackend(LocalBackend):
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes; the folder is made if it is not there."""
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(filepath) as unfinished, open(unfinished, "wb") as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         """Write text as `put` does."""

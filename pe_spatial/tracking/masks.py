@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pe_spatial.errors import DatasetError
+from pe_spatial.writing import replacing
 
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}  # byte 25 of a PNG
 
@@ -83,13 +83,7 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
     """Write object ids (H, W) uint8 as a PNG with `PALETTE`; the file appears complete or not at all."""
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(f"a mask must be (H, W) uint8, got {mask.shape} {mask.dtype}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(mask)
     picture.putpalette(PALETTE.tobytes())
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         picture.save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +15,13 @@ import numpy as np
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.pictures import read_rgb
+from pe_spatial.writing import replacing
 
 from .masks import PALETTE, read_mask
 
 _VOID = 255
 _PICTURES = (".jpg", ".jpeg", ".png")
-_FPS = 24.0  # of folders, which do not say; DAVIS has 24
+FPS = 24.0  # of folders, which do not say; DAVIS has 24
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Clip:
     @property
     def fps(self) -> float:
         """Frames per second."""
-        return _FPS if isinstance(self.frames, tuple) else _open(self.frames).get(cv2.CAP_PROP_FPS) or _FPS
+        return FPS if isinstance(self.frames, tuple) else _open(self.frames).get(cv2.CAP_PROP_FPS) or FPS
 
     def load(self) -> tuple[np.ndarray, Iterator[tuple[str, np.ndarray]]]:
         """Return the first mask (H, W) uint8 and an iterator of the frames, which reads them one by one.
@@ -142,23 +143,30 @@ def overlay(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where((rim & (mask > 0))[..., None], colours, mixed)
 
 
-def write_overlay(clip: Clip, masks: Path, path: Path) -> None:
-    """Write the frames of `clip` with their masks, `masks`/<frame>.png, as an mp4; it appears complete or not at all.
+@contextmanager
+def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Give a function that appends a frame (H, W, 3) uint8 RGB to an mp4, which appears complete or not at all.
 
     Raises DatasetError if OpenCV cannot encode here.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    first, frames = clip.load()
-    codec = cv2.VideoWriter_fourcc(*"mp4v")  # type: ignore[attr-defined]
-    writer = cv2.VideoWriter(str(unfinished), codec, clip.fps, first.shape[::-1])
-    try:
-        if not writer.isOpened():
-            raise DatasetError(f"OpenCV cannot write {path} as mp4 here; install opencv-python with its own codecs")
+    writer = cv2.VideoWriter()
+    with replacing(path) as unfinished:
+
+        def write(rgb: np.ndarray) -> None:
+            codec = cv2.VideoWriter_fourcc(*"mp4v")  # type: ignore[attr-defined]
+            if not writer.isOpened() and not writer.open(str(unfinished), codec, fps, rgb.shape[1::-1]):
+                raise DatasetError(f"OpenCV cannot write {path} as mp4 here; install opencv-python with its own codecs")
+            writer.write(np.ascontiguousarray(rgb[..., ::-1]))
+
+        try:
+            yield write
+        finally:
+            writer.release()
+
+
+def write_overlay(clip: Clip, masks: Path, path: Path) -> None:
+    """Write the frames of `clip` with their masks, `masks`/<frame>.png, as `mp4_writer` does."""
+    _, frames = clip.load()
+    with mp4_writer(path, clip.fps) as write:
         for name, rgb in frames:
-            writer.write(np.ascontiguousarray(overlay(rgb, read_mask(masks / f"{name}.png"))[..., ::-1]))
-        writer.release()
-        os.replace(unfinished, path)
-    finally:
-        writer.release()
-        unfinished.unlink(missing_ok=True)
+            write(overlay(rgb, read_mask(masks / f"{name}.png")))
