@@ -23,19 +23,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pe_spatial import cli
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import build_encoder
+from pe_spatial.layer_sweep import draw_scores, write_json
 from pe_spatial.tracking.datasets import davis_clips
 from pe_spatial.tracking.evaluation import COUNTS, evaluate, read_sequences
 from pe_spatial.tracking.masks import write_mask
 from pe_spatial.tracking.propagation import SHAPES
 from pe_spatial.tracking.video import Clip, list_frames, write_overlay
 from pe_spatial.tracking.zero_shot import NORMALIZATIONS, PRESETS, ZeroShotTracker
-from pe_spatial.writing import replacing
 
 PROPAGATION = ("context", "radius", "shape", "topk", "temperature")
 
@@ -98,12 +97,7 @@ def claim(out, wanted):
                 f"{out} holds results with another {', '.join(f'{key} ({there.get(key)})' for key in other)}; give "
                 "another --out or remove it"
             )
-    write_text(note, json.dumps(wanted, indent=1))
-
-
-def write_text(path, text):
-    with replacing(path) as unfinished:
-        unfinished.write_text(text)
+    write_json(note, wanted)
 
 
 def track(tracker, clip, folders, progress):
@@ -149,17 +143,8 @@ def sweep(scores, out):
     """Write the scores of all layers as layers.json and layers.png, the best and the last one marked."""
     means = {layer: 100 * values["J&F-Mean"] for layer, values in scores.items()}
     best, last = max(means, key=means.get), max(means)
-    write_text(out / "layers.json", json.dumps(dict(layers=scores, best=best, last=last), indent=1))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(list(means), list(means.values()), marker=".", color="grey")
-    axes.plot(best, means[best], "o", label=f"best: {best} ({means[best]:.1f})")
-    axes.plot(last, means[last], "s", fillstyle="none", label=f"last: {last} ({means[last]:.1f})")
-    axes.set(xlabel="layer, from 0", ylabel="J&F")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    with replacing(out / "layers.png") as unfinished:
-        figure.savefig(unfinished)
+    write_json(out / "layers.json", dict(layers=scores, best=best, last=last))
+    draw_scores(out / "layers.png", {layer: {"J&F": mean} for layer, mean in means.items()}, "J&F", best)
     print(f"best layer {best}: {means[best]:.1f}, last layer {last}: {means[last]:.1f}; {out / 'layers.png'}")
 
 
