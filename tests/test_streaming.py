@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2_model import build_pe_sam2, load_sam2_weights
-from pe_spatial.tracking.streaming import Prompt, StreamingTracker, _Memory, _Object
+from pe_spatial.tracking.streaming import Prompt, StreamingTracker, _Input, _Memory, _Object
 
 pytest.importorskip("sam2")
 
@@ -25,6 +25,7 @@ SMALL = dict(d_model=32, mem_dim=8, layers=2, feedforward=96)
 
 def build(randomize, **flags):
     """A tiny tracker with random weights whose objects are always in the frame; of the class of sam2's predictor."""
+    torch.manual_seed(0)  # of the prompt encoder's positions, which are a buffer
     model = randomize(build_pe_sam2(TINY, 4, cls="video", flags=flags, d_model=32, mem_dim=8, layers=1, feedforward=32))
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)
     return model
@@ -170,8 +171,9 @@ def test_equals_reference_with_two_conditioning_frames_and_short_memory(shared, 
     """The later conditioning frame runs first, and on it an object is absent: not for a stream, but for its parts."""
     case = Case(shared / "golden/sam2", "two_conditioning_frames_short_memory", tmp_path)
     for t in [0, 5, *(t for t in range(case.frames) if t not in (0, 5))]:
-        prompts = {i: mask.float()[None] for i, mask in enumerate(case.mask(t))} if t in (0, 5) else {}
-        case.tracker._commit(t, case.tracker._track(t, case.features(t), prompts), set(prompts))
+        prompts = {i: _Input(mask=mask.float()[None]) for i, mask in enumerate(case.mask(t))} if t in (0, 5) else {}
+        inputs = case.tracker._inputs(t, prompts)
+        case.tracker._commit(t, case.tracker._track(case.features(t), inputs), set(prompts))
         case.check(t, outputs, 5e-4)
 
 
@@ -198,7 +200,7 @@ def test_each_frame_equals_reference_with_the_recorded_memories(shared, tmp_path
                 {f: m for f, m in memories.items() if f not in prompted},
             )
         features = case.features(t)
-        case.tracker._track(t, features, {})
+        case.tracker._track(features, case.tracker._inputs(t, {}))
         case.check(t, outputs, 2e-4)
         if f"frame{t}/pix_feat_with_mem" in case.values:
             banks = [case.tracker._bank(tracked, t) for tracked in case.tracker._objects.values()]
@@ -263,6 +265,49 @@ def test_equals_the_predictor_of_the_package(model, video):
     assert all(0.02 < (x > 0).double().mean() < 0.98 for x in found[-1].values())
 
 
+def predict(model, state, frame, i, prompt):
+    """Correct by the predictor; return the logits of object `i`."""
+    options = dict(points=prompt.points, labels=prompt.labels, box=prompt.box, clear_old_points=prompt.box is not None)
+    _, ids, logits = model.add_new_points_or_box(state, frame, i, **options)
+    return logits[ids.index(i), 0]
+
+
+def test_refinement_equals_the_predictor_of_the_package(model, video, monkeypatch):
+    """Two clicks on the first frame, one by one; then clicks, a mask and a box on frames that were tracked into."""
+    monkeypatch.setattr(model, "add_all_frames_to_correct_as_cond", True)  # else the predictor reads them as any other
+    folder, frames = video
+    state = model.init_state(folder)
+    tracker = StreamingTracker(model, num_frames=13, memory_dtype=torch.bfloat16)
+    more = Prompt(points=[[12, 40], [44, 12]], labels=[1, 0])
+    corrections = {
+        0: [(1, CLICK), (2, BOX), (1, more), (1, Prompt(points=[[60, 50]], labels=[0])), (2, CLICK)],
+        4: [(1, more), (1, CLICK), (1, BOX)],
+        7: [(2, square()), (2, more), (7, BOX), (7, more), (1, CLICK)],
+        10: [(7, square())],
+    }
+    change = []
+    found = tracker.step_logits(frames[0])
+    for start, end in pairwise([*corrections, 13]):
+        for i, prompt in corrections[start]:
+            before, found = found, tracker.refine_logits({i: prompt})
+            if prompt.mask is None:
+                assert_close(found[i], predict(model, state, start, i, prompt), rtol=0, atol=2e-3)
+            elif start == 7:
+                model.add_new_mask(state, start, i, prompt.mask)
+            else:
+                with torch.inference_mode():
+                    give(model, state, start, i, prompt)
+            assert all(torch.equal(found[k], value) for k, value in before.items() if k != i)
+            change += [(found[i] - before[i]).abs().max()] if i in before else []
+        for t, ids, logits in model.propagate_in_video(state, start, end - start):
+            if t > start and t < 13:
+                found = tracker.step_logits(frames[t])
+            assert set(found) == set(ids)
+            for i, value in zip(ids, logits[:, 0], strict=True):
+                assert_close(found[i], value, rtol=0, atol=2e-3)
+    assert min(change) > 0.01  # five times the tolerance
+
+
 def test_non_overlapping_gives_each_pixel_to_the_likeliest(model):
     frames, prompts = clip(4), {0: {1: CLICK, 2: square()}}
     apart = run(model, frames, prompts, non_overlapping=True)[-1]
@@ -270,6 +315,79 @@ def test_non_overlapping_gives_each_pixel_to_the_likeliest(model):
     assert ((logits > 0).sum(0) == 2).any()
     for i, k in enumerate([1, 2]):
         assert_close(apart[k] > 0, (logits[i] > 0) & (logits.argmax(0) == i))
+
+
+# -- refinement
+
+
+def test_objects_begin_by_refinement_as_by_a_step(model):
+    frames, later = clip(4), {1: CLICK, 2: square()}
+    expected = run(model, frames, {1: later})[1:]
+    tracker = StreamingTracker(model)
+    assert tracker.step(frames[0]) == {}
+    buffer = frames[1].copy()
+    assert tracker.step(buffer) == {}
+    buffer[:] = 0  # the caller reads the next frame into the same array
+    found = [{**tracker.refine_logits({1: CLICK}), **tracker.refine_logits({2: square()})}]
+    found += [tracker.step_logits(frame) for frame in frames[2:]]
+    assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    masks = tracker.refine({1: CLICKS})
+    assert {i: mask.dtype for i, mask in masks.items()} == {1: torch.bool, 2: torch.bool}
+
+
+def test_only_what_is_refined_is_decoded_anew(model, monkeypatch):
+    tracker = StreamingTracker(model, non_overlapping=True)
+    frames = clip(3)
+    tracker.step(frames[0], {1: CLICK, 2: square(), 3: BOX})
+    tracker.step(frames[1])
+    others = tracker._objects[1], tracker._objects[3]
+    kept = copy.deepcopy(others)
+    monkeypatch.setattr(model, "forward_image", None)  # nor is the frame encoded again
+    masks = tracker.refine({2: square()})
+    assert list(masks) == [1, 2, 3]
+    assert torch.stack(list(masks.values())).sum(0).max() == 1
+    assert_close([vars(one.tracked[1]) for one in others], [vars(one.tracked[1]) for one in kept], rtol=0, atol=0)
+    assert (list(tracker._objects[2].prompted), list(tracker._objects[2].tracked)) == ([0, 1], [])
+
+
+def test_refining_again_and_again_does_not_grow(short):
+    frames = clip(4)
+    tracker = StreamingTracker(short, max_prompted_frames=3)
+    bytes_held, bytes_live = [], []
+    for t in range(14):
+        tracker.step(frames[t % 4], {1: CLICK, 2: square()} if t == 0 else None)
+        for k in range(3):
+            tracker.refine({1: CLICK, 2: square()} if k else {1: BOX})
+        assert list(tracker._objects[1].prompted)[-1] == t
+        bytes_held.append(held(tracker))
+        if t in (9, 13):
+            bytes_live.append(live())
+    assert len(set(bytes_held[6:])) == 1
+    assert bytes_live[0] == bytes_live[1]
+
+
+def test_what_is_removed_begins_anew_on_the_same_frame(model):
+    frames = clip(2)
+    tracker = StreamingTracker(model)
+    for t, frame in enumerate(frames):
+        tracker.step(frame, {1: CLICK, 2: square()} if t == 0 else None)
+    tracker.remove(1)
+    assert set(tracker.refine({2: CLICK})) == {2}
+    expected = StreamingTracker(model).step_logits(frames[1], {1: CLICKS})
+    assert_close(tracker.refine_logits({1: CLICKS})[1], expected[1], rtol=1e-4, atol=1e-3)
+    assert list(tracker._objects[1].prompted) == [1]
+
+
+def test_there_must_be_a_frame_and_a_prompt_to_refine(model):
+    tracker = StreamingTracker(model)
+    with pytest.raises(DatasetError, match=r"nothing to refine; give a frame to step\(\) first"):
+        tracker.refine({1: CLICK})
+    tracker.step(GOOD)
+    with pytest.raises(DatasetError, match="no prompt"):
+        tracker.refine({})
+    tracker.reset()
+    with pytest.raises(DatasetError, match="give a frame"):
+        tracker.refine({1: CLICK})
 
 
 # -- objects together and alone
@@ -533,10 +651,15 @@ def started(model):
 
 def check_intact(tracker, frame, prompts, message):
     before = state(tracker)
-    with pytest.raises(DatasetError, match=message) as caught:
-        tracker.step(frame, prompts)
-    assert "\n" not in str(caught.value)
-    assert state(tracker) == before
+    calls = [lambda: tracker.step(frame, prompts)]
+    if prompts:
+        calls.append(lambda: tracker.refine(prompts))
+        message = message.replace("frame 2", "frame [12]")
+    for call in calls:
+        with pytest.raises(DatasetError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        assert state(tracker) == before
 
 
 def state(tracker):
@@ -545,7 +668,7 @@ def state(tracker):
     return (
         tracker.objects,
         tracker._frame,
-        tracker._size,
+        id(tracker._last),
         list(history.prompted),
         {t: (id(memory), id(memory.features)) for t, memory in memories.items()},
     )
@@ -560,6 +683,8 @@ def test_a_failure_in_the_network_leaves_all_as_it_was(model, monkeypatch):
         patch.setattr(StreamingTracker, "_masks", None)  # the last thing that can fail
         with pytest.raises(TypeError):
             tracker.step(frames[1], {2: square()})
+        with pytest.raises(TypeError):
+            tracker.refine({1: CLICKS, 2: square()})
     found = [tracker.step_logits(frame) for frame in frames[1:]]
     assert_close(found, expected[1:], rtol=0, atol=0)
 
@@ -574,8 +699,9 @@ def test_more_frames_than_announced(model):
 
 def test_models_that_do_not_stream(model):
     training = copy.deepcopy(model).train()
-    with pytest.raises(ConfigError, match="call its eval"):
-        StreamingTracker(training).step(GOOD)
+    for call in (lambda: StreamingTracker(training).step(GOOD), lambda: StreamingTracker(training).refine({1: CLICK})):
+        with pytest.raises(ConfigError, match="call its eval"):
+            call()
     with pytest.raises(ConfigError, match="directly_add_no_mem_embed=False"):
         StreamingTracker(build_pe_sam2(TINY, 4, flags=dict(directly_add_no_mem_embed=False), **SMALL))
     with pytest.raises(ConfigError, match="num_maskmem=0"):

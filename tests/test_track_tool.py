@@ -38,7 +38,7 @@ def track():
 def folder(tmp_path_factory, randomize):
     """A config, the weights of its tracker, and a video as a folder and as a file."""
     path = tmp_path_factory.mktemp("track")
-    (path / "config.py").write_text(f"tracker = {TRACKER!r}\n")
+    (path / "config.py").write_text(f"model = dict(type='PESAM2', tracker={TRACKER!r})\n")
     model = randomize(build_pe_sam2(**TRACKER))
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)
     torch.save({"state_dict": {f"tracker.{k}": v for k, v in model.state_dict().items()}}, path / "tracker.pth")
@@ -152,5 +152,5 @@ def test_prompts_that_contradict_or_lack(track, tmp_path):
 def test_a_config_without_a_tracker(track, tmp_path):
     (tmp_path / "config.py").write_text("model = dict()\n")
     args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, config=str(tmp_path / "config.py"))
-    with pytest.raises(ConfigError, match="has no `tracker`"):
+    with pytest.raises(ConfigError, match="has no model.tracker"):
         track["main"](args)

@@ -1,5 +1,7 @@
 """Videos in and out: what is missing or broken is named, and nothing is written by halves."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -112,6 +114,84 @@ def test_a_truncated_frame_is_named(tmp_path, mask):
         list(Clip("cat", list_frames(folder), mask).load()[1])
 
 
+def squares(*ids):
+    """A mask with a square for each id."""
+    mask = np.zeros(SIZE, np.uint8)
+    for i in ids:
+        mask[8:16, 10 * (i % 6) : 10 * (i % 6) + 8] = i
+    return mask
+
+
+def same(prompts, expected):
+    assert list(prompts) == list(expected)
+    for frame, objects in expected.items():
+        assert list(prompts[frame]) == list(objects)
+        for i, mask in objects.items():
+            assert prompts[frame][i].dtype == bool
+            assert np.array_equal(prompts[frame][i], mask)
+
+
+def test_objects_begin_in_one_mask_or_where_they_are_first_seen(tmp_path):
+    """With annotations of some frames, as in YouTube-VOS, in the order of the frames and not of the names."""
+    frames = list_frames(save_frames(tmp_path / "cat", ["8.png", "9.png", "10.png", "11.png"]))
+    for name, ids in {"8": (2,), "10": (1, 2, 4), "11": (4, 5, 1)}.items():
+        write_mask(tmp_path / f"masks/{name}.png", squares(*ids))
+    (tmp_path / "masks/._8.png").touch()
+    first = Clip("cat", frames, tmp_path / "masks/8.png")
+    same(first.prompts(), {"8": {2: squares(2) == 2}})
+    late = Clip("cat", frames, tmp_path / "masks")
+    alone = {i: squares(i) == i for i in (1, 2, 4, 5)}
+    same(late.prompts(), {"8": {2: alone[2]}, "10": {1: alone[1], 4: alone[4]}, "11": {5: alone[5]}})
+    assert not late.overlapping
+    with pytest.raises(DatasetError, match=r"may overlap or begin after the first frame"):
+        late.load()
+    for name in ("10", "11"):
+        (tmp_path / f"masks/{name}.png").unlink()
+    assert np.array_equal(late.load()[0], squares(2))
+    (tmp_path / "masks/8.png").rename(tmp_path / "masks/9.png")  # nothing begins on the first frame
+    same(late.prompts(), {"9": {2: squares(2) == 2}})
+    with pytest.raises(DatasetError, match="may overlap or begin after"):
+        late.load()
+
+
+def test_objects_with_masks_of_their_own_may_overlap(tmp_path):
+    """SA-V: ids from 0, annotations of every fourth frame, an object that is not in its first ones."""
+    frames = list_frames(save_frames(tmp_path / "cat", [f"{t:05d}.jpg" for t in range(9)]))
+    a, b, none = squares(1, 2) > 0, squares(2, 3) > 0, np.zeros(SIZE, bool)
+    for i, masks in {0: [b, a, a], 7: [none, b, a], 12: [none, none, none], 3: [a, none, b]}.items():
+        for t, mask in zip((0, 4, 8), masks, strict=True):
+            write_mask(tmp_path / f"masks/{i:03d}/{t:05d}.png", mask.astype(np.uint8) * 255)
+    clip = Clip("cat", frames, tmp_path / "masks", overlapping=True)
+    same(clip.prompts(), {"00000": {0: b, 3: a}, "00004": {7: b}})
+    assert [name for name, _ in clip.read()] == [path.stem for path in frames]
+    with pytest.raises(DatasetError, match="may overlap"):
+        clip.load()
+    (tmp_path / "masks/012").rename(tmp_path / "masks/dog")
+    write_mask(tmp_path / "masks/dog/00000.png", squares(1))
+    with pytest.raises(DatasetError, match="masks/dog is not named by a number"):
+        clip.prompts()
+
+
+def test_annotations_that_do_not_fit_are_named(tmp_path):
+    frames = list_frames(save_frames(tmp_path / "cat", ["00000.png", "00001.png"]))
+    clip = Clip("cat", frames, tmp_path / "masks")
+    write_mask(tmp_path / "masks/00000.png", squares(1))
+    write_mask(tmp_path / "masks/1.png", squares(2))
+    with pytest.raises(DatasetError, match=r"masks/1\.png has the name of no frame of cat"):
+        clip.prompts()
+    (tmp_path / "masks/1.png").unlink()
+    write_mask(tmp_path / "masks/00001.png", squares(2)[:40])
+    with pytest.raises(DatasetError, match=r"masks of the sizes \[\(40, 64\), \(48, 64\)\]"):
+        clip.prompts()
+    write_mask(tmp_path / "masks/00001.png", squares(0))
+    write_mask(tmp_path / "masks/00000.png", squares(0))
+    with pytest.raises(DatasetError, match="masks holds no object to follow"):
+        clip.prompts()
+    film = Clip("cat", save_video(tmp_path / "cat.mp4", 3), tmp_path / "masks")
+    write_mask(tmp_path / "masks/00001.png", squares(5))
+    same(film.prompts(), {"00001": {5: squares(5) == 5}})
+
+
 def test_a_video_file_is_read(tmp_path, mask):
     clip = Clip("cat", save_video(tmp_path / "cat.mp4", 5), mask)
     assert (len(clip), clip.fps) == (5, 12)
@@ -149,6 +229,10 @@ def test_masks_and_frames_must_fit(tmp_path, mask):
     next(frames)
     with pytest.raises(DatasetError, match=r"00001\.png is 48x60 \(height x width\) but .*mask\.png is 48x64"):
         next(frames)
+    frames = Clip("cat", list_frames(folder)).read()
+    next(frames)
+    with pytest.raises(DatasetError, match=r"00001\.png is 48x60 \(height x width\) but the first frame is 48x64"):
+        next(frames)
     video = Clip("cat", save_video(tmp_path / "cat.mp4", 2, (32, 64)), mask)
     with pytest.raises(DatasetError, match=r"frame 0 of .*cat\.mp4 is 32x64"):
         next(video.load()[1])
@@ -159,13 +243,15 @@ def test_a_binary_mask_holds_object_1(tmp_path):
     ids = np.zeros(SIZE, np.uint8)
     ids[:9] = 255
     write_mask(tmp_path / "binary.png", ids)
-    assert np.array_equal(Clip("cat", (), tmp_path / "binary.png").load()[0], ids > 0)
+    assert np.array_equal(Clip("cat", (Path("0.jpg"),), tmp_path / "binary.png").load()[0], ids > 0)
 
 
 def test_a_mask_without_objects_is_refused(tmp_path):
     write_mask(tmp_path / "empty.png", np.zeros(SIZE, np.uint8))
     with pytest.raises(DatasetError, match=r"empty\.png holds no object to follow"):
-        Clip("cat", (), tmp_path / "empty.png").load()
+        Clip("cat", (Path("0.jpg"),), tmp_path / "empty.png").load()
+    with pytest.raises(DatasetError, match="cat has no mask"):
+        Clip("cat", (Path("0.jpg"),)).prompts()
 
 
 def test_a_mask_in_colours_is_refused(tmp_path):

@@ -381,6 +381,90 @@ def test_metric_refuses(jandf, tmp_path):
         metric.process(None, [{**data, "pred_masks": np.zeros((4, 120, 160), np.int64)}])
     with pytest.raises(ConfigError, match="protocol is 'x'"):
         JandFMetric(ann_dir="a", protocol="x")
-    write(tmp_path / "v/000", map(video, range(3)))
-    with pytest.raises(DatasetError, match=r"tools/eval_vos\.py"):
-        JandFMetric(ann_dir=str(tmp_path)).process(None, [{**data, "video": "v"}])
+    write(tmp_path / "v/000", [squares(1)] * 4)
+    by_object = JandFMetric(ann_dir=str(tmp_path))
+    with pytest.raises(DatasetError, match="folder of masks for each object of v; predict the mask of each object"):
+        by_object.process(None, [{**data, "video": "v"}])
+    masks = {"video": "v", "frames": data["frames"], "pred_masks": [{0: squares(1) > 0}] * 4}
+    with pytest.raises(DatasetError, match="has index masks of short-empty; predict index masks"):
+        metric.process(None, [{**masks, "video": "short-empty"}])
+    with pytest.raises(DatasetError, match=r"object 3 is predicted in v, but its objects are \[0\]"):
+        by_object.process(None, [{**masks, "pred_masks": [{}, {3: squares() > 0}, {}, {}]}])
+    with pytest.raises(DatasetError, match="1 of 2 annotated frames of v/000 are not predicted, the first is 00002"):
+        by_object.process(None, [{**masks, "frames": ["00000", "00001", "x", "00003"]}])
+    with pytest.raises(TypeError, match="mask of object 0 in v/00000 is uint8; expected bool"):
+        by_object.process(None, [{**masks, "pred_masks": [{0: squares(1)}] * 4}])
+
+
+@pytest.mark.parametrize("protocol", ["davis", "vos-benchmark"])
+def test_metric_scores_and_writes_the_annotated_frames_of_each_object(tmp_path, protocol):
+    """SA-V: predictions at 24 fps, annotations at 6 fps, an object that begins late and one that is never found."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mmengine")
+    from pe_spatial.tracking.metric import JandFMetric
+
+    rng = np.random.default_rng(0)
+    metric = JandFMetric(ann_dir=str(tmp_path / "gt"), save_dir=str(tmp_path / "out"), protocol=protocol)
+    for name, objects in {"v": 3, "w": 1}.items():
+        for t in range(0, 24, 4):
+            for i in range(objects):
+                mask = (rng.random((16, 20)) < 0.5) & (i != 1 or t >= 8)
+                write_mask(tmp_path / f"gt/Annotations_6fps/{name}/{i:03d}/{t:05d}.png", mask.astype(np.uint8) * 255)
+        predicted = [{i: rng.random((16, 20)) < 0.4 for i in range(2 if t >= 8 else 1)} for t in range(24)]
+        predicted = [{i: mask for i, mask in frame.items() if i < objects} for frame in predicted]
+        predicted[8] = {i: torch.from_numpy(mask) for i, mask in predicted[8].items()}
+        metric.process(None, [{"video": name, "frames": [f"{t:05d}" for t in range(24)], "pred_masks": predicted}])
+    scores = metric.evaluate(2)
+    result = evaluate(tmp_path / "gt", tmp_path / "out", protocol=protocol)
+    assert scores == {f"vos/{key}": value for key, value in result.global_results.items()}
+    assert list(result.per_object) == ["v_000", "v_001", "v_002", "w_000"]
+    assert 0.1 < result.per_object["v_000"]["J-Mean"] < 0.5
+    assert result.per_object["v_002"]["J-Mean"] == 0
+    assert result.counts["unpredicted_objects"] == 1
+    for path in (tmp_path / "gt/Annotations_6fps").rglob("*.png"):  # nothing lacks and nothing is too much
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "gt/Annotations_6fps")).is_file()
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 24
+
+
+@pytest.mark.parametrize("by_object", [False, True])
+def test_metric_of_several_processes_loses_and_repeats_no_video(tmp_path, monkeypatch, by_object):
+    """Four videos in three processes: the sampler fills up with two that come twice, and mmengine cuts them off."""
+    pytest.importorskip("mmengine")
+    from mmengine.dataset import DefaultSampler
+    from mmengine.dist import dist
+
+    from pe_spatial.tracking.metric import JandFMetric
+
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        for t in range(4):
+            for k in (0, 1):
+                folder = f"{name}/{k:03d}" if by_object else name
+                mask = squares(*[1] * (k + 1), at=t) if by_object else video(t)
+                write_mask(tmp_path / f"gt/{folder}/{t:05d}.png", mask)
+
+    def sample(name):
+        masks = []
+        for t in range(4):
+            at = t + 2 * (name == "d")  # the only one that is not perfect
+            both = {k: squares(*[1] * (k + 1), at=at) > 0 for k in (0, 1)}
+            masks.append(both if by_object else squares(1, 2, at=at))
+        return {"video": name, "frames": [f"{t:05d}" for t in range(4)], "pred_masks": masks}
+
+    def indices(rank):
+        with monkeypatch.context() as patch:
+            patch.setattr("mmengine.dataset.sampler.get_dist_info", lambda: (rank, 3))
+            return list(DefaultSampler(names, shuffle=False))
+
+    assert [indices(rank) for rank in range(3)] == [[0, 3], [1, 0], [2, 1]]
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    for rank in (2, 1, 0):  # the one that collects comes last
+        monkeypatch.setattr(dist, "get_dist_info", lambda rank=rank: (rank, 3))
+        metric = JandFMetric(ann_dir=str(tmp_path / "gt"), collect_dir=str(tmp_path / "parts"))
+        metric.process(None, [sample(names[index]) for index in indices(rank)])
+        collected = dist.collect_results(metric.results, 4, tmpdir=metric.collect_dir)
+    scores = metric.compute_metrics(collected)
+    alone = JandFMetric(ann_dir=str(tmp_path / "gt"))
+    alone.process(None, map(sample, names))
+    assert scores == alone.compute_metrics(alone.results)
+    assert abs(scores["J-Mean"] - (3 + 2 / 6) / 4) < 1e-12

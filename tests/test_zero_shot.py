@@ -11,14 +11,14 @@ from torch.testing import assert_close
 
 pytest.importorskip("mmengine")
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from pe_spatial import VARIANTS, PerceptionEncoder
 from pe_spatial.cli import move_data_root
-from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.tracking.datasets import VideoDataset, davis_clips
+from pe_spatial.errors import ConfigError
+from pe_spatial.tracking.datasets import davis_clips
 from pe_spatial.tracking.evaluation import evaluate
 from pe_spatial.tracking.masks import read_mask, write_mask
 from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
@@ -229,30 +229,6 @@ def test_options_are_checked():
         build().forward([], mode="loss")
     with pytest.raises(ConfigError, match="one layer is evaluated at a time"):
         build(out_indices=[0, 1]).forward([], mode="predict")
-
-
-def test_sequences_of_a_davis_root(davis):
-    clips = davis_clips(davis)
-    assert [(clip.name, len(clip)) for clip in clips] == [("cat", 5), ("dog", 5)]
-    assert clips[0].mask == davis / "Annotations" / "480p" / "cat" / "00000.png"
-    (davis / "some.txt").write_text("dog\n")
-    dataset = DATASETS.build(dict(type="VideoDataset", data_root=str(davis), sequences=str(davis / "some.txt")))
-    assert [item["clip"].name for item in (dataset[i] for i in range(len(dataset)))] == ["dog"]
-    (davis / "ImageSets" / "2017" / "val.txt").unlink()
-    (davis / "JPEGImages" / "480p").rename(davis / "flat")  # MOSE and YouTube-VOS have no 480p
-    (davis / "JPEGImages").rmdir()
-    (davis / "flat").rename(davis / "JPEGImages")
-    assert [clip.name for clip in davis_clips(davis)] == ["cat", "dog"]
-
-
-def test_a_davis_root_that_lacks_something_is_refused(davis):
-    with pytest.raises(DatasetError, match=r"no folder of frames at .*480p/cow"):
-        davis_clips(davis, ["cow"])
-    with pytest.raises(DatasetError, match=r"no folder .*absent/JPEGImages; give the root"):
-        VideoDataset(str(davis / "absent"))
-    (davis / "Annotations" / "480p" / "dog" / "00000.png").unlink()
-    with pytest.raises(DatasetError, match=r"no mask .*dog/00000\.png of the first frame"):
-        davis_clips(davis)
 
 
 def config(davis, tmp_path, **model):

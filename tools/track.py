@@ -5,8 +5,7 @@ python tools/track.py cat.mp4 --config configs/pe_spatial_sam2_davis.py --checkp
 python tools/track.py frames/ --config CONFIG --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
 
 Each prompt begins with the number of its object; @40 gives it on frame 40 instead of 0. Frames are read one by one, so
-that a video may be of any length. `tracker` in the config holds the arguments of
-`pe_spatial.tracking.sam2_model.build_pe_sam2`.
+that a video may be of any length. The config is one whose model is a PESAM2.
 """
 
 import argparse
@@ -20,11 +19,10 @@ from tqdm import tqdm
 
 from pe_spatial import cli
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.pictures import read_rgb
 from pe_spatial.tracking.masks import read_mask, write_mask
 from pe_spatial.tracking.sam2_model import build_pe_sam2, load_tracker_weights
 from pe_spatial.tracking.streaming import Prompt, StreamingTracker
-from pe_spatial.tracking.video import FPS, Clip, decode_video, list_frames, mp4_writer, overlay
+from pe_spatial.tracking.video import Clip, list_frames, mp4_writer, overlay
 
 VOID = 255  # in index masks
 
@@ -70,27 +68,19 @@ def masks(paths):
         yield from ((int(frame or 0), i, mask == i) for i in ids)
 
 
-def read_frames(source):
-    """Yield (name, frame) of a folder or a file."""
-    if source.is_dir():
-        yield from ((path.stem, read_rgb(path)) for path in list_frames(source))
-    else:
-        yield from ((f"{i:05d}", frame) for i, frame in enumerate(decode_video(source)))
-
-
 def main(args):
     prompts = read_prompts(args)
     cfg = cli.read_config(args.config)
-    if "tracker" not in cfg:
-        raise ConfigError(f"{args.config} has no `tracker`: the arguments of build_pe_sam2")
-    model = build_pe_sam2(**cfg.tracker.to_dict())
+    if "tracker" not in cfg.get("model", {}):
+        raise ConfigError(f"{args.config} has no model.tracker: it describes no PESAM2")
+    model = build_pe_sam2(**cfg.model.tracker.to_dict())
     load_tracker_weights(model, args.checkpoint)
     tracker = StreamingTracker(model.to(args.device), non_overlapping=True)
 
     clock, count = time.time(), 0
-    fps = FPS if args.video.is_dir() else Clip(args.video.name, args.video, args.video).fps
-    with mp4_writer(args.out, fps) as write:
-        for t, (name, frame) in enumerate(tqdm(read_frames(args.video), unit=" frames")):
+    clip = Clip(args.video.name, list_frames(args.video) if args.video.is_dir() else args.video)
+    with mp4_writer(args.out, clip.fps) as write:
+        for t, (name, frame) in enumerate(tqdm(clip.read(), unit=" frames")):
             found = tracker.step(frame, prompts.pop(t, None))
             ids = np.zeros(frame.shape[:2], np.uint8)
             for i, mask in found.items():

@@ -52,6 +52,8 @@ class Backbone(PerceptionEncoder):
         options: those of `PerceptionEncoder`; they override the preset.
     """
 
+    loads_released_weights = True
+
     def __init__(
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
@@ -236,10 +238,10 @@ class ResumeWithoutPretrained(Hook):
     """Let a run that resumes start without the released weights: its checkpoint overwrites them anyway."""
 
     def before_run(self, runner: Runner) -> None:
-        """Mark encoders as initialised if a checkpoint is going to be resumed; mmengine initialises weights next."""
+        """Mark what loads released weights as initialised if a checkpoint is going to be resumed; that happens next."""
         if runner.cfg.get("resume") and (runner.cfg.get("load_from") or find_latest_checkpoint(runner.work_dir)):
             for module in runner.model.modules():
-                if isinstance(module, Backbone | TimmEncoder):
+                if getattr(module, "loads_released_weights", False):
                     module.is_init = True
 
 

@@ -64,6 +64,8 @@ class TimmEncoder(nn.Module):
     Raises ConfigError for names that timm does not know and for models that are no plain vision transformers.
     """
 
+    loads_released_weights = True
+
     def __init__(
         self,
         variant: str,

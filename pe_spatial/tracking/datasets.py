@@ -1,4 +1,4 @@
-"""Sets of videos in DAVIS' layout."""
+"""Sets of videos in the layouts of DAVIS, MOSE, YouTube-VOS, LVOS and SA-V."""
 
 from __future__ import annotations
 
@@ -9,24 +9,50 @@ from typing import Any
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
-from pe_spatial.errors import DatasetError
+from pe_spatial.errors import ConfigError, DatasetError
 
 from .evaluation import read_sequences
 from .video import Clip, list_frames
 
+FOLDERS = {"davis": ("JPEGImages", "Annotations"), "sa-v": ("JPEGImages_24fps", "Annotations_6fps")}
+"""Of frames and annotations, by layout."""
+
 
 @DATASETS.register_module()
 class VideoDataset(Dataset):
-    """One item for each sequence: `dict(clip=Clip)`. Frames are read by the model, one at a time.
+    """One item for each sequence: `dict(clip=Clip)`. Frames and masks are read by the model, one at a time.
 
     Args:
-        data_root: the `root` of `davis_clips`.
-        sequences: file with the names of the sequences, one a line; None as in `davis_clips`.
+        data_root: the `root` of `davis_clips` or `sav_clips`.
+        sequences: file with the names of the sequences, one a line; None as in those.
+        layout: 'davis', also that of MOSE, YouTube-VOS and LVOS: one index mask for a frame. 'sa-v': one binary mask
+            for each object, which begins on the first annotated frame that shows it.
+        data_prefix: `img_path` and `ann_path`, relative to `data_root`, where the layout's folders have other names.
+        late_objects: of 'davis', whether objects that appear later are followed from there on, as YouTube-VOS and LVOS
+            want it, or, by the rule of DAVIS and MOSE, only those of the first frame.
     """
 
-    def __init__(self, data_root: str, *, sequences: str | None = None) -> None:
+    def __init__(
+        self,
+        data_root: str,
+        *,
+        sequences: str | None = None,
+        layout: str = "davis",
+        data_prefix: Mapping[str, str] | None = None,
+        late_objects: bool = False,
+    ) -> None:
         self.metainfo: Mapping[str, Any] = {}  # mmengine asks for it
-        self.clips = davis_clips(data_root, read_sequences(sequences) if sequences else None)
+        names = read_sequences(sequences) if sequences else None
+        if layout not in FOLDERS:
+            raise ConfigError(f"layout is {layout!r}; choose {' or '.join(FOLDERS)}")
+        prefix = {**dict(zip(("img_path", "ann_path"), FOLDERS[layout], strict=True)), **(data_prefix or {})}
+        if len(prefix) > 2:
+            raise ConfigError(f"data_prefix holds {', '.join(data_prefix or {})}; it takes img_path and ann_path")
+        folders = (prefix["img_path"], prefix["ann_path"])
+        if layout == "sa-v":
+            self.clips = sav_clips(data_root, names, folders=folders)
+        else:
+            self.clips = davis_clips(data_root, names, folders=folders, late_objects=late_objects)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -35,36 +61,70 @@ class VideoDataset(Dataset):
         return dict(clip=self.clips[index])
 
 
-def davis_clips(root: str | Path, sequences: Sequence[str] | None = None) -> list[Clip]:
-    """List the sequences of a set in DAVIS' layout, each with the mask of its first frame.
-
-    Objects that appear later have no mask in that frame, and are not followed: DAVIS' semi-supervised rule.
+def davis_clips(
+    root: str | Path,
+    sequences: Sequence[str] | None = None,
+    *,
+    folders: tuple[str, str] = FOLDERS["davis"],
+    late_objects: bool = False,
+) -> list[Clip]:
+    """List the sequences of a set in DAVIS' layout, each with the mask of its first frame, or with all its masks.
 
     Args:
-        root: holds JPEGImages and Annotations, each with or without a folder 480p, then a folder for each sequence.
+        root: holds `folders`, each with or without a folder 480p, then a folder for each sequence.
         sequences: names; None takes those of ImageSets/2017/val.txt, or where that is absent every folder of frames.
+        folders: of frames and of annotations.
+        late_objects: follow objects that appear later as well. Annotations of some frames are enough then.
 
     Raises DatasetError for absent folders, frames and masks.
     """
     root = Path(root)
-    pictures, masks = (_folder(root / name) for name in ("JPEGImages", "Annotations"))
+    pictures, masks = (_folder(root / name, "DAVIS'") for name in folders)
+    pictures, masks = (path / "480p" if (path / "480p").is_dir() else path for path in (pictures, masks))
     val = root / "ImageSets" / "2017" / "val.txt"
+    if sequences is None and val.is_file():
+        sequences = read_sequences(val)
+    clips = []
+    for name in _names(pictures, sequences):
+        frames, annotations = list_frames(pictures / name), _folder(masks / name, "DAVIS'")
+        first = annotations / f"{frames[0].stem}.png"
+        if not late_objects and not first.is_file():
+            raise DatasetError(
+                f"no mask {first} of the first frame of {pictures / name}, so there is nothing to follow; objects that "
+                "begin later need late_objects"
+            )
+        clips.append(Clip(name, frames, annotations if late_objects else first))
+    return clips
+
+
+def sav_clips(
+    root: str | Path, sequences: Sequence[str] | None = None, *, folders: tuple[str, str] = FOLDERS["sa-v"]
+) -> list[Clip]:
+    """List the videos of a set in SA-V's layout, each with the masks of every object.
+
+    Args:
+        root: holds `folders`: frames as <video>/<frame>.jpg, annotations as <video>/<object>/<frame>.png.
+        sequences: names (of sav_val.txt or sav_test.txt); None takes every folder of frames.
+        folders: of frames and of annotations.
+
+    Raises DatasetError for absent folders and frames.
+    """
+    pictures, masks = (_folder(Path(root) / name, "SA-V's") for name in folders)
+    return [
+        Clip(name, list_frames(pictures / name), _folder(masks / name, "SA-V's"), overlapping=True)
+        for name in _names(pictures, sequences)
+    ]
+
+
+def _folder(path: Path, layout: str) -> Path:
+    if not path.is_dir():
+        raise DatasetError(f"no folder {path}; give the root of a set in {layout} layout")
+    return path
+
+
+def _names(pictures: Path, sequences: Sequence[str] | None) -> Sequence[str]:
     if sequences is None:
-        sequences = read_sequences(val) if val.is_file() else sorted(p.name for p in pictures.iterdir() if p.is_dir())
+        sequences = sorted(path.name for path in pictures.iterdir() if path.is_dir())
     if not sequences:
         raise DatasetError(f"{pictures} holds no folders of frames")
-    return [_clip(pictures / name, masks / name) for name in sequences]
-
-
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise DatasetError(f"no folder {path}; give the root of a set in DAVIS' layout (JPEGImages, Annotations)")
-    return path / "480p" if (path / "480p").is_dir() else path
-
-
-def _clip(pictures: Path, masks: Path) -> Clip:
-    frames = list_frames(pictures)
-    first = masks / f"{frames[0].stem}.png"
-    if not first.is_file():
-        raise DatasetError(f"no mask {first} of the first frame of {pictures}, so there is nothing to follow")
-    return Clip(pictures.name, frames, first)
+    return sequences

@@ -39,6 +39,9 @@ _NEEDED = {
 }
 """Flags of the model on which this tracker relies: SAM 2.1's."""
 
+_CORNER = 2  # label of a box's first corner
+_LOGITS = 32.0  # bound of the logits that clicks correct, the predictor's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -83,10 +86,35 @@ class _Bank(NamedTuple):
     pointers: list[tuple[int, Tensor]]  # (frames back, (d,))
 
 
+class _Input(NamedTuple):
+    """What an object is decoded from on a frame."""
+
+    mask: Tensor | None = None  # (1, S, S), is the result as it stands
+    clicks: _Clicks | None = None
+    bank: _Bank | None = None  # None where the object begins: no memory is read
+    before: Tensor | None = None  # (h, w), the logits that clicks correct
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What inputs have in common that run as one batch."""
+        clicks = self.clicks and len(self.clicks.labels)
+        bank = self.bank and (len(self.bank.memories), len(self.bank.pointers))
+        return self.mask is None, clicks, bank, self.before is None
+
+
 class _Output(NamedTuple):
     logits: Tensor  # (h, w), at stride 4
     score: Tensor  # (1,), positive where the object is in the frame
     memory: _Memory
+
+
+class _Frame(NamedTuple):
+    """The last frame, kept for corrections until the next one."""
+
+    picture: np.ndarray  # (H, W, 3) uint8
+    features: dict[str, Any] | None  # of the model's `forward_image`; None where nothing has needed them
+    inputs: dict[int, _Input]
+    outputs: dict[int, _Output]
 
 
 class StreamingTracker:
@@ -95,7 +123,7 @@ class StreamingTracker:
     A prompt makes its frame a conditioning frame of the object, decoded from the prompt alone, for a new object and for
     a known one. On all other frames an object is decoded from its memories: of the conditioning frames and of the last
     frames, as many as the model was built for. Objects with equally many memories run as one batch; that is all of them
-    some frames after the last one came.
+    some frames after the last one came. What a frame gave can be corrected by `refine` until the next one is taken.
 
     Args:
         model: of `build_pe_sam2`, in evaluation mode.
@@ -139,7 +167,7 @@ class StreamingTracker:
         """Forget all objects; the next frame is the first of another video."""
         self._objects: dict[int, _Object] = {}
         self._frame = 0
-        self._size: tuple[int, int] | None = None
+        self._last: _Frame | None = None
 
     @property
     def objects(self) -> tuple[int, ...]:
@@ -151,6 +179,9 @@ class StreamingTracker:
         if object_id not in self._objects:
             raise DatasetError(f"there is no object {object_id!r} to remove; tracked are {list(self._objects)}")
         del self._objects[object_id]
+        assert self._last is not None  # objects come with frames
+        for known in (self._last.inputs, self._last.outputs):
+            known.pop(object_id, None)
 
     def step(self, frame: ArrayLike, prompts: Mapping[int, Prompt] | None = None) -> dict[int, Tensor]:
         """Take the next frame and return the mask of every object, (H, W) bool on the model's device, by its id.
@@ -166,39 +197,88 @@ class StreamingTracker:
     @torch.no_grad()
     def step_logits(self, frame: ArrayLike, prompts: Mapping[int, Prompt] | None = None) -> dict[int, Tensor]:
         """As `step`, but logits, (H, W) float: positive inside."""
-        if self.model.training:
-            raise ConfigError("the model is in training mode; call its eval() before tracking")
-        if self.num_frames is not None and self._frame >= self.num_frames:
-            raise DatasetError(f"this is frame {self._frame} of a video of num_frames={self.num_frames}; reset() first")
+        self._check_mode()
+        t = self._frame
+        if self.num_frames is not None and t >= self.num_frames:
+            raise DatasetError(f"this is frame {t} of a video of num_frames={self.num_frames}; reset() first")
         picture = self._checked(frame)
-        size = (picture.shape[0], picture.shape[1])
-        given = {self._id(i): self._prompt(i, prompt, size) for i, prompt in (prompts or {}).items()}
-        outputs: dict[int, _Output] = {}
-        masks: dict[int, Tensor] = {}
-        if self._objects or given:
-            outputs = self._track(self._frame, self._encode(picture), given)
-            masks = self._masks(outputs, size)
+        given = self._prompts(t, prompts or {}, picture)
+        inputs = self._inputs(t, given)
+        features, outputs = None, {}
+        if inputs:
+            features = self._encode(picture)
+            outputs = self._track(features, inputs)
+        masks = self._masks(outputs, picture)
         # nothing below fails, and nothing above has changed the state
-        self._commit(self._frame, outputs, set(given))
+        self._commit(t, outputs, set(given))
         self._frame += 1
-        self._size = size
+        self._last = _Frame(picture, features, inputs, outputs)
+        return masks
+
+    def refine(self, prompts: Mapping[int, Prompt]) -> dict[int, Tensor]:
+        """Correct objects, or begin some, on the frame that `step` took last; return the masks of all its objects.
+
+        It may be called again and again before the next `step`. Only the objects of `prompts` are decoded anew, and the
+        frame becomes a conditioning frame of theirs. Clicks add up to those that the object was given on this frame
+        before, and correct its latest mask there, seen with the memories that the frame was decoded from; a box begins
+        the clicks anew. A mask takes the place of all that.
+        (facebookresearch/sam2@2b90b9f:sam2/sam2_video_predictor.py, `add_new_points_or_box` and `add_new_mask`, with
+        add_all_frames_to_correct_as_cond=True)
+
+        Args:
+            prompts: by object id; an id that is not yet tracked begins an object.
+
+        Raises DatasetError before the first frame and for a prompt that cannot be used; the tracker then stands as
+        before the call.
+        """
+        return {i: logits > 0 for i, logits in self.refine_logits(prompts).items()}
+
+    @torch.no_grad()
+    def refine_logits(self, prompts: Mapping[int, Prompt]) -> dict[int, Tensor]:
+        """As `refine`, but logits, (H, W) float: positive inside."""
+        self._check_mode()
+        last, t = self._last, self._frame - 1
+        if last is None:
+            raise DatasetError("there is nothing to refine; give a frame to step() first")
+        if not prompts:
+            raise DatasetError("refine() got no prompt; give a Prompt for each object to correct")
+        given = self._prompts(t, prompts, last.picture)
+        inputs = {i: _corrected(last, i, new) for i, new in given.items()}
+        features = self._encode(last.picture) if last.features is None else last.features
+        corrected = self._track(features, inputs)
+        outputs = {**last.outputs, **corrected}
+        masks = self._masks(outputs, last.picture)
+        # nothing below fails, and nothing above has changed the state
+        self._commit(t, corrected, set(given))
+        self._last = _Frame(last.picture, features, {**last.inputs, **inputs}, outputs)
         return masks
 
     # -- what comes in
 
+    def _check_mode(self) -> None:
+        if self.model.training:
+            raise ConfigError("the model is in training mode; call its eval() before tracking")
+
     def _checked(self, frame: ArrayLike) -> np.ndarray:
-        picture = frame.cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame)
+        # a copy: the caller may read the next frame into the same array before this one is corrected
+        picture = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             raise DatasetError(
                 f"frame {self._frame} is {picture.dtype} of shape {picture.shape}, not a picture; "
                 "expected (H, W, 3) uint8 in the order R, G, B"
             )
-        if self._size not in (None, picture.shape[:2]):
+        size = picture.shape if self._last is None else self._last.picture.shape
+        if picture.shape != size:
             raise DatasetError(
                 f"frame {self._frame} is {picture.shape[0]}x{picture.shape[1]} but those before it are "
-                f"{self._size[0]}x{self._size[1]}; resize it, or call reset() for another video"
+                f"{size[0]}x{size[1]}; resize it, or call reset() for another video"
             )
         return picture
+
+    def _prompts(self, t: int, prompts: Mapping[int, Prompt], picture: np.ndarray) -> dict[int, _Input]:
+        height, width, _ = picture.shape
+        where = f"prompt of object {{}} on frame {t}".format
+        return {self._id(i): self._prompt(where(i), new, (height, width)) for i, new in prompts.items()}
 
     def _id(self, object_id: Any) -> int:
         try:
@@ -206,9 +286,7 @@ class StreamingTracker:
         except TypeError:
             raise DatasetError(f"object id {object_id!r} is no integer") from None
 
-    def _prompt(self, object_id: int, prompt: Prompt, size: tuple[int, int]) -> _Clicks | Tensor:
-        """Return clicks, or the mask at the model's size (1, S, S)."""
-        where = f"prompt of object {object_id} on frame {self._frame}"
+    def _prompt(self, where: str, prompt: Prompt, size: tuple[int, int]) -> _Input:
         if not isinstance(prompt, Prompt):
             raise DatasetError(f"{where} is a {type(prompt).__name__}; give a Prompt(points=, labels=, box=, mask=)")
         clicks = prompt.points is not None or prompt.box is not None
@@ -217,8 +295,8 @@ class StreamingTracker:
         if (prompt.points is None) != (prompt.labels is None):
             raise DatasetError(f"{where} has points without labels or labels without points; give one label to a point")
         if prompt.mask is not None:
-            return self._mask(where, prompt.mask, size)
-        return self._clicks(where, prompt, size)
+            return _Input(mask=self._mask(where, prompt.mask, size))
+        return _Input(clicks=self._clicks(where, prompt, size))
 
     def _clicks(self, where: str, prompt: Prompt, size: tuple[int, int]) -> _Clicks:
         height, width = size
@@ -267,61 +345,51 @@ class StreamingTracker:
         resized = np.array(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
         image = torch.from_numpy(resized).to(device).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.model.forward_image(((image - mean) / std)[None])
+        features = self.model.forward_image(((image - mean) / std)[None])
+        # the frame is kept for corrections, and encodings of finer levels, which nothing reads, are most of it
+        return {**features, "vision_pos_enc": features["vision_pos_enc"][-1:]}
 
     # -- one frame
 
-    def _track(
-        self, t: int, features: Mapping[str, Any], prompts: Mapping[int, _Clicks | Tensor]
-    ) -> dict[int, _Output]:
-        """Decode every object on frame `t` and encode its memory.
+    def _inputs(self, t: int, prompts: Mapping[int, _Input]) -> dict[int, _Input]:
+        """Return what every object is decoded from on frame `t`; history may lie on both sides of it."""
+        ids = dict.fromkeys([*self._objects, *prompts])
+        return {i: prompts[i] if i in prompts else _Input(bank=self._bank(self._objects[i], t)) for i in ids}
 
-        Args:
-            t: the frame; history may lie on both sides of it.
-            features: of the model's `forward_image`, for one image.
-            prompts: clicks, or masks (1, S, S), by object id.
-        """
-        ids = list(dict.fromkeys([*self._objects, *prompts]))
-        batches: dict[tuple[object, ...], dict[int, Any]] = {}
-        for i in ids:
-            prompt = prompts.get(i)
-            if prompt is None:
-                bank = self._bank(self._objects[i], t)
-                batches.setdefault(("memory", len(bank.memories), len(bank.pointers)), {})[i] = bank
-            elif isinstance(prompt, _Clicks):
-                batches.setdefault(("clicks", len(prompt.labels)), {})[i] = prompt
-            else:
-                batches.setdefault(("mask",), {})[i] = prompt
-        run = {"memory": self._from_memory, "clicks": self._from_clicks, "mask": self._from_masks}
+    def _track(self, features: Mapping[str, Any], inputs: Mapping[int, _Input]) -> dict[int, _Output]:
+        """Decode objects on a frame and encode their memories; `features` are of `forward_image`, for one image."""
+        batches: dict[tuple[object, ...], dict[int, _Input]] = {}
+        for i, one in inputs.items():
+            batches.setdefault(one.shape, {})[i] = one
         outputs: dict[int, _Output] = {}
-        for (kind, *_), batch in batches.items():
-            sam = run[str(kind)](features, list(batch.values()))
-            outputs |= zip(batch, self._outputs(features, sam, clicks=kind == "clicks"), strict=True)
-        return {i: outputs[i] for i in ids}
+        for batch in batches.values():
+            sam = self._decode(features, list(batch.values()))
+            clicks = next(iter(batch.values())).clicks is not None
+            outputs |= zip(batch, self._outputs(features, sam, clicks=clicks), strict=True)
+        return {i: outputs[i] for i in inputs}
 
-    def _from_masks(self, features: Mapping[str, Any], masks: list[Tensor]) -> tuple[Tensor, ...]:
-        image = _expand(features, len(masks))
-        return self.model._use_mask_as_output(image, self._high_res(features), torch.stack(masks))
-
-    def _from_clicks(self, features: Mapping[str, Any], clicks: list[_Clicks]) -> tuple[Tensor, ...]:
-        image = _expand(features, len(clicks)) + self.model.no_mem_embed.view(1, -1, 1, 1)
-        points = {
-            "point_coords": torch.stack([c.points for c in clicks]),
-            "point_labels": torch.stack([c.labels for c in clicks]),
-        }
-        return self._decode(features, image, points)
-
-    def _from_memory(self, features: Mapping[str, Any], banks: list[_Bank]) -> tuple[Tensor, ...]:
-        return self._decode(features, self._condition(features, banks), None)
-
-    def _decode(
-        self, features: Mapping[str, Any], image: Tensor, points: dict[str, Tensor] | None
-    ) -> tuple[Tensor, ...]:
+    def _decode(self, features: Mapping[str, Any], batch: list[_Input]) -> tuple[Tensor, ...]:
+        """Return what the model's `_forward_sam_heads` gives for inputs of one shape."""
+        masks = [one.mask for one in batch if one.mask is not None]
+        clicks = [one.clicks for one in batch if one.clicks is not None]
+        banks = [one.bank for one in batch if one.bank is not None]
+        before = [one.before for one in batch if one.before is not None]
+        image, high_res, points = _expand(features, len(batch)), self._high_res(features), None
+        if masks:
+            return self.model._use_mask_as_output(image, high_res, torch.stack(masks))
+        if clicks:
+            coords, labels = (torch.stack(values) for values in zip(*clicks, strict=True))
+            points = {"point_coords": coords, "point_labels": labels}
+        if banks:
+            image = self._condition(features, banks)
+        else:
+            image = image + self.model.no_mem_embed.view(1, -1, 1, 1)
         return self.model._forward_sam_heads(
             backbone_features=image,
             point_inputs=points,
-            high_res_features=self._high_res(features),
-            multimask_output=self.model._use_multimask(points is not None, points),
+            mask_inputs=torch.stack(before)[:, None].clamp(-_LOGITS, _LOGITS) if before else None,
+            high_res_features=high_res,
+            multimask_output=self.model._use_multimask(not banks, points),
         )
 
     def _high_res(self, features: Mapping[str, Any]) -> list[Tensor] | None:
@@ -368,13 +436,11 @@ class StreamingTracker:
             # copies, because a slice would keep the whole batch alive
             yield _Output(logits, score, _Memory(pointer.clone(), memory.clone()))
 
-    def _masks(self, outputs: Mapping[int, _Output], size: tuple[int, int]) -> dict[int, Tensor]:
-        logits = torch.cat(
-            [
-                F.interpolate(out.logits[None, None], size, mode="bilinear", align_corners=False)
-                for out in outputs.values()
-            ]
-        )  # (B, 1, H, W)
+    def _masks(self, outputs: Mapping[int, _Output], picture: np.ndarray) -> dict[int, Tensor]:
+        if not outputs:
+            return {}
+        low = torch.stack([out.logits for out in outputs.values()])[:, None]
+        logits = F.interpolate(low, picture.shape[:2], mode="bilinear", align_corners=False)  # (B, 1, H, W)
         if self.non_overlapping:
             logits = self.model._apply_non_overlapping_constraints(logits)
         return dict(zip(outputs, logits[:, 0], strict=True))
@@ -414,6 +480,7 @@ class StreamingTracker:
         read = {frame for following in later for _, frame in self._slots(following)}
         for i, output in outputs.items():
             tracked = self._objects.setdefault(i, _Object())
+            tracked.tracked.pop(t, None)  # of a frame that is corrected
             (tracked.prompted if i in prompted else tracked.tracked)[t] = output.memory
             if len(tracked.prompted) > self.max_prompted_frames:
                 second = list(tracked.prompted)[1]
@@ -423,6 +490,19 @@ class StreamingTracker:
                     tracked.tracked[frame].features = None
                     if frame <= t + 1 - self._reach():
                         del tracked.tracked[frame]
+
+
+def _corrected(last: _Frame, object_id: int, new: _Input) -> _Input:
+    """Add a prompt to what an object was decoded from on the last frame, if it was there."""
+    if object_id not in last.inputs:
+        return new
+    known = last.inputs[object_id]
+    if new.clicks is None:
+        return new._replace(bank=known.bank)  # for clicks that come after the mask
+    clicks = new.clicks
+    if known.clicks is not None and _CORNER not in clicks.labels:
+        clicks = _Clicks(*(torch.cat(pair) for pair in zip(known.clicks, clicks, strict=True)))
+    return _Input(clicks=clicks, bank=known.bank, before=last.outputs[object_id].logits)
 
 
 def _expand(features: Mapping[str, Any], count: int) -> Tensor:

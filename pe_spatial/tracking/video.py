@@ -17,7 +17,7 @@ from pe_spatial.errors import DatasetError
 from pe_spatial.pictures import read_rgb
 from pe_spatial.writing import replacing
 
-from .masks import PALETTE, read_mask
+from .masks import PALETTE, read_mask, read_object_masks
 
 _VOID = 255
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -26,17 +26,21 @@ FPS = 24.0  # of folders, which do not say; DAVIS has 24
 
 @dataclass(frozen=True)
 class Clip:
-    """A video and the mask of its first frame; nothing is read before `load`.
+    """A video and where its objects begin; nothing is read before it is asked for.
 
     Args:
         name: of the folder or file that results go to.
         frames: pictures in order (see `list_frames`), or a video file.
-        mask: index mask of the first frame.
+        mask: index mask of the first frame, with all objects that there are; or a folder of annotations, of some frames
+            or of all, where each object begins on the first frame that shows it. None for frames alone.
+        overlapping: the folder holds <object>/<frame>.png, a binary mask for each object, instead of <frame>.png, and
+            results are to be such masks as well.
     """
 
     name: str
     frames: tuple[Path, ...] | Path
-    mask: Path
+    mask: Path | None = None
+    overlapping: bool = False
 
     def __len__(self) -> int:
         """Count the frames; for a video file it is what the file says, which may be wrong."""
@@ -49,33 +53,113 @@ class Clip:
         """Frames per second."""
         return FPS if isinstance(self.frames, tuple) else _open(self.frames).get(cv2.CAP_PROP_FPS) or FPS
 
-    def load(self) -> tuple[np.ndarray, Iterator[tuple[str, np.ndarray]]]:
-        """Return the first mask (H, W) uint8 and an iterator of the frames, which reads them one by one.
+    def prompts(self) -> dict[str, dict[int, np.ndarray]]:
+        """Read where objects begin: by name of the frame, in order, and by id the (H, W) bool mask of each.
 
-        The id 255 in the mask is void and becomes background; with 0 alone beside it, as in DAVIS 2016, it is object 1.
-        A frame is its name (that of the file, or five digits) and (H, W, 3) uint8 RGB. Raises DatasetError for a mask
-        without objects, and while iterating for a frame that cannot be read or is of another size than the mask.
+        The id 255 in an index mask is void and becomes background; with 0 alone beside it in the mask of a first frame,
+        as in DAVIS 2016, it is object 1. Objects in folders have the folders' numbers, which may be 0. Raises
+        DatasetError where no object begins, and for annotations of several sizes or without a frame.
         """
-        mask = read_mask(self.mask)
-        binary = not np.any((mask > 0) & (mask < _VOID))
-        mask[mask == _VOID] = int(binary)
-        if not mask.any():
+        prompts: dict[str, dict[int, np.ndarray]] = {}
+        sizes, seen = set(), set()
+        for frame, objects in self._annotations():
+            new = {i: mask for i, mask in objects.items() if i not in seen}
+            if new:
+                prompts[frame] = new
+                seen.update(new)
+                sizes |= {mask.shape for mask in new.values()}
+        if not prompts:
             raise DatasetError(f"{self.mask} holds no object to follow; draw at least one into the first mask")
-        return mask, self._frames(mask.shape)
+        if len(sizes) > 1:
+            raise DatasetError(f"{self.mask} holds masks of the sizes {sorted(sizes)}; all need the size of the frames")
+        return prompts
 
-    def _frames(self, size: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    def read(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Read the frames one by one: the name (that of the file, or five digits) and (H, W, 3) uint8 RGB.
+
+        Raises DatasetError for a frame that cannot be read or is of another size than the first.
+        """
+        return self._frames(None, "the first frame")
+
+    def load(self) -> tuple[np.ndarray, Iterator[tuple[str, np.ndarray]]]:
+        """Return the index mask (H, W) uint8 of the first frame, and the frames as `read` does.
+
+        Raises DatasetError as `prompts` and `read` do, for objects that such a mask cannot hold, and for frames of
+        another size.
+        """
+        prompts = self.prompts()
+        if self.overlapping or list(prompts) != [self._first]:
+            raise DatasetError(
+                f"the objects in {self.mask} may overlap or begin after the first frame, and label propagation needs "
+                "one index mask of the first frame; use layout='davis' without late_objects, or a trained tracker"
+            )
+        objects = prompts[self._first]
+        mask = np.zeros(next(iter(objects.values())).shape, np.uint8)
+        for i, one in objects.items():
+            mask[one] = i
+        return mask, self._frames(mask.shape, str(self.mask))
+
+    def annotated(self) -> dict[str, Path]:
+        """Return the masks of a folder of annotations by the names of their frames (of several objects, one)."""
+        paths = self.mask.glob("*/*.png" if self.overlapping else "*.png") if self.mask else ()
+        return {path.stem: path for path in sorted(paths) if not path.name.startswith(".")}
+
+    @property
+    def _first(self) -> str:
+        return self.frames[0].stem if isinstance(self.frames, tuple) else _name(0)
+
+    def _annotations(self) -> Iterator[tuple[str, dict[int, np.ndarray]]]:
+        """Read the masks of one annotated frame after the other: its name, and (H, W) bool by object."""
+        if self.mask is None:
+            raise DatasetError(f"{self.name} has no mask, so there is nothing to follow")
+        if not self.mask.is_dir():
+            mask = read_mask(self.mask)
+            yield self._first, _objects(mask) or ({1: mask == _VOID} if mask.any() else {})
+            return
+        names = [path.stem for path in self.frames] if isinstance(self.frames, tuple) else map(_name, range(len(self)))
+        annotated = self.annotated()
+        for name in names:
+            path = annotated.pop(name, None)
+            if path and self.overlapping:
+                masks = read_object_masks(self.mask, name)
+                yield name, {object_id(self.mask / folder): mask for folder, mask in masks.items() if mask.any()}
+            elif path:
+                yield name, _objects(read_mask(path))
+        for path in annotated.values():
+            raise DatasetError(f"{path} has the name of no frame of {self.name}; give frames and masks the same names")
+
+    def _frames(self, size: tuple[int, ...] | None, of: str) -> Iterator[tuple[str, np.ndarray]]:
         if isinstance(self.frames, tuple):
             frames = ((path.stem, str(path), read_rgb(path)) for path in self.frames)
         else:
             decoded = enumerate(decode_video(self.frames))
-            frames = ((f"{i:05d}", f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
+            frames = ((_name(i), f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
         for name, source, rgb in frames:
+            size = size or rgb.shape[:2]
             if rgb.shape[:2] != size:
                 raise DatasetError(
-                    f"{source} is {rgb.shape[0]}x{rgb.shape[1]} (height x width) but {self.mask} is "
-                    f"{size[0]}x{size[1]}; all frames and the first mask need one size"
+                    f"{source} is {rgb.shape[0]}x{rgb.shape[1]} (height x width) but {of} is {size[0]}x{size[1]}; all "
+                    "frames and masks need one size"
                 )
             yield name, rgb
+
+
+def object_id(folder: Path) -> int:
+    """Return the number of an object in SA-V's layout from the name of its folder."""
+    if not folder.name.isdecimal():
+        raise DatasetError(f"{folder} is not named by a number; SA-V's layout is <video>/<number>/<frame>.png")
+    return int(folder.name)
+
+
+def _name(index: int) -> str:
+    """Return the name of a frame of a video file."""
+    return f"{index:05d}"
+
+
+def _objects(mask: np.ndarray) -> dict[int, np.ndarray]:
+    """Split an index mask (H, W) uint8 into (H, W) bool by id, without background and void."""
+    ids = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=_VOID + 1)).tolist()
+    return {i: mask == i for i in ids if 0 < i < _VOID}
 
 
 def list_frames(folder: str | Path) -> tuple[Path, ...]:
@@ -166,7 +250,6 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]
 
 def write_overlay(clip: Clip, masks: Path, path: Path) -> None:
     """Write the frames of `clip` with their masks, `masks`/<frame>.png, as `mp4_writer` does."""
-    _, frames = clip.load()
     with mp4_writer(path, clip.fps) as write:
-        for name, rgb in frames:
+        for name, rgb in clip.read():
             write(overlay(rgb, read_mask(masks / f"{name}.png")))

@@ -129,7 +129,7 @@ class ZeroShotTracker(BaseModel):
         Frames are taken and given one at a time. Those of the first are `first_mask` itself.
 
         Args:
-            frames: names and pictures, (H, W, 3) uint8 RGB, as `Clip.load` gives them.
+            frames: names and pictures, (H, W, 3) uint8 RGB, as `Clip.read` gives them.
             first_mask: object ids (H, W) uint8, 0 for background; ids may skip numbers.
         """
         self.eval()

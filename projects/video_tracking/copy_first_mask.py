@@ -1,0 +1,31 @@
+"""Score what any tracker has to beat: the first mask of each video, copied to all of its frames.
+
+python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from pe_spatial import cli
+from pe_spatial.tracking.evaluation import PROTOCOLS, evaluate, find_tracks
+
+
+def main(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as copies:
+        for track in find_tracks(args.gt_dir, sequences=None, protocol=args.protocol):
+            folder = Path(copies, track.sequence, track.part or "")
+            folder.mkdir(parents=True)
+            for frame in track.frames:
+                shutil.copy(track.folder / f"{track.frames[0]}.png", folder / f"{frame}.png")
+        for name, value in evaluate(args.gt_dir, copies, protocol=args.protocol).global_results.items():
+            print(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gt_dir", help="annotations, as tools/eval_vos.py takes them")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="davis")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    cli.run(main, parser.parse_args())

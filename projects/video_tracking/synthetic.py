@@ -1,0 +1,57 @@
+# SAM 2 on the frozen encoder that the package ships, learned from scratch on clips of the embedded synthetic world: the
+# small stand-in of pe_spatial_sam2_davis.py, for which nothing has to be downloaded.
+#
+#   command   python tools/render_synthetic.py work_dirs/video_world --train 600 --val 24 --frames 16 --duration 4 \
+#                 --size 192 192 --workers 2
+#             python tools/train.py projects/video_tracking/synthetic.py
+#             python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val  (what it has to beat)
+#   data      600 clips of 16 frames, evaluated on 24 clips of other scenes
+#   hardware  two CPU cores
+#   cost      TODO
+#   expected  TODO
+
+_base_ = '../../configs/pe_spatial_sam2_davis.py'
+
+data_root = 'work_dirs/video_world/'
+grid = 24
+model = dict(
+    tracker=dict(
+        variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        grid=grid,
+        d_model=128,
+        mem_dim=32,
+        layers=2,
+        feedforward=512),
+    encoder_weights='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors',
+    sam2_weights=None,
+    prompting=dict(clicks=0.25, corrections=2))
+
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=1,
+    dataset=dict(
+        data_root=data_root,
+        layout='synthetic',
+        pipeline=[
+            dict(type='LoadClip', num_frames=4, max_objects=3),
+            dict(type='ClipFlip', prob=0.5),
+            dict(type='ClipResize', size=16 * grid),
+            dict(type='PackClip'),
+        ]))
+val_dataloader = dict(
+    dataset=dict(data_root=data_root, data_prefix=dict(img_path='val', ann_path='instances/val')))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_dir=data_root + 'instances/val')
+test_evaluator = val_evaluator
+
+iterations = 1500
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+    paramwise_cfg=dict(custom_keys=dict(_delete_=True)))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=0, end=iterations),
+]
+train_cfg = dict(max_iters=iterations, val_interval=iterations)
+default_hooks = dict(checkpoint=dict(interval=100))
