@@ -5,7 +5,7 @@ All compute in float32, whatever autocast says, and give 0 with a gradient of 0 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed
@@ -22,12 +22,17 @@ class _DepthLoss(nn.Module):
     Args:
         max_depth: in metres; targets beyond are left out, None leaves out none.
         loss_weight: factor of the loss.
+        across_ranks: sum and count the pixels of all ranks, so that the loss is that of the whole batch. As released
+            each rank takes its own, and the loss depends on how a batch is spread over the devices.
     """
 
-    def __init__(self, *, max_depth: float | None = None, loss_weight: float = 1.0) -> None:
+    def __init__(
+        self, *, max_depth: float | None = None, loss_weight: float = 1.0, across_ranks: bool = False
+    ) -> None:
         super().__init__()
         self.max_depth = max_depth
         self.loss_weight = loss_weight
+        self.across_ranks = across_ranks
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the weighted loss, a float32 scalar, of pred (B, 1, H, W) > 0 against target (B, 1, H, W)."""
@@ -46,9 +51,15 @@ class _DepthLoss(nn.Module):
         """Return the loss over the pixels in `valid` (B, 1, H, W) bool."""
         raise NotImplementedError
 
+    def _sums(self, *values: Tensor) -> list[Tensor]:
+        if not (self.across_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return list(values)
+        # Its gradient sums over the ranks, which the mean over ranks of DDP then makes that of the whole batch.
+        return list(torch.distributed.nn.all_reduce(torch.stack(values)))
+
     def extra_repr(self) -> str:
         """Say the options."""
-        return f"max_depth={self.max_depth}, loss_weight={self.loss_weight}"
+        return f"max_depth={self.max_depth}, loss_weight={self.loss_weight}, across_ranks={self.across_ranks}"
 
 
 @MODELS.register_module()
@@ -62,17 +73,14 @@ class SigLoss(_DepthLoss):
     Args:
         warm_up: calls in training mode without the variance, 100 as released; a checkpoint remembers how many there
             were.
-        across_ranks: take N, mean and variance over all ranks. As released each rank takes its own, so that the loss
-            depends on how a batch is spread over the devices.
-        options: `max_depth` (inclusive) and `loss_weight`.
+        options: `max_depth` (inclusive), `loss_weight` and `across_ranks`.
     """
 
     EPS = 1e-3
 
-    def __init__(self, *, warm_up: int = 100, across_ranks: bool = False, **options: float | None) -> None:
+    def __init__(self, *, warm_up: int = 100, **options: float | None) -> None:
         super().__init__(**options)
         self.warm_up = warm_up
-        self.across_ranks = across_ranks
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -87,15 +95,9 @@ class SigLoss(_DepthLoss):
             self.calls += 1
         return _safe_sqrt(spread + 0.15 * mean.square())
 
-    def _sums(self, *values: Tensor) -> list[Tensor]:
-        if not (self.across_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return list(values)
-        # Its gradient sums over the ranks, which the mean over ranks of DDP then makes that of the whole batch.
-        return list(torch.distributed.nn.all_reduce(torch.stack(values)))
-
     def extra_repr(self) -> str:
         """Say the options."""
-        return f"warm_up={self.warm_up}, across_ranks={self.across_ranks}, {super().extra_repr()}"
+        return f"warm_up={self.warm_up}, {super().extra_repr()}"
 
 
 @MODELS.register_module()
@@ -125,7 +127,7 @@ class GradientLoss(_DepthLoss):
             difference = _log_difference(pred, target, valid, eps=self.EPS)
         else:
             difference = torch.where(valid, pred - target, 0)
-        return _slopes(difference, valid, strides=self.STRIDES, step=2)
+        return _slopes(difference, valid, strides=self.STRIDES, step=2, sums=self._sums)
 
     def extra_repr(self) -> str:
         """Say the options."""
@@ -160,7 +162,8 @@ class SiLog(_DepthLoss):
         mean = d.sum((1, 2, 3)) / count.clamp(min=1)
         square = d.square().sum((1, 2, 3)) / count.clamp(min=1)
         images = _safe_sqrt(square - self.variance_focus * mean.square())
-        return images.sum() / (count > 0).sum().clamp(min=1)
+        total, number = self._sums(images.sum(), (count > 0).sum(dtype=torch.float32))
+        return total / number.clamp(min=1)
 
     def extra_repr(self) -> str:
         """Say the options."""
@@ -203,8 +206,9 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
         spread = mean(pred.square())
         scale = mean(pred * target) / torch.where(spread > 0, spread, 1)
         difference = torch.where(valid, scale * pred - target, 0)
-        loss = difference.square().sum() / (2 * valid.sum().clamp(min=1))
-        return loss + self.slopes * _slopes(difference, valid, strides=self.STRIDES, step=1)
+        squares, number = self._sums(difference.square().sum(), valid.sum(dtype=torch.float32))
+        loss = squares / (2 * number.clamp(min=1))
+        return loss + self.slopes * _slopes(difference, valid, strides=self.STRIDES, step=1, sums=self._sums)
 
     def extra_repr(self) -> str:
         """Say the options."""
@@ -216,17 +220,20 @@ def _log_difference(pred: Tensor, target: Tensor, valid: Tensor, *, eps: float) 
     return torch.where(valid, (pred + eps).log() - (target + eps).log(), 0)
 
 
-def _slopes(difference: Tensor, valid: Tensor, *, strides: Sequence[int], step: int) -> Tensor:
+def _slopes(
+    difference: Tensor, valid: Tensor, *, strides: Sequence[int], step: int, sums: Callable[..., list[Tensor]]
+) -> Tensor:
     """Sum over scales the mean absolute change of `difference` (B, 1, H, W) over `step` pixels along both axes.
 
-    The mean is over the valid pixels of a scale, not over the pairs.
+    The mean is over the valid pixels of a scale, not over the pairs; `sums` takes it over the ranks.
     """
     total = difference.new_zeros(())
     for stride in strides:
         d, v = difference[..., ::stride, ::stride], valid[..., ::stride, ::stride]
         rows = (d[..., step:, :] - d[..., :-step, :]).abs() * (v[..., step:, :] & v[..., :-step, :])
         columns = (d[..., step:] - d[..., :-step]).abs() * (v[..., step:] & v[..., :-step])
-        total = total + (rows.sum() + columns.sum()) / v.sum().clamp(min=1)
+        change, number = sums(rows.sum() + columns.sum(), v.sum(dtype=torch.float32))
+        total = total + change / number.clamp(min=1)
     return total
 
 
