@@ -24,6 +24,7 @@ import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.conversion import to_mmdet
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
+from pe_spatial.integrations.safety import check_whole
 
 SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "preset", "checkpoint", "lr")
 _OURS = (CheckpointError, ConfigError, DatasetError, TrainingError)
@@ -155,18 +156,10 @@ def build_runner(cfg: Config) -> Runner:
         cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
     if cfg.get("runner_type") == "ShardedRunner":
         import pe_spatial.integrations.sharding  # noqa: F401  (registers; needs a newer torch than the rest)
+    elif cfg.get("sharded_checkpoints"):
+        raise ConfigError("sharded_checkpoints=True belongs to runner_type=ShardedRunner; set it, or leave this out")
     with _as_config_error(cfg.filename):
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-
-
-def check_training_checkpoint(path: str) -> None:
-    """Raise CheckpointError unless a run can be resumed from `path`, and without running code.
-
-    mmengine falls back to unpickling without restriction, so this comes first.
-    """
-    meta = read_checkpoint(path).rest.get("meta")
-    if not isinstance(meta, Mapping) or "iter" not in meta:
-        raise CheckpointError(f"{path} holds no state of a run; give a checkpoint that tools/train.py wrote")
 
 
 def load_strictly(runner: Runner) -> None:
@@ -192,7 +185,10 @@ def load_weights_of_any_layout(runner: Runner) -> None:
             runner.logger.info(f"Load encoder from {source}")
             return {}
         path = locate(source)
+        check_whole(path)
         file = read_checkpoint(path)
+        if "parts" in file.rest:
+            raise CheckpointError(f"{path} has its weights in parts; run tools/consolidate_checkpoint.py {path} FILE")
         checkpoint = {**file.rest, "state_dict": to_mmdet(file)}
         runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:

@@ -1,8 +1,11 @@
 """Runs that are killed, stopped, or fed nonsense."""
 
+import logging
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,12 +14,14 @@ import torch
 
 pytest.importorskip("mmengine")
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.runner import find_latest_checkpoint
 from tiny_run import build, losses, tiny_config
 from torch.testing import assert_close
 
+from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import TrainingError
-from pe_spatial.integrations.safety import EXIT_AGAIN, AtomicLocalBackend
+from pe_spatial.integrations.safety import EXIT_AGAIN, AtomicLocalBackend, check_whole, find_checkpoint
 
 
 def weights(path):
@@ -29,18 +34,20 @@ class SignalAt(Hook):
 
     def after_train_iter(self, runner, **_):
         if runner.iter + 1 == self.step:
-            os.kill(os.getpid(), self.number)
+            processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+            subprocess.run(["kill", f"-{int(self.number)}", *(str(one.pid) for one in processes)], check=True)
+            time.sleep(0.2)
 
 
-@pytest.mark.parametrize("epochs", [False, True])
+@pytest.mark.parametrize(("epochs", "workers"), [(False, 0), (True, 0), (False, 2), (True, 2)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, epochs, number):
-    """Also in the middle of an epoch: the same samples, then the same weights as without the stop."""
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, epochs, workers, number):
+    """Also in the middle of an epoch: the same samples, as without the stop. All processes get the signal."""
     whole = build(tiny_config(tmp_path / "whole", epochs=epochs))
     drawn, seen = [], []
     watch(whole, drawn)
     whole.train()
-    stopped = build(tiny_config(tmp_path / "part", epochs=epochs))
+    stopped = build(tiny_config(tmp_path / "part", epochs=epochs, workers=workers))
     watch(stopped, seen)
     stopped.register_hook(SignalAt(6, number))
     with pytest.raises(SystemExit) as end:
@@ -148,6 +155,114 @@ def test_hooks_of_the_config_itself_are_kept(tmp_path):
     assert [hook.patience for hook in runner.hooks if type(hook).__name__ == "WatchLoss"] == [5]
     assert cfg.train_dataloader.get("timeout") is None
     assert build(tiny_config(tmp_path, workers=1)).cfg.train_dataloader.timeout == 600
+
+
+def flip(path, place):
+    """Change one bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+def a_weight(path):
+    """Where in the file a weight of the model lies."""
+    data = weights(path)["linear.weight"].numpy().tobytes()
+    place = path.read_bytes().index(data)
+    return place + len(data) // 2
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a run that kept iter_4.pth, iter_8.pth and iter_10.pth."""
+    build(tiny_config(tmp_path, **{"default_hooks.checkpoint.max_keep_ckpts": -1})).train()
+    for step in (4, 8, 10):  # the disk's clock may be too coarse to order files written in milliseconds
+        os.utime(tmp_path / f"iter_{step}.pth", (step, step))
+    return tmp_path
+
+
+def test_torch_loads_flipped_bits_and_the_check_does_not(trained):
+    path = trained / "iter_10.pth"
+    check_whole(path)
+    before = weights(path)["linear.weight"].clone()
+    flip(path, a_weight(path))
+    assert not weights(path)["linear.weight"].equal(before)
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*\(.*/data/\d+\); take an older") as error:
+        check_whole(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_without_checksums_pass_and_every_cut_is_seen(trained):
+    path = trained / "iter_10.pth"
+    torch.save({"x": torch.ones(3)}, trained / "old.pth", _use_new_zipfile_serialization=False)
+    check_whole(trained / "old.pth")
+    whole = path.read_bytes()
+    for length in (5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged"):
+            check_whole(path)
+
+
+def test_auto_goes_back_to_the_newest_whole_one_and_says_so(trained):
+    work_dir, warned = str(trained), []
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_10.pth")
+    assert find_checkpoint("auto", str(trained / "empty")) is None
+    flip(trained / "iter_10.pth", a_weight(trained / "iter_10.pth"))
+    (trained / "best_x_iter_9.pth").write_bytes((trained / "iter_8.pth").read_bytes())  # weights of another kind
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append((record.levelno, record.getMessage()))
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_8.pth")
+    (trained / "iter_8.pth").write_bytes(b"")
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_4.pth")
+    logger.removeHandler(handler)
+    assert [level for level, _ in warned] == [logging.WARNING] * 3
+    assert "iter_10.pth is damaged" in warned[0][1]
+    assert warned[0][1].endswith(f"goes on from {trained / 'iter_8.pth'}")
+    (trained / "iter_4.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*none of the 2 beside it is whole either"):
+        find_checkpoint("auto", work_dir)
+
+
+def test_a_named_checkpoint_is_not_replaced_by_another(trained):
+    path = trained / "iter_8.pth"
+    assert find_checkpoint(str(path), "nowhere") == str(path)
+    flip(path, a_weight(path))
+    with pytest.raises(CheckpointError, match=r"iter_8.pth is damaged"):
+        find_checkpoint(str(path), str(trained))
+    torch.save({"state_dict": {"x": torch.ones(1)}}, trained / "iter_3.pth")
+    with pytest.raises(CheckpointError, match="holds no state of a run"):
+        find_checkpoint(str(trained / "iter_3.pth"), str(trained))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_all_processes_take_the_checkpoint_of_the_first_or_fail_with_it(trained, damaged):
+    path = trained / "iter_10.pth"
+    if damaged:
+        flip(path, a_weight(path))
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.distributed.init_process_group(
+                    "gloo", init_method=f"file://{trained}/meet", rank=rank, world_size=2
+                )
+                own = {0: str(path), 1: str(trained / "iter_4.pth")}[rank]
+                found = find_checkpoint(own, str(trained))
+            except CheckpointError as error:
+                found = str(error)
+            finally:
+                (trained / f"found_{rank}").write_text(found)
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    found = [(trained / f"found_{rank}").read_text() for rank in range(2)]
+    assert found[0] == found[1]
+    assert (found[0] == str(path)) is not damaged
+    assert ("iter_10.pth is damaged" in found[0]) is damaged
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS, METRICS
@@ -17,13 +18,21 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from tiny_deta import SIDE, WIDTH, tiny_deta
 from torch import multiprocessing
+from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
+from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError
-from pe_spatial.integrations.sharding import ShardedRunner
+from pe_spatial.integrations.safety import find_checkpoint
+from pe_spatial.integrations.sharding import ShardedRunner, consolidate, gather, write_parts
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.skipif(sys.platform == "win32", reason="gloo")]
 PICTURES = 18
+RECORDED = [dict(type="ShardingRecord")]
+AVERAGED = {  # plain steps: Adam's first ones follow the sign of a gradient, however small
+    "optim_wrapper.optimizer": dict(_delete_=True, type="SGD", lr=0.1, momentum=0.9),
+    "custom_hooks": [*RECORDED, dict(type="EMAHook", momentum=0.3, begin_iter=2, update_buffers=True)],
+}
 EQUAL = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +117,7 @@ def config(folder, *, world, kind="Runner", **options):
             ),
             param_scheduler=[dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=4)],
             default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2)),
-            custom_hooks=[dict(type="ShardingRecord")],
+            custom_hooks=RECORDED,
             log_level="ERROR",
             randomness=dict(seed=0),
             env_cfg=dict(dist_cfg=dict(backend="gloo")),
@@ -117,7 +126,7 @@ def config(folder, *, world, kind="Runner", **options):
     if world > 1 and kind == "Runner":
         cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     cfg.merge_from_dict(options)
-    return cfg
+    return Config(cfg.to_dict(), format_python_code=False)  # formatting takes longer than training
 
 
 def run(folder, *, resume=None, **options):
@@ -132,10 +141,11 @@ def run(folder, *, resume=None, **options):
 
 def facts(model):
     """What this process holds after a training, what is gathered together, and in which types."""
+    weights = dict(state_dict=model.state_dict())
     block = model.backbone.encoder.blocks[2]
     found = dict(
         local={name: tuple(p.to_local().shape) for name, p in block.named_parameters()},
-        whole={type(value) for value in model.state_dict().values()},
+        whole={type(value) for value in gather(weights)["state_dict"].values()},
         units=[name for name, module in model.named_modules() if isinstance(module, FSDPModule)],
     )
     block.unshard()
@@ -155,6 +165,9 @@ def two_processes(rank, port, folder):
     recompute = {"model.backbone.grad_checkpointing": True, "model.grad_checkpointing": True}
     bfloat16 = {"optim_wrapper.type": "BFloat16OptimWrapper"}
     frozen = {"model.backbone.frozen_stages": 2}
+    without_buffers = [*RECORDED, dict(type="EMAHook", momentum=0.3, begin_iter=2)]  # there are none in the files
+    parts = AVERAGED | dict(sharded_checkpoints=True, custom_hooks=without_buffers)
+    parts["default_hooks.checkpoint"] = dict(type="SafeCheckpointHook", interval=1, max_keep_ckpts=2)
     for name, options in {
         "ddp": dict(world=2),
         "sharded": sharded,
@@ -164,6 +177,11 @@ def two_processes(rank, port, folder):
         "sharded_frozen": sharded | frozen,
         "ddp_bfloat16": dict(world=2) | bfloat16,
         "sharded_bfloat16": sharded | bfloat16 | recompute,
+        "ddp_averaged": dict(world=2) | AVERAGED,
+        "sharded_averaged": sharded | AVERAGED,
+        "resumed_averaged": sharded | AVERAGED | dict(resume=folder / "ddp_averaged" / "iter_2.pth"),
+        "parts": sharded | parts,
+        "resumed_parts": sharded | AVERAGED | dict(resume=folder / "parts" / "iter_3.pth"),
     }.items():
         runner = run(folder / name, **options)
         records[name] = runner.record
@@ -172,8 +190,12 @@ def two_processes(rank, port, folder):
     cfg = config(folder / "sync_bn", world=2, kind="ShardedRunner", sync_bn="torch")
     with pytest.raises(ConfigError, match="sync_bn is set"):
         ShardedRunner.from_cfg(cfg)
-    runner = ShardedRunner.from_cfg(config(folder / "ema", **sharded, custom_hooks=[dict(type="EMAHook")]))
-    with pytest.raises(ConfigError, match="EMAHook averages"):
+    records["parts"]["folders"] = sorted(path.name for path in (folder / "parts").glob("*.parts"))
+    # a kill before the file is there: its parts are, and belong to none
+    write_parts(dict(state_dict=runner.model.state_dict()), folder / "parts" / "iter_5.pth")
+    runner = ShardedRunner.from_cfg(config(folder / "published", **sharded, **parts))
+    runner.hooks[-1].published_keys = ["state_dict"]
+    with pytest.raises(ConfigError, match="publishes nothing"):
         runner.train()
     # without training
     cfg = config(folder / "evaluated", **sharded, load_from=str(folder / "sharded" / "iter_4.pth"))
@@ -310,3 +332,74 @@ def test_one_process_needs_no_sharding(results, tmp_path):
     _, _, alone = results
     record = run(tmp_path / "one", world=1, kind="ShardedRunner").record
     assert record["loss"] == alone["loss"]
+
+
+def equal_files(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for part in ("state_dict", "ema_state_dict"):
+        assert describe(ours[part]) == describe(theirs[part])
+        for name, value in theirs[part].items():
+            assert_close(ours[part][name], value, rtol=1e-6, atol=1e-6)
+    assert describe(ours["optimizer"]) == describe(theirs["optimizer"])
+    for mine, other in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True):
+        assert_close(mine["momentum_buffer"], other["momentum_buffer"], **EQUAL)
+
+
+def test_averages_equal_those_of_replicated_training(results):
+    """Also what is evaluated, which is the average, and the weights that training goes on with."""
+    ranks, folder, _ = results
+    for step in (2, 4):
+        equal_files(read(folder, "sharded_averaged", step), read(folder, "ddp_averaged", step))
+    saved = read(folder, "sharded_averaged", 4)
+    distances = [(saved["state_dict"][k] - saved["ema_state_dict"][f"module.{k}"]).norm() for k in saved["state_dict"]]
+    assert max(distances) > 1e-3  # an average it is
+    assert_close(scores(ranks[0]["sharded_averaged"]), scores(ranks[0]["ddp_averaged"]), **EQUAL)
+
+
+def test_averages_resume_both_ways(results, tmp_path):
+    _, folder, _ = results
+    expected = read(folder, "ddp_averaged", 4)
+    equal_files(read(folder, "resumed_averaged", 4), expected)
+    run(tmp_path / "continued", world=1, resume=folder / "sharded_averaged" / "iter_2.pth", **AVERAGED)
+    equal_files(read(tmp_path, "continued", 4), expected)
+
+
+def test_parts_make_the_file_of_a_plain_run(results, tmp_path):
+    _, folder, _ = results
+    part = str(folder / "parts" / "iter_4.pth")
+    assert find_checkpoint(part, str(folder / "parts")) == part  # what --resume asks
+    consolidate(folder / "parts" / "iter_4.pth", tmp_path / "whole.pth")
+    whole = torch.load(tmp_path / "whole.pth", weights_only=False)
+    equal_files(whole, read(folder, "ddp_averaged", 4))
+    assert whole["state_dict"]._metadata == read(folder, "ddp_averaged", 4)["state_dict"]._metadata
+    with pytest.raises(CheckpointError, match="its weights are in it"):
+        consolidate(tmp_path / "whole.pth", tmp_path / "again.pth")
+    (tmp_path / "alone.pth").write_bytes((folder / "parts" / "iter_4.pth").read_bytes())
+    with pytest.raises(CheckpointError, match="keep the two together"):
+        consolidate(tmp_path / "alone.pth", tmp_path / "again.pth")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parts_are_resumed(results, tmp_path, world):
+    _, folder, _ = results
+    if world == 1:
+        options = dict(world=1, kind="ShardedRunner", resume=folder / "parts" / "iter_3.pth")
+        run(tmp_path / "resumed_parts", **options, **AVERAGED)
+    equal_files(read(tmp_path if world == 1 else folder, "resumed_parts", 4), read(folder, "ddp_averaged", 4))
+
+
+def test_parts_are_kept_and_removed_with_their_files(results):
+    """What a kill left without its file changes nothing."""
+    ranks, folder, _ = results
+    files = sorted(path.name for path in (folder / "parts").glob("*.pth"))
+    parts = ranks[0]["parts"]["folders"]
+    assert files == ["iter_3.pth", "iter_4.pth"]
+    assert [name.rsplit(".", 2)[0] for name in parts] == files
+    assert len(list((folder / "parts").glob("iter_5.pth.*.parts"))) == 1
+    assert (folder / "parts" / "last_checkpoint").read_text() == str(folder / "parts" / "iter_4.pth")
+    whole = (folder / "sharded_averaged" / "iter_4.pth").stat().st_size
+    assert (folder / "parts" / "iter_4.pth").stat().st_size < 0.6 * whole
+    stored = dcp.FileSystemReader(folder / "parts" / parts[1]).read_metadata().state_dict_metadata
+    for part in ("state_dict['", "optimizer['state'][0]['momentum_buffer", "ema_state_dict['module."):
+        name = next(name for name in stored if name.startswith(part))
+        assert len(stored[name].chunks) == 2  # each process wrote a half

@@ -9,14 +9,11 @@ python tools/train.py CONFIG --resume                    # the latest checkpoint
 import argparse
 import os
 
-from mmengine.dist import broadcast_object_list
-from mmengine.runner import find_latest_checkpoint
-
 from pe_spatial import cli
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.determinism import make_deterministic
-from pe_spatial.integrations.safety import highest, make_safe
+from pe_spatial.integrations.safety import check_whole, find_checkpoint, highest, make_safe
 
 
 def restarted() -> bool:
@@ -44,12 +41,11 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.config} has no auto_scale_lr.base_batch_size to scale the learning rate from")
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        names = [find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume]
-        broadcast_object_list(names)  # one checkpoint for all processes
-        (checkpoint,) = names
+        checkpoint = find_checkpoint(args.resume, cfg.work_dir)
         if checkpoint:  # otherwise the run begins as its config says, with its load_from
-            cli.check_training_checkpoint(checkpoint)
             cfg.resume, cfg.load_from = True, checkpoint
+    if not cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
+        check_whole(cfg.load_from)
     make_safe(cfg, non_finite_steps=args.non_finite_steps)
     if args.deterministic:
         make_deterministic(cfg, args.seed or 0)

@@ -1,27 +1,34 @@
 """What lets a run survive days: files that are whole or absent, a stop that saves, losses that are numbers.
 
-`make_safe` puts it into any config; tools/train.py calls it.
+`make_safe` puts it into any config, `find_checkpoint` finds what to resume; tools/train.py calls both.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
-from collections.abc import Iterator
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_reduce, is_distributed, is_main_process
+from mmengine.dist import all_reduce, broadcast_object_list, get_rank, is_distributed, is_main_process
 from mmengine.fileio.backends import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.registry import HOOKS, LOOPS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.logging import print_log
+from mmengine.registry import FUNCTIONS, HOOKS, LOOPS
+from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
 
-from pe_spatial.encoder.files import some
+from pe_spatial.encoder.files import CheckpointError, read_checkpoint, some
 from pe_spatial.errors import TrainingError
 from pe_spatial.writing import replacing
+
+from .determinism import seed_everything
 
 EXIT_AGAIN = 75
 """Exit code of a run that was told to stop and saved its state: sysexits.h's EX_TEMPFAIL, 'try again'."""
@@ -40,6 +47,88 @@ class AtomicLocalBackend(LocalBackend):
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         """Write text as `put` does."""
         self.put(obj.encode(encoding), filepath)
+
+
+def check_whole(path: str | Path) -> None:
+    """Raise CheckpointError if a checkpoint is cut short or holds other bytes than were written.
+
+    torch.save writes a zip file with the CRC-32 of every record, which torch.load does not look at: it takes weights
+    with flipped bits as they are. Files of other formats hold no checksum and pass. Takes 0.3 s for a GB.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises half a dozen types for broken files
+        damaged = error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged: not the bytes that were written ({damaged}); take an older checkpoint, or copy it anew"
+        )
+
+
+def find_checkpoint(source: str, work_dir: str) -> str | None:
+    """Return a checkpoint that a run can go on from, the same on all processes; None for a run that has none yet.
+
+    Its first process reads it whole, the others look whether it is there.
+
+    Args:
+        source: a file, or 'auto' for the latest one of `work_dir`. Where that is damaged, the next older one beside it
+            is taken, with a warning, so that a run goes on after a crash without a person.
+        work_dir: of the run.
+
+    Raises CheckpointError, on all processes, if the file or all of them are damaged.
+    """
+    found: list[str | None] = [None, None]  # the checkpoint or the error
+    if is_main_process():
+        try:
+            found[0] = _latest_whole(work_dir) if source == "auto" else _whole(source)
+        except CheckpointError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    checkpoint, error = found
+    if error is not None:
+        raise CheckpointError(error)
+    if checkpoint is not None and not is_main_process():
+        _check_state(checkpoint)
+    return checkpoint
+
+
+def _latest_whole(work_dir: str) -> str | None:
+    latest = find_latest_checkpoint(work_dir)
+    if latest is None:
+        return None
+    others = [p for p in Path(latest).parent.glob("*.pth") if re.fullmatch(r"(iter|epoch)_\d+", p.stem)]
+    others.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+    errors = []
+    for path in (latest, *(str(p) for p in others if p != Path(latest))):
+        try:
+            found = _whole(path)
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            for error in errors:
+                print_log(f"{error}: this run goes on from {path}", "current", logging.WARNING)
+            return found
+    raise CheckpointError(f"{errors[0]}; none of the {len(errors) - 1} beside it is whole either")
+
+
+def _whole(path: str) -> str:
+    _check_state(path)
+    check_whole(path)
+    return path
+
+
+def _check_state(path: str) -> None:
+    """Raise CheckpointError unless a run can be resumed from `path`, and without running code.
+
+    mmengine falls back to unpickling without restriction, so this comes first.
+    """
+    meta = read_checkpoint(path).rest.get("meta")
+    if not isinstance(meta, Mapping) or "iter" not in meta:
+        raise CheckpointError(f"{path} holds no state of a run; give a checkpoint that tools/train.py wrote")
 
 
 @HOOKS.register_module()
@@ -234,6 +323,23 @@ def _without_first(dataloader: torch.utils.data.DataLoader[Any], number: int) ->
         object.__setattr__(dataloader, "batch_sampler", batches)
 
 
+@FUNCTIONS.register_module()
+def start_worker(_: int, *, rank: int) -> None:
+    """Seed a data worker, and have it heed the signals of `StopOnSignal` from its own run alone.
+
+    A scheduler sends them to every process of a job, and without workers the run could not finish the step and save.
+    """
+    seed_everything(torch.initial_seed(), rank)
+    signal.pthread_sigmask(signal.SIG_BLOCK, StopOnSignal.signals)
+    threading.Thread(target=_wait_for_the_run, daemon=True).start()
+
+
+def _wait_for_the_run() -> None:
+    while signal.sigwaitinfo(StopOnSignal.signals).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 WORKER_TIMEOUT = 600
 """Seconds after which a data worker that gives nothing counts as hanging."""
 
@@ -259,3 +365,4 @@ def make_safe(cfg: Config, *, non_finite_steps: int = 1) -> None:
     loader = cfg.get("train_dataloader") or {}
     if loader.get("num_workers"):
         loader.setdefault("timeout", WORKER_TIMEOUT)
+        loader.setdefault("worker_init_fn", dict(type="start_worker", rank=get_rank()))
