@@ -2,8 +2,9 @@
 
 Every operation of a real forward and backward pass runs on tensors without data, and a ledger follows the storages
 that are alive, as they would be on a GPU: attention keeps what the fused kernels keep, autocast casts what it casts on
-CUDA, deformable attention keeps what MMCV's kernel keeps, and checkpointed blocks run again. Parts whose course depends
-on values (the choice of proposals, the matching) are replaced by their fixed numbers of boxes.
+CUDA, deformable attention keeps what MMCV's kernel keeps, and checkpointed blocks run again. The losses are the
+models' own, on an example batch. Where the course depends on values, the plan takes the most that can come: proposals
+up to their number, samplers with full quotas, every pixel valid.
 
 Not seen: what kernels allocate inside, the CUDA context, cuBLAS's and NCCL's buffers, and what the allocator wastes.
 """
@@ -11,11 +12,13 @@ Not seen: what kernels allocate inside, the CUDA context, cuBLAS's and NCCL's bu
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.modules.utils import _pair
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -151,7 +155,18 @@ _TO_BFLOAT16 = {
 _TO_FLOAT32 = {
     F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, Tensor.softmax, F.cross_entropy, Tensor.sum,
     torch.sum, torch.norm, Tensor.norm, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp, F.mse_loss, F.l1_loss,
+    F.binary_cross_entropy_with_logits,
 }  # fmt: skip
+
+# What is read from tensors without values. MMCV asserts that shapes agree; averages are divided by a number; DETA reads
+# the sizes of levels, for `select_proposals` alone; samplers call `unique` on what has no duplicates.
+_READ = {
+    Tensor.__bool__: lambda _: True,
+    Tensor.__int__: lambda _: 1,
+    Tensor.item: lambda _: 1.0,
+    Tensor.tolist: lambda x: [0] * len(x),
+    Tensor.unique: lambda x: x,
+}
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -164,13 +179,13 @@ class _AsOnCuda(TorchFunctionMode):
         self._on = False
         self._outer: list[bool] = []
         self._cast: dict[Tensor, Tensor] = {}  # autocast casts a weight once
-        self._blocks = _blocks(model) if bfloat16 else []
-        self._of_blocks = {p for block in self._blocks for p in block.parameters()}
+        self._modules = list(model.modules()) if bfloat16 else []
+        self._ran: dict[nn.Module, bool] = {}  # under autocast or not
+        self._of_blocks = {p for block in _blocks(model) for p in block.parameters()}
 
     def __enter__(self) -> _AsOnCuda:
-        # A checkpointed block runs again in the backward pass, under the autocast of its first run.
-        self._hooks = [block.register_forward_pre_hook(lambda *_: self._push(True)) for block in self._blocks]
-        self._hooks += [block.register_forward_hook(lambda *_: self._pop(), always_call=True) for block in self._blocks]
+        self._hooks = [module.register_forward_pre_hook(self._enter_module) for module in self._modules]
+        self._hooks += [x.register_forward_hook(lambda *_: self._pop(), always_call=True) for x in self._modules]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -186,6 +201,11 @@ class _AsOnCuda(TorchFunctionMode):
             yield
         finally:
             self._pop()
+
+    def _enter_module(self, module: nn.Module, _: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # no backward pass
+            self._ran[module] = self._on
+        self._push(self._ran[module])  # in the backward pass a checkpointed module runs as it did in the forward pass
 
     def _push(self, on: bool) -> None:
         self._outer.append(self._on)
@@ -204,10 +224,8 @@ class _AsOnCuda(TorchFunctionMode):
             args, kwargs = tree_map(_to_float32, (args, kwargs))
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if func is Tensor.__bool__ and args[0].is_meta:  # MMCV asserts that shapes agree
-            return True
-        if func is Tensor.tolist and args[0].is_meta:  # DETA reads the sizes of levels, for `select_proposals` alone
-            return [0] * len(args[0])
+        if func in _READ and args[0].is_meta:
+            return _READ[func](args[0])
         return func(*args, **kwargs)
 
     def _to_bfloat16(self, x: Any) -> Any:
@@ -226,28 +244,44 @@ def _to_float32(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """The kernels that CUDA chooses; both keep q, k, v, the output and a logarithm for each query and head."""
     if attn_mask is None and q.dtype != torch.float32:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
     bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p)[0]
 
 
-def measure_step(model: nn.Module, batch: int, size: Sequence[int], *, bfloat16: bool) -> Step:
+OBJECTS = 20
+"""Of a picture, if nothing else is said; COCO's have 7 on average."""
+
+
+def measure_step(
+    model: nn.Module,
+    batch: int,
+    size: Sequence[int],
+    *,
+    bfloat16: bool,
+    frames: int | None = None,
+    objects: int = OBJECTS,
+) -> Step:
     """Run a training step of `model`, which lies on the meta device, and return what it takes.
 
     Args:
-        batch: pictures.
+        batch: pictures, or clips.
         size: (H, W) of the pictures when they reach the model, in pixels.
         bfloat16: whether the training runs under autocast; DETA's float32 parts stay float32.
+        frames: of a clip, for models that train on clips.
+        objects: annotated in each picture or clip.
+
+    Raises RuntimeError or TypeError for models whose losses do not run without values.
     """
     model.train()
-    images = torch.empty(batch, 3, *size, device="meta")
+    images = torch.empty(batch, *([frames] if frames else []), 3, *size, device="meta")
     ledger = Ledger(model)
     with ExitStack() as replaced, ledger, _AsOnCuda(model, ledger, bfloat16) as cuda:
         replaced.enter_context(_autocast_on_meta(cuda))
-        loss, counted = _loss(model, images, cuda, replaced)
+        loss, counted = _loss(model, images, objects, cuda, replaced)
         saved, forward = ledger.alive.total(), dict(ledger.flops)
         # torch.autograd.backward would leave the mode of functions, and blocks that run again would not be in it
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
@@ -266,26 +300,26 @@ def _autocast_on_meta(cuda: _AsOnCuda) -> Any:
     return mock.patch("torch.autocast", autocast)
 
 
-def _loss(model: nn.Module, images: Tensor, cuda: _AsOnCuda, replaced: ExitStack) -> tuple[Tensor, str]:
+def _loss(model: nn.Module, images: Tensor, objects: int, cuda: _AsOnCuda, replaced: ExitStack) -> tuple[Tensor, str]:
     """Run the forward pass and return a sum that the backward pass can start from, and the names of what ran.
 
     Functions are replaced in `replaced`, which holds until the backward pass is over: checkpointing calls them again.
     """
-    kinds = {kind.__name__ for kind in type(model).__mro__}
+    kinds = [kind.__name__ for kind in type(model).__mro__]
     if "DETA" in kinds:
-        return _deta(model, images, cuda, replaced), "backbone, neck, transformer and heads"
+        return _deta(model, images, cuda, replaced), "backbone, neck, transformer, heads and focal losses"
+    example = next((_EXAMPLES[kind] for kind in kinds if kind in _EXAMPLES), None)
     with cuda.autocast():
-        if "DepthEstimator" in kinds:
-            return _sum(model.depth(images)), "backbone and depth head, without losses"
-        if hasattr(model, "decode_head"):
-            return _segmentor(model, images), "backbone, decode head and its loss"
+        if example is not None:
+            make, counted = example
+            replaced.enter_context(_most_of_everything())
+            losses = model(**make(images, objects), mode="loss")
+            return model.parse_losses(losses)[0], counted.format(objects=objects)
         if isinstance(model, PerceptionEncoder):
             return _sum(model(images)), "the encoder"
         levels = model.backbone(images)
         if getattr(model, "neck", None) is not None:
             levels = model.neck(levels)
-        if "TwoStageDetector" in kinds and model.train_cfg is not None:
-            return _two_stage(model, levels), "backbone, neck, proposals and RoI heads, without losses"
         if "SingleStageDetector" in kinds:
             return _sum(model.bbox_head(levels)), "backbone, neck and head, without losses"
         return _sum(levels), "backbone and neck; THE HEADS ARE NOT COUNTED"
@@ -295,44 +329,115 @@ def _sum(outputs: Any) -> Tensor:
     return torch.stack([x.float().sum() for x in tree_leaves(outputs) if isinstance(x, Tensor)]).sum()
 
 
-def _segmentor(model: nn.Module, images: Tensor) -> Tensor:
-    logits = F.interpolate(model.decode_head(model.extract_feat(images)), images.shape[-2:], mode="bilinear")
-    return F.cross_entropy(logits, torch.empty(len(images), *images.shape[-2:], dtype=torch.long, device="meta"))
+def _pixel_batch(name: str, dtype: torch.dtype, images: Tensor, _: int) -> dict[str, Any]:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = [SegDataSample(**{name: PixelData(data=image[:1].to(dtype))}) for image in images]
+    return dict(inputs=images, data_samples=samples)
+
+
+def _detection_batch(images: Tensor, objects: int) -> dict[str, Any]:
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    size = tuple(images.shape[-2:])
+    shapes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), size)
+    boxes, labels = images.new_empty(objects, 4), images.new_empty(objects, dtype=torch.long)
+    truth = InstanceData(bboxes=boxes, labels=labels, masks=boxes)  # whose masks nobody looks at, see `_cut_masks`
+    samples = [
+        DetDataSample(metainfo=dict(shapes, scale_factor=(1.0, 1.0)), gt_instances=truth, ignored_instances=truth[:0])
+        for _ in images
+    ]
+    return dict(inputs=images, data_samples=samples)
+
+
+def _clip_batch(clips: Tensor, objects: int) -> dict[str, Any]:
+    batch, frames, _, h, w = clips.shape
+    masks = torch.empty(batch, objects, frames, h, w, dtype=torch.bool, device=clips.device)
+    return dict(inputs=list(clips.to(torch.uint8)), masks=list(masks))
+
+
+# A class of models, or one of their bases -> what makes the arguments of its `forward` from images (B, 3, H, W) or
+# clips (B, T, 3, H, W) and a number of objects, and what of the model that counts.
+_EXAMPLES: dict[str, tuple[Callable[[Tensor, int], dict[str, Any]], str]] = {
+    "DepthEstimator": (partial(_pixel_batch, "gt_depth_map", torch.float32), "backbone, depth head and losses"),
+    "EncoderDecoder": (partial(_pixel_batch, "gt_sem_seg", torch.long), "backbone, decode head and its loss"),
+    "TwoStageDetector": (
+        _detection_batch,
+        "backbone, neck, proposals, RoI heads and losses with {objects} objects on a picture and full samplers; not "
+        "what NMS and RoIAlign use inside, and targets of masks are cut on the CPU, as from polygons",
+    ),
+    "PESAM2": (
+        _clip_batch,
+        "encoder, tracker and losses with {objects} objects in a clip, and as many prompts and clicks as can be drawn",
+    ),
+}
+
+
+@contextmanager
+def _most_of_everything() -> Iterator[None]:
+    """Let what depends on values take the most that can come: `nonzero` finds everything, NMS keeps its number."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True))
+        for name, replacement in _REPLACED.items():
+            if name.rpartition(".")[0].rpartition(".")[0] in sys.modules:
+                stack.enter_context(mock.patch(name, replacement))
+        yield
+
+
+def _keep_proposals(self: nn.Module, results: Any, cfg: Any, *_: Any, **__: Any) -> Any:  # noqa: ARG001
+    return results[: cfg.max_per_img]
+
+
+def _sample_each_once(self: Any, assigned: Any, predicted: Any, objects: Any, **_: Any) -> Any:  # noqa: ARG001
+    from mmdet.models.task_modules.samplers import SamplingResult
+
+    boxes = predicted.priors
+    every = torch.arange(len(boxes), device=boxes.device)
+    flags = boxes.new_zeros(len(boxes), dtype=torch.uint8)
+    return SamplingResult(every, every[:0], boxes, objects.bboxes, assigned, flags, avg_factor_with_neg=False)
+
+
+def _keep_boxes(self: nn.Module, sampling_results: Sequence[Any], *_: Any) -> list[Any]:  # noqa: ARG001
+    from mmengine.structures import InstanceData
+
+    return [InstanceData(bboxes=sample.priors) for sample in sampling_results]
+
+
+def _cut_masks(boxes: Tensor, indices: Tensor, masks: Any, cfg: Any) -> Tensor:  # noqa: ARG001
+    return boxes.new_empty(len(boxes), *_pair(cfg.mask_size))
+
+
+def _pool_regions(self: nn.Module, levels: Sequence[Tensor], rois: Tensor) -> Tensor:
+    return _PoolRegions.apply(len(rois), _pair(self.roi_layers[0].output_size), *levels)
+
+
+def _most_clicks(self: Any, frames: int, _: Any) -> Any:
+    return self.most(frames)
+
+
+_REPLACED = {
+    "mmdet.models.dense_heads.rpn_head.RPNHead._bbox_post_process": _keep_proposals,
+    "mmdet.models.task_modules.samplers.PseudoSampler.sample": _sample_each_once,
+    "mmdet.models.roi_heads.bbox_heads.BBoxHead.refine_bboxes": _keep_boxes,
+    "mmdet.models.roi_heads.roi_extractors.SingleRoIExtractor.forward": _pool_regions,
+    "mmdet.structures.mask.mask_target.mask_target_single": _cut_masks,
+    "pe_spatial.tracking.sam2_training.Prompting.draw": _most_clicks,
+}
 
 
 class _PoolRegions(torch.autograd.Function):
     """RoIAlign without values: it keeps the boxes alone, and its gradient is one of each level."""
 
     @staticmethod
-    def forward(ctx: Any, number: int, side: int, *levels: Tensor) -> Tensor:
+    def forward(ctx: Any, number: int, size: tuple[int, int], *levels: Tensor) -> Tensor:
         ctx.shapes = [level.shape for level in levels]
-        return levels[0].new_empty(number, levels[0].shape[1], side, side)
+        return levels[0].new_empty(number, levels[0].shape[1], *size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, None, *[grad.new_empty(shape) for shape in ctx.shapes]
-
-
-def _two_stage(model: nn.Module, levels: Sequence[Tensor]) -> Tensor:
-    """Proposals, then each RoI head on as many boxes as its sampler takes; masks on the positive ones."""
-    outputs = [model.rpn_head(levels)]
-    batch, roi_head, stages = levels[0].shape[0], model.roi_head, model.train_cfg.rcnn
-    stages = list(stages) if isinstance(stages, Sequence) else [stages]
-    first = stages[0].sampler  # a cascade's later stages take the boxes of the first
-    used = levels[: len(_each(roi_head.bbox_roi_extractor)[0].featmap_strides)]
-    for head, extractor in zip(_each(roi_head.bbox_head), _each(roi_head.bbox_roi_extractor), strict=True):
-        side = extractor.roi_layers[0].output_size[0]
-        outputs.append(head(_PoolRegions.apply(batch * first.num, side, *used)))
-    if roi_head.with_mask:
-        positive = int(first.num * first.pos_fraction)
-        for head, extractor in zip(_each(roi_head.mask_head), _each(roi_head.mask_roi_extractor), strict=False):
-            side = extractor.roi_layers[0].output_size[0]
-            outputs.append(head(_PoolRegions.apply(batch * positive, side, *used)))
-    return _sum(outputs)
-
-
-def _each(module: nn.Module) -> Sequence[nn.Module]:
-    return module if isinstance(module, nn.ModuleList) else [module]
 
 
 class _SampleDeformably(torch.autograd.Function):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 from conftest import REPO, TINY
 
 pytest.importorskip("mmseg")
@@ -72,6 +73,15 @@ def test_what_the_optimizer_makes_in_passing_must_fit(capsys, tmp_path, monkeypa
     assert rows[0]["largest_batch"] == 0
 
 
+def test_a_loss_that_needs_numbers_is_one_sentence(capsys, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        return torch.empty(1, device="meta").numpy()
+
+    monkeypatch.setattr(tool, "measure_step", measure)
+    with pytest.raises(ConfigError, match="cannot be planned: LinearProbe or its losses need numbers"):
+        plan(capsys, tmp_path, "--variants", "t16")
+
+
 def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
     config = tmp_path / "tiny.py"
     config.write_text(f"_base_ = {CONFIG!r}\nmodel = dict(backbone=dict(variant=dict(_delete_=True, **{vars(TINY)})))")
@@ -87,6 +97,24 @@ def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "size"),
+    [("configs/pe_spatial_dpt_nyu.py", (416, 544)), ("projects/nyu_depth/overfit_nyu.py", (192, 256))],
+)
+def test_size_of_depth_pictures_comes_from_their_augmentation(config, size):
+    assert tool.picture_size(tool.cli.read_config(str(REPO / config))) == size
+
+
+def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
+    pytest.importorskip("sam2")
+    options = ["--variants", "t16", "--gpus", "1", "--cfg-options", "model.tracker.grid=4"]
+    options += ["train_dataloader.dataset.pipeline.0.num_frames=3", "train_dataloader.dataset.pipeline.3.size=64"]
+    out, rows = plan(capsys, tmp_path, *options, config=str(REPO / "configs" / "pe_spatial_sam2_davis.py"))
+    assert "64 x 64 px, 1 clips of 3 frames on each of 1 GPUs" in out
+    assert [row["objects"] for row in rows] == [3, 3]
+    assert rows[0]["variant"] == "pe_spatial_t16_512"
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--variants", "t16,x"], "--variants has 'x'"),
@@ -94,6 +122,7 @@ def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
         (["--cfg-options", "model.data_preprocessor.size=None"], "give --size HEIGHT WIDTH"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--gpus", "0"], "--gpus is 0"),
+        (["--cfg-options", "train_dataloader=None"], "has no train_dataloader"),
     ],
 )
 def test_bad_input(options, words, capsys, tmp_path):

@@ -39,8 +39,9 @@ def configs(args: argparse.Namespace) -> dict[str, Config]:
             names = [name for name in VARIANTS if name == key or name.startswith(f"pe_spatial_{key}_")]
             if len(names) != 1:
                 raise ConfigError(f"--variants has {key!r}; give names such as t16, s16, b16, l14, g14 or {names}")
-            cfg.merge_from_dict({"model.backbone.variant": names[0]})
-        variant = cfg.model.backbone.get("variant", cfg.model.backbone.type)
+            cfg.merge_from_dict({f"model.{'tracker' if 'tracker' in cfg.model else 'backbone'}.variant": names[0]})
+        encoder = cfg.model.get("tracker") or cfg.model.backbone
+        variant = encoder.get("variant", encoder.get("type"))
         result[variant if isinstance(variant, str) else "own"] = cfg
     return result
 
@@ -50,19 +51,39 @@ def picture_size(cfg: Config) -> tuple[int, int]:
     preprocessor = cfg.model.get("data_preprocessor") or {}
     side = preprocessor.get("pad_size_divisor", 1)
     size = preprocessor.get("size") or (side, side)
-    if min(size) < 128:  # a divisor, no canvas
-        raise ConfigError(f"{cfg.filename} does not say how large pictures are; give --size HEIGHT WIDTH")
-    return tuple(size)
+    if min(size) >= 128:  # a canvas, no divisor
+        return tuple(size)
+    for step in reversed(cfg.train_dataloader.dataset.get("pipeline", ())):
+        if step.type == "DepthRandomCrop":
+            return tuple(step["size"])
+        if step.type == "ClipResize":
+            return (step["size"], step["size"])
+        if step.type == "Resize" and not step.get("keep_ratio"):
+            return tuple(step.scale[::-1])
+    raise ConfigError(f"{cfg.filename} does not say how large pictures are; give --size HEIGHT WIDTH")
+
+
+def annotated(cfg: Config) -> dict[str, int]:
+    """Return the frames and objects of a clip, if the config trains on clips."""
+    for step in cfg.train_dataloader.dataset.get("pipeline", ()):
+        if step.type == "LoadClip":
+            return dict(frames=step.num_frames, objects=step.max_objects)
+    return {}
 
 
 def rows(variant: str, cfg: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Plan one config: a row for each of whole or sharded weights, activations kept or recomputed; in bytes."""
-    if not cfg.get("optim_wrapper"):
-        raise ConfigError(f"{cfg.filename} has no optim_wrapper, so it trains nothing that could be planned")
+    for name in ("optim_wrapper", "train_dataloader"):
+        if not cfg.get(name):
+            raise ConfigError(f"{cfg.filename} has no {name}, so it trains nothing that could be planned")
     batch = args.batch_size or cfg.train_dataloader.batch_size
     size = tuple(args.size) if args.size else picture_size(cfg)
     bfloat16 = cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
-    model, optimizer = build_on_meta(cfg)
+    clip = annotated(cfg)
+    try:
+        model, optimizer = build_on_meta(cfg)
+    except ValueError as error:
+        raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
     buckets = args.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
     ways = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
     if args.gpus > 1:
@@ -70,7 +91,13 @@ def rows(variant: str, cfg: Config, args: argparse.Namespace) -> list[dict[str, 
     result = []
     for recomputed in (False, True):
         set_checkpointing(model, recomputed)
-        step, more = (measure_step(model, b, size, bfloat16=bfloat16) for b in (batch, batch + 1))
+        try:
+            step, more = (measure_step(model, b, size, bfloat16=bfloat16, **clip) for b in (batch, batch + 1))
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"{cfg.filename} cannot be planned: {type(model).__name__} or its losses need numbers to run on "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
         for way, weights in ways.items():
             activations, next_one = (
                 x.activations_without_copies if way == "FSDP" and bfloat16 else x.activations for x in (step, more)
@@ -79,7 +106,7 @@ def rows(variant: str, cfg: Config, args: argparse.Namespace) -> list[dict[str, 
             fitting = batch + (room - activations) // (next_one - activations)
             result.append(
                 dict(
-                    variant=variant, size=size, batch=batch, bfloat16=bfloat16, counted=step.counted,
+                    variant=variant, size=size, batch=batch, bfloat16=bfloat16, counted=step.counted, **clip,
                     number=sum(p.numel() for p in model.parameters()), weights=way, recomputed=recomputed,
                     parameters=weights.parameters, gradients=weights.gradients, optimizer=weights.states,
                     extra=weights.extra, update=weights.update, saved=step.saved, activations=activations,
@@ -119,24 +146,25 @@ def assumptions(row: Mapping[str, Any], args: argparse.Namespace) -> str:
     """Return what the numbers mean and stand on."""
     (h, w), batch = row["size"], row["batch"]
     precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
+    pictures = f"clips of {row['frames']} frames" if "frames" in row else "pictures"
     return f"""\
-{args.config}: {h} x {w} px, {batch} pictures on each of {args.gpus} GPUs of {args.gpu_memory:g} GB, {precision}.
+{args.config}: {h} x {w} px, {batch} {pictures} on each of {args.gpus} GPUs of {args.gpu_memory:g} GB, {precision}.
 Counted: {row["counted"]}.
 
 - Memory in GB (1e9 bytes) of one GPU. weights: whole on each GPU (DDP) or cut over all (FSDP, one unit for each block).
   extra: DDP's buckets; of FSDP what is gathered at a time. activations: the highest number alive, recomputed blocks
   included. total: the sum, or with what the optimizer makes in passing if that is more than the activations.
 - fits: total leaves {args.reserve:g} GB for the CUDA context, libraries' buffers and fragments.
-- TFLOP for a picture: products, convolutions and attention, each multiplication and addition one operation; step:
-  forward, backward and what is recomputed.
-- hours for {args.images} pictures at {args.efficiency:.0%} of {args.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
+- TFLOP for one of the {pictures}: products, convolutions and attention, each multiplication and addition one
+  operation; step: forward, backward and what is recomputed.
+- hours for {args.images} {pictures} at {args.efficiency:.0%} of {args.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
 {args.float32_rate:g} TFLOP/s in float32; without data loading,
   communication and validation.
 """
 
 
 def main(args: argparse.Namespace) -> None:
-    MMLogger.get_current_instance().setLevel("WARNING")  # mmengine tells of each parameter with a rate of its own
+    MMLogger.get_current_instance().setLevel("ERROR")  # mmengine tells of each parameter with its own rate or none
     for name in ("gpus", "batch_size", "images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
@@ -155,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--gpus", type=int, default=8, metavar="N", help="in all nodes together (default 8)")
     result.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one GPU (default 80)")
     result.add_argument("--reserve", type=float, default=4, metavar="GB", help="of it to leave free (default 4)")
-    result.add_argument("--batch-size", type=int, metavar="B", help="pictures on one GPU, if not the config's")
+    result.add_argument("--batch-size", type=int, metavar="B", help="pictures or clips on one GPU, if not the config's")
     result.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pictures, where no canvas says it")
     result.add_argument("--variants", metavar="T16,S16", help="one plan for each: t16, s16, b16, l14, g14")
     result.add_argument(
