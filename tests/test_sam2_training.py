@@ -166,8 +166,10 @@ def test_single_frames_always_get_clicks():
         assert plan.prompts[0] != "mask"
 
 
-def test_short_clips_have_no_more_prompts_than_frames():
-    assert all(set(plan.prompts) <= {0, 1} for plan in plans(2, prompted_frames=4, corrected_frames=4))
+def test_short_clips_keep_a_frame_to_track():
+    drawn = plans(3, prompted_frames=4, corrected_frames=4)
+    assert {len(plan.prompts) for plan in drawn} == {1, 2}
+    assert {len(plan.corrections) for plan in drawn} == {0, 1, 2, 3}
 
 
 def test_frames_to_prompt_and_to_correct_that_do_not_fit():

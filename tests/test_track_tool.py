@@ -152,5 +152,5 @@ def test_prompts_that_contradict_or_lack(track, tmp_path):
 def test_a_config_without_a_tracker(track, tmp_path):
     (tmp_path / "config.py").write_text("model = dict()\n")
     args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, config=str(tmp_path / "config.py"))
-    with pytest.raises(ConfigError, match="has no model.tracker"):
+    with pytest.raises(ConfigError, match=r"has no model\.tracker"):
         track["main"](args)

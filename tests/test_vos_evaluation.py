@@ -468,3 +468,24 @@ def test_metric_of_several_processes_loses_and_repeats_no_video(tmp_path, monkey
     alone.process(None, map(sample, names))
     assert scores == alone.compute_metrics(alone.results)
     assert abs(scores["J-Mean"] - (3 + 2 / 6) / 4) < 1e-12
+
+
+def test_masks_are_written_without_annotations(tmp_path):
+    """For a server; both kinds of masks, under Runner's evaluator."""
+    pytest.importorskip("mmengine")
+    import torch
+    from mmengine.evaluator import Evaluator
+
+    import pe_spatial.tracking.metric  # noqa: F401  (registers)
+
+    masks = [np.eye(3, dtype=np.uint8), torch.ones(3, 3, dtype=torch.uint8)]
+    objects = [{7: np.eye(3, dtype=bool)}, {}]
+    evaluator = Evaluator(dict(type="MaskWriter", save_dir=str(tmp_path)))
+    frames = ["00000", "00001"]
+    evaluator.process([dict(video="a", frames=frames, pred_masks=masks)], None)
+    evaluator.process([dict(video="b", frames=frames, pred_masks=objects)], None)
+    assert evaluator.evaluate(2) == {"vos/videos": 2}
+    for frame, mask in zip(frames, masks, strict=True):
+        assert (read_mask(tmp_path / "a" / f"{frame}.png") == np.asarray(mask)).all()
+    assert (read_mask(tmp_path / "b/007/00000.png") == np.eye(3)).all()
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000.png", "00000.png", "00001.png"]

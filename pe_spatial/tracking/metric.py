@@ -1,4 +1,4 @@
-"""J&F of videos that are predicted under mmengine's Runner."""
+"""What becomes of videos that are predicted under mmengine's Runner: J&F, or files to send to a server."""
 
 from __future__ import annotations
 
@@ -106,6 +106,40 @@ class JandFMetric(BaseMetric):
             if count:
                 print_log(f"{count} {COUNTS[name]}", logger="current")
         return evaluation.global_results
+
+
+@METRICS.register_module()
+class MaskWriter(BaseMetric):
+    """Write masks and score nothing, for sets whose annotations a server keeps (MOSE, YouTube-VOS, DAVIS' test-dev).
+
+    Data samples are those of `JandFMetric`.
+
+    Args:
+        save_dir: folder for <video>/<frame>.png or, of masks by object, <video>/<object>/<frame>.png with three digits.
+        options: those of mmengine's `BaseMetric`.
+    """
+
+    default_prefix = "vos"
+
+    def __init__(self, *, save_dir: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.save_dir = Path(save_dir)
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
+        """Write the masks of each video."""
+        for sample in data_samples:
+            folder = self.save_dir / sample["video"]
+            for frame, masks in zip(sample["frames"], sample["pred_masks"], strict=True):
+                if not isinstance(masks, Mapping):
+                    write_mask(folder / f"{frame}.png", _array(masks))
+                    continue
+                for i, mask in masks.items():
+                    write_mask(folder / f"{i:03d}" / f"{frame}.png", _array(mask).astype(np.uint8))
+            self.results.append(sample["video"])
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """Return how many videos there are."""
+        return {"videos": len(results)}
 
 
 def _array(mask: Any) -> np.ndarray:

@@ -268,7 +268,21 @@ def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and th
         backbone_stride=stride,
         **{**RELEASE_FLAGS, **(flags or {})},
     )
+    _begin_in_place(model.memory_attention)
     return model.eval()
+
+
+def _begin_in_place(attention: nn.Module) -> None:
+    """Let every place begin by reading the same place of each memory; weights of a trained tracker overwrite it.
+
+    Rotary positions turn constants in queries and keys into a preference for what is near. Ours: from random weights
+    attention reads all places alike, and finds out very late that masks move little from frame to frame.
+    """
+    with torch.no_grad():
+        for layer in attention.layers:
+            for projection in (layer.cross_attn_image.q_proj, layer.cross_attn_image.k_proj):
+                projection.bias.zero_()
+                projection.bias[0::2] = 2.0  # real parts; a logit of about 4 / sqrt(d) for each rotary frequency
 
 
 def _class(cls: str | type[SAM2Base]) -> type[SAM2Base]:

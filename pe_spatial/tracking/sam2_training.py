@@ -60,7 +60,7 @@ class Prompting:
         """Draw the prompts of a clip; equal generators give equal plans, whatever the clip shows."""
         single = frames == 1
         clicks = rng.random() < (1.0 if single else self.clicks)
-        prompted = 1 if single else min(self.prompted_frames, frames)
+        prompted = 1 if single else min(self.prompted_frames, frames - 1)  # one is left to be tracked
         corrected = 1 if single else min(self.corrected_frames, frames)
         if prompted > 1:
             prompted = int(rng.integers(1, prompted, endpoint=True))
@@ -78,6 +78,12 @@ class Prompting:
             where = first + rng.choice(others, corrected - prompted, replace=False).tolist()
         order = [t for t in processing_order(frames, prompts) if t in where]
         return Plan(prompts, {t: tuple(self._ignores(rng) for _ in range(self.corrections)) for t in order})
+
+    def most(self, frames: int) -> Plan:
+        """Return the plan that takes the most memory of those that `draw` may give."""
+        prompts = dict.fromkeys(range(min(self.prompted_frames, frames)), "click" if self.clicks else "mask")
+        corrected = dict.fromkeys(range(min(self.corrected_frames, frames)), (False,) * self.corrections)
+        return Plan(prompts, corrected if self.clicks else {})
 
     def _ignores(self, rng: np.random.Generator) -> bool:
         return self.from_truth > 0 and bool(rng.random() < self.from_truth)

@@ -124,8 +124,7 @@ class PESAM2(BaseModel):
             )
         images = (torch.stack(list(inputs)) - self._mean) / self._std
         targets = torch.cat(list(masks)).transpose(0, 1)  # (T, N, S, S)
-        counts = torch.tensor([len(objects) for objects in masks], device=targets.device)
-        clip_of = torch.arange(len(masks), device=targets.device).repeat_interleave(counts)
+        clip_of = torch.tensor([i for i, objects in enumerate(masks) for _ in objects], device=targets.device)
         step = MessageHub.get_current_instance().get_info("iter", 0)
         plan = self.prompting.draw(len(targets), np.random.default_rng((self.seed, step)))
         return self.loss(

@@ -1,0 +1,24 @@
+# Label propagation by the encoder of synthetic.py, without any training, on the same clips: what training has to beat.
+#
+#   command   python tools/test.py projects/video_tracking/synthetic_zeroshot.py \
+#                 pe_spatial/synthetic/pe_synthetic_xs8_192.safetensors
+#   data      as synthetic.py
+#   hardware  one CPU core
+#   cost      TODO
+#   expected  TODO
+
+_base_ = '../../configs/pe_spatial_zeroshot_davis.py'
+
+data_root = 'work_dirs/video_world/'
+model = dict(
+    backbone=dict(
+        variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        init_cfg=None),
+    preset='aligned',
+    size=192)
+test_dataloader = dict(
+    dataset=dict(
+        data_root=data_root,
+        sequences=None,
+        data_prefix=dict(img_path='val', ann_path='instances/val')))
+test_evaluator = dict(ann_dir=data_root + 'instances/val')
