@@ -418,7 +418,8 @@ def results(tmp_path_factory):
 def differences(ranks, name, case):
     """By how much two processes miss one: each loss, and each gradient relative to its largest value.
 
-    Gradients that are zero but for rounding, such as those of biases of keys, are compared to a thousandth of the largest one.
+    Gradients that are zero but for rounding, such as those of biases of keys, are compared to a thousandth of the
+    largest one.
     """
     losses, gradients = train_step(case, 0, 1)
     ours, others = (rank[name] for rank in ranks[:2])

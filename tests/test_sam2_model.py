@@ -321,3 +321,24 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sam2.modeling.backbones.image_encoder", None)
     with pytest.raises(ConfigError, match=r"pip install --no-build-isolation sam2==1\.1\.0"):
         build_pe_sam2(TINY, 4, **SMALL)
+
+
+def test_memory_attention_begins_in_place():
+    """By itself, a fresh tracker reads the same place of a memory more than any other; else it would be 1 / 256 of each."""
+    torch.manual_seed(0)
+    config = replace(TINY, img_size=256)
+    model = build_pe_sam2(config, 16, **{**SMALL, "d_model": 128, "mem_dim": 32})
+    attention = model.memory_attention.layers[0].cross_attn_image
+    place = 5 * 16 + 9
+    with torch.no_grad():
+        torch.nn.init.eye_(attention.v_proj.weight)
+        torch.nn.init.eye_(attention.out_proj.weight)
+        attention.v_proj.bias.zero_()
+        values = torch.zeros(1, 256, 32)
+        values[0, place, 0] = 1
+        read = attention(q=torch.zeros(1, 256, 128), k=torch.zeros(1, 256, 32), v=values)[0, :, 0]
+        read -= attention.out_proj.bias[0]  # by every place, of this one
+    rows, columns = (torch.arange(256) // 16 - 5).abs(), (torch.arange(256) % 16 - 9).abs()
+    near, far = read[torch.maximum(rows, columns) <= 1].mean(), read[torch.maximum(rows, columns) > 4].mean()
+    assert read[place] == read.max() > 10 / 256
+    assert near > 5 * far

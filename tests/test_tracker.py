@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from PIL import Image
 from torch.testing import assert_close
@@ -305,3 +306,36 @@ def test_rates_of_the_second_stage(shared, tmp_path):
     assert neck == [pytest.approx(1e-2)] * len(neck) != []
     for layer, name in enumerate(("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight")):
         assert rates[encoder + name] == (pytest.approx(1e-3 * 0.9 ** (3 - layer)), 0.1)
+
+
+# -- recipes
+
+
+@pytest.mark.parametrize("name", ["stage1_frozen", "stage2_unfrozen"])
+def test_stages_draw_from_three_sets(shared, name):
+    """Each set in its own layout; here the same real sequences stand for all of them."""
+    cfg = Config.fromfile(REPO / "projects" / "video_tracking" / f"{name}.py")
+    assert cfg.param_scheduler[0].end == cfg.train_cfg.max_iters
+    first = name == "stage1_frozen"
+    assert (cfg.model.tracker.frozen, cfg.model.sam2_weights is not None) == (first, first)
+    repeated, *others = cfg.train_dataloader.dataset.datasets
+    prefix = dict(img_path="JPEGImages/480p", ann_path="Annotations/480p")
+    listed = shared / "data/video/ImageSets/full_gt.txt"
+    for one in (repeated.dataset, *others):
+        one.update(data_root=str(shared / "data/video"), data_prefix=prefix, sequences=str(listed))
+        one.pipeline[0].num_frames = 2
+    found = DATASETS.build(cfg.train_dataloader.dataset)
+    assert len(found) == (5 + 1 + 1) * len(listed.read_text().split())
+    item = found[len(found) - 1]
+    assert item["inputs"].shape == (2, 3, 1024, 1024)
+
+
+def test_pictures_are_clips_of_one_frame(shared):
+    cfg = Config.fromfile(REPO / "projects" / "video_tracking" / "images.py")
+    dataset = cfg.train_dataloader.dataset
+    prefix = dict(img_path="val2017", ann_path="annotations/instances_val2017.json")
+    dataset.update(data_root=str(shared / "data/detection/coco_tiny"), data_prefix=prefix)
+    found = DATASETS.build(dataset)[0]
+    assert found["inputs"].shape == (1, 3, 1024, 1024)
+    assert found["masks"].shape[1:] == (1, 1024, 1024)
+    assert found["masks"].flatten(1).any(1).all()

@@ -8,7 +8,7 @@
 #   expected  not measured yet
 #
 # Rates as in SAM 2's fine-tuning: 5e-6, 0.9 of it for each layer towards the encoder's input, and the neck as the rest.
-# Large encoders: --cfg-options runner_type=ShardedRunner find_unused_parameters=False cuts them over the GPUs.
+# Large encoders: --cfg-options runner_type=ShardedRunner cuts them over the GPUs.
 
 _base_ = 'stage1_frozen.py'
 
