@@ -1,25 +1,25 @@
 # SAM 2 on PE-Spatial, trained on DAVIS 2017: the encoder frozen, everything else from SAM 2.1, the neck new.
 #
 #   command   tools/dist_train.sh configs/pe_spatial_sam2_davis.py 8
-#             python tools/train.py configs/pe_spatial_sam2_davis.py                 (one GPU: set accumulation, see below)
 #             python tools/test.py configs/pe_spatial_sam2_davis.py work_dirs/pe_spatial_sam2_davis/iter_4000.pth
-#             python tools/track.py VIDEO --config configs/pe_spatial_sam2_davis.py --checkpoint FILE --box 1:... --out o.mp4
+#             python tools/track.py VIDEO --config configs/pe_spatial_sam2_davis.py --checkpoint CKPT --out MP4 --box ...
 #   data      data/davis/{JPEGImages,Annotations}/480p and ImageSets/2017/{train,val}.txt, or --data-root FOLDER
 #   hardware  8 GPUs, one clip each; memory and time from tools/plan.py in projects/video_tracking/README.md
 #   cost      4000 iterations of 8 clips of 8 frames; not measured yet
-#   expected  not measured yet. Nobody has published SAM 2 on PE; J&F on DAVIS 2017 val of others, all their authors':
-#             SAM 2.1-L 90.7, SAM 3 (its encoder is a PE that was not published) 92.2, PE-Spatial-B without any training 58.9
+#   expected  not measured yet. Nobody has published SAM 2 on PE. J&F of others on DAVIS 2017 val, all their authors':
+#             SAM 2.1-L 90.7; SAM 3, whose encoder is a PE that was not published, 92.2; PE-Spatial-B untrained 58.9
 #
 # Another size:    --cfg-options model.tracker.variant=pe_spatial_l14_448         (t16_512, s16_512, b16_512, g14_448)
-# Smaller images:  --cfg-options model.tracker.grid=32 train_dataloader.dataset.pipeline.3.size=512     (512 = 16 x grid)
-# From clicks:     tools/test.py ... --cfg-options model.prompt=click model.corrections=2               (or model.prompt=box)
+# Smaller images:  --cfg-options model.tracker.grid=32 train_dataloader.dataset.pipeline.3.size=512        (16 x grid)
+# From clicks:     tools/test.py ... --cfg-options model.prompt=click model.corrections=2       (or model.prompt=box)
+# Masks as files:  tools/test.py ... --cfg-options test_evaluator.save_dir=masks
 # One GPU:         --cfg-options optim_wrapper.accumulative_counts=8 train_cfg.max_iters=32000
-# EMA:             --cfg-options "custom_hooks=[dict(type='ResumeWithoutPretrained'),dict(type='EMAHook',momentum=1e-3)]"
+# Averaged:        custom_hooks = [*_base_.custom_hooks, dict(type='EMAHook', momentum=1e-3)] in a config on top
 # Without SAM 2.1: --cfg-options model.sam2_weights=None optim_wrapper.optimizer.lr=1e-4
 #
-# The training procedure, its losses and its augmentation are SAM 2's (tests/test_sam2_training.py); rates are those of its
-# fine-tuning on MOSE, 5e-6 for what comes from SAM 2.1, with ten times as much for the neck, which begins at random.
-# The second stage, in which the encoder learns too, is projects/video_tracking/stage2_unfrozen.py.
+# Procedure, losses and augmentation are SAM 2's (tests/test_sam2_training.py). Rates are those of its fine-tuning on
+# MOSE: 5e-6 for what comes from SAM 2.1; ten times as much for the neck, which begins at random. The second stage, in
+# which the encoder learns too, is projects/video_tracking/stage2_unfrozen.py.
 
 data_root = 'data/davis/'
 grid = 64

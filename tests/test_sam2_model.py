@@ -324,7 +324,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_memory_attention_begins_in_place():
-    """By itself, a fresh tracker reads the same place of a memory more than any other; else it would be 1 / 256 of each."""
+    """Positions alone make a fresh tracker read the same place of a memory most; else it would be 1 / 256 of each."""
     torch.manual_seed(0)
     config = replace(TINY, img_size=256)
     model = build_pe_sam2(config, 16, **{**SMALL, "d_model": 128, "mem_dim": 32})

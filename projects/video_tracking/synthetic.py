@@ -4,7 +4,7 @@
 #   command   python tools/render_synthetic.py work_dirs/video_world --train 600 --val 24 --frames 16 --duration 4 \
 #                 --size 192 192 --workers 2
 #             python tools/train.py projects/video_tracking/synthetic.py
-#             python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val  (what it has to beat)
+#             python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val
 #   data      600 clips of 16 frames, evaluated on 24 clips of other scenes
 #   hardware  two CPU cores
 #   cost      TODO
