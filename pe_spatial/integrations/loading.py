@@ -34,6 +34,15 @@ class DrawsAnother:
         )
 
 
+def log_skipped(known: set[str], kind: str, path: str, problem: Exception) -> None:
+    """Log once why a sample of training is left out, and how many of this kind there were in this process."""
+    if path not in known:
+        known.add(path)
+        print_log(
+            f"skipped ({len(known)} {kind} so far in this process): {problem}", logger="current", level=logging.WARNING
+        )
+
+
 @TRANSFORMS.register_module()
 class LoadPicture(BaseTransform):
     """Read a picture of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
@@ -68,20 +77,11 @@ class LoadPicture(BaseTransform):
             problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
             if not self.skip_broken:
                 raise problem from error
-            self._log_once(path, problem)
+            log_skipped(self.broken, "pictures", path, problem)
             return None
         results["img"] = image[..., ::-1]
         results["img_shape"] = results["ori_shape"] = image.shape[:2]
         return results
-
-    def _log_once(self, path: str, problem: Exception) -> None:
-        if path not in self.broken:
-            self.broken.add(path)
-            print_log(
-                f"skipped ({len(self.broken)} pictures so far in this process): {problem}",
-                logger="current",
-                level=logging.WARNING,
-            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(skip_broken={self.skip_broken})"

@@ -8,7 +8,6 @@ asked, keeps what it has read as long as it lives (one clip), and goes to data w
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.integrations.loading import DrawsAnother
+from pe_spatial.integrations.loading import DrawsAnother, log_skipped
 from pe_spatial.pictures import read_rgb
 
 from .evaluation import read_sequences
@@ -356,13 +355,7 @@ class LoadClip(BaseTransform):
         except DatasetError as error:
             if not (self.skip_broken or isinstance(error, _NoClipError)):
                 raise
-            if path not in self.skipped:
-                self.skipped.add(path)
-                print_log(
-                    f"skipped ({len(self.skipped)} videos so far in this process): {error}",
-                    logger="current",
-                    level=logging.WARNING,
-                )
+            log_skipped(self.skipped, "videos", path, error)
             return None
         return results
 
