@@ -2,7 +2,7 @@
 #
 #   command   tools/dist_train.sh configs/pe_spatial_sam2_davis.py 8
 #             python tools/test.py configs/pe_spatial_sam2_davis.py work_dirs/pe_spatial_sam2_davis/iter_4000.pth
-#             python tools/track.py VIDEO --config configs/pe_spatial_sam2_davis.py --checkpoint CKPT --box ...
+#             python tools/track.py VIDEO --config CONFIG --checkpoint CKPT --box 1:10,20,200,300 --out tracked.mp4
 #   data      data/davis/{JPEGImages,Annotations}/480p and ImageSets/2017/{train,val}.txt, or --data-root FOLDER
 #   hardware  8 GPUs, one clip each; memory and time from tools/plan.py in projects/video_tracking/README.md
 #   cost      4000 iterations of 8 clips of 8 frames; not measured yet
