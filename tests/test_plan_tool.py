@@ -9,6 +9,8 @@ import torch
 from conftest import REPO, TINY
 
 pytest.importorskip("mmseg")
+from mmengine.config import Config
+
 from pe_spatial.errors import ConfigError
 from pe_spatial.planning import measure_weights
 
@@ -129,3 +131,12 @@ def test_bad_input(options, words, capsys, tmp_path):
     with pytest.raises(ConfigError, match=words):
         plan(capsys, tmp_path, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_clips_of_several_sets_are_those_of_the_first():
+    cfg = Config.fromfile(REPO / "projects" / "video_tracking" / "stage2_unfrozen.py")
+    assert tool.picture_size(cfg) == (1024, 1024)
+    assert tool.annotated(cfg) == dict(frames=8, objects=3)
+    cfg.train_dataloader.dataset.datasets = []
+    with pytest.raises(ConfigError, match="does not say how large pictures are"):
+        tool.picture_size(cfg)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,14 @@ def configs(args: argparse.Namespace) -> dict[str, Config]:
     return result
 
 
+def pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:
+    """Return the steps that the first of the sets of training goes through."""
+    dataset = cfg.train_dataloader.dataset
+    while "pipeline" not in dataset:
+        dataset = dataset.get("dataset") or next(iter(dataset.get("datasets", ())), dict(pipeline=()))
+    return dataset["pipeline"]
+
+
 def picture_size(cfg: Config) -> tuple[int, int]:
     """Return (h, w) of the pictures when they reach the model, in pixels."""
     preprocessor = cfg.model.get("data_preprocessor") or {}
@@ -53,7 +61,7 @@ def picture_size(cfg: Config) -> tuple[int, int]:
     size = preprocessor.get("size") or (side, side)
     if min(size) >= 128:  # a canvas, no divisor
         return tuple(size)
-    for step in reversed(cfg.train_dataloader.dataset.get("pipeline", ())):
+    for step in reversed(pipeline(cfg)):
         if step.type == "DepthRandomCrop":
             return tuple(step["size"])
         if step.type == "ClipResize":
@@ -65,7 +73,7 @@ def picture_size(cfg: Config) -> tuple[int, int]:
 
 def annotated(cfg: Config) -> dict[str, int]:
     """Return the frames and objects of a clip, if the config trains on clips."""
-    for step in cfg.train_dataloader.dataset.get("pipeline", ()):
+    for step in pipeline(cfg):
         if step.type == "LoadClip":
             return dict(frames=step.num_frames, objects=step.max_objects)
     return {}

@@ -24,7 +24,7 @@ model = dict(
         feedforward=512),
     encoder_weights='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors',
     sam2_weights=None,
-    prompting=dict(clicks=0.2, corrections=1))
+    prompting=dict(clicks=0.0))
 
 train_dataloader = dict(
     batch_size=2,
@@ -44,7 +44,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_dir=data_root + 'instances/val')
 test_evaluator = val_evaluator
 
-iterations = 1000
+iterations = 800
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
