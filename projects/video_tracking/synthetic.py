@@ -7,8 +7,13 @@
 #             python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val
 #   data      600 clips of 16 frames, evaluated on 24 clips of other scenes
 #   hardware  two CPU cores
-#   cost      TODO
-#   expected  TODO
+#   cost      about a minute for rendering, 31 minutes for 800 iterations with other work beside it, one for evaluating
+#   expected  J&F 0.886 on the unseen clips, measured here; the first mask copied to all frames has 0.530, label
+#             propagation by the same encoder (synthetic_zeroshot.py) 0.848
+#
+# What is small: the encoder (projects/synthetic_pretraining; it learned other tasks, on other scenes of this world), a
+# width of 128, two layers of memory attention, clips of 4 frames. It learns to follow masks. Clicks take far more
+# steps from random weights: with a fifth of the clips prompted by them it followed worse and did not learn them.
 
 _base_ = '../../configs/pe_spatial_sam2_davis.py'
 
