@@ -36,6 +36,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.fileio import dump
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -156,6 +157,7 @@ def uneven_bins():
 
 def tracker():
     """Clips of one and of three objects, prompted by masks, because clicks are drawn by each process."""
+    MessageHub.get_current_instance().update_info("iter", 0)  # prompts follow from the step
     small = dict(d_model=32, mem_dim=8, layers=1, feedforward=32)
     model = PESAM2(dict(variant=TINY, grid=SIDE // 16, frozen=False, **small), prompting=dict(clicks=0))
     for module in model.modules():

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import os
 import re
 import signal
-import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -325,19 +326,20 @@ def _without_first(dataloader: torch.utils.data.DataLoader[Any], number: int) ->
 
 @FUNCTIONS.register_module()
 def start_worker(_: int, *, rank: int) -> None:
-    """Seed a data worker, and have it heed the signals of `StopOnSignal` from its own run alone.
+    """Seed a data worker, and have it ignore the signals of `StopOnSignal`.
 
     A scheduler sends them to every process of a job, and without workers the run could not finish the step and save.
     """
     seed_everything(torch.initial_seed(), rank)
-    signal.pthread_sigmask(signal.SIG_BLOCK, StopOnSignal.signals)
-    threading.Thread(target=_wait_for_the_run, daemon=True).start()
+    for number in StopOnSignal.signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _wait_for_the_run() -> None:
-    while signal.sigwaitinfo(StopOnSignal.signals).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _end_workers() -> None:
+    """Kill what multiprocessing would end by the signal that data workers ignore, and then wait for."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 WORKER_TIMEOUT = 600
@@ -351,6 +353,8 @@ def make_safe(cfg: Config, *, non_finite_steps: int = 1) -> None:
         non_finite_steps: of `WatchLoss`; 0 stands for None.
     """
     register_backend("local", AtomicLocalBackend, force=True, prefixes="")
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     hooks = cfg.get("default_hooks") or {}
     if (hooks.get("checkpoint") or {}).get("type") == "CheckpointHook":
         hooks["checkpoint"]["type"] = "SafeCheckpointHook"
