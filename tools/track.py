@@ -19,12 +19,10 @@ from tqdm import tqdm
 
 from pe_spatial import cli
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.tracking.masks import read_mask, write_mask
+from pe_spatial.tracking.masks import VOID, read_mask, split_ids, write_mask
 from pe_spatial.tracking.sam2_model import build_pe_sam2, load_tracker_weights
 from pe_spatial.tracking.streaming import Prompt, StreamingTracker
 from pe_spatial.tracking.video import Clip, list_frames, mp4_writer, overlay
-
-VOID = 255  # in index masks
 
 
 def numbered(text, counts):
@@ -61,11 +59,10 @@ def masks(paths):
     """Yield (frame, id, mask) of every object in index masks, '[FRAME:]PNG'."""
     for text in paths:
         frame, path = re.fullmatch(r"(?:(\d+):)?(.+)", text).groups()
-        mask = read_mask(path)
-        ids = [int(i) for i in np.unique(mask) if 0 < i < VOID]
-        if not ids:
+        objects = split_ids(read_mask(path))
+        if not objects:
             raise DatasetError(f"{path} holds no object; its pixels should be object ids from 1 to {VOID - 1}")
-        yield from ((int(frame or 0), i, mask == i) for i in ids)
+        yield from ((int(frame or 0), i, mask) for i, mask in objects.items())
 
 
 def main(args):

@@ -25,10 +25,9 @@ from pe_spatial.integrations.loading import DrawsAnother, log_skipped
 from pe_spatial.pictures import read_rgb
 
 from .evaluation import read_sequences
-from .masks import read_mask, read_object_masks
+from .masks import VOID, read_mask, read_object_masks, split_ids
 from .video import list_frames, object_id
 
-_VOID = 255
 _SAV_STEP = 4  # SA-V's masks are of every 4th frame (6 of 24 per second)
 _SAV_NAMES = ("manual", "auto")
 
@@ -85,11 +84,10 @@ class PngMasks:
             masks = read_object_masks(self.folder, frame)
             return {object_id(self.folder / name): mask for name, mask in masks.items()}
         mask = read_mask(self.folder / f"{frame}.png")
-        ids = _ids(mask)
-        if _VOID in ids:
-            mask[mask == _VOID] = self._void_is
-            ids = _ids(mask)
-        return {i: mask == i for i in ids}
+        void = mask == VOID
+        if void.any():
+            mask[void] = self._void_is
+        return split_ids(mask)
 
     def where(self, frame: str) -> str:
         """Return the path, with * for several objects."""
@@ -98,12 +96,8 @@ class PngMasks:
     @cached_property
     def _void_is(self) -> int:
         """The object that 255 is, judged by the first mask that is not empty."""
-        first = next(ids for frame in self.frames if (ids := _ids(read_mask(self.folder / f"{frame}.png"))))
-        return int(first == [_VOID])
-
-
-def _ids(mask: np.ndarray) -> list[int]:
-    return [int(i) for i in np.flatnonzero(np.bincount(mask.ravel())) if i]
+        masks = (read_mask(self.folder / f"{frame}.png") for frame in self.frames)
+        return int(not split_ids(next(mask for mask in masks if mask.any())))
 
 
 @dataclass(frozen=True)

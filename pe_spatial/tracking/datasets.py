@@ -45,7 +45,8 @@ class VideoDataset(Dataset):
         names = read_sequences(sequences) if sequences else None
         if layout not in FOLDERS:
             raise ConfigError(f"layout is {layout!r}; choose {' or '.join(FOLDERS)}")
-        prefix = {**dict(zip(("img_path", "ann_path"), FOLDERS[layout], strict=True)), **(data_prefix or {})}
+        pictures, masks = FOLDERS[layout]
+        prefix = dict(img_path=pictures, ann_path=masks) | dict(data_prefix or {})
         if len(prefix) > 2:
             raise ConfigError(f"data_prefix holds {', '.join(data_prefix or {})}; it takes img_path and ann_path")
         folders = (prefix["img_path"], prefix["ann_path"])

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pe_spatial.errors import DatasetError
 
 from .jandf import boundary_f, boundary_radius, box_around, region_similarity, statistics
-from .masks import read_binary_mask, read_mask_and_kind
+from .masks import VOID, read_binary_mask, read_mask_and_kind
 
 PROTOCOLS = ("davis", "vos-benchmark")
 COUNTS = {
@@ -44,7 +44,6 @@ COUNTS = {
     "grey_masks": "masks without a palette: their grey values are the ids",
 }
 
-_VOID = 255
 _CHUNK = 32  # frames of one job, so that a single long sequence keeps all workers busy
 _SPLITS = ("2017/val.txt", "2016/val.txt", "480p/val.txt")  # of a DAVIS root; the last is DAVIS 2016's own archive
 
@@ -201,8 +200,8 @@ def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Pat
                 f"{source} holds id {max(predicted)}, but the first annotated frame of {track.sequence} has ids up to "
                 f"{highest}; mend it, or score by --protocol vos-benchmark"
             )
-        counts["void_frames"] = int(_VOID in annotated)
-        annotated -= {_VOID}
+        counts["void_frames"] = int(VOID in annotated)
+        annotated -= {VOID}
     ids = sorted(annotated | predicted)
     box = box_around(gt | pred)
     masks = [mask[box] == np.array(ids, np.uint8)[:, None, None] for mask in (gt, pred)]  # (N, h, w) bool
@@ -291,11 +290,11 @@ def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) ->
     if part is not None:
         return Track(sequence, part, folder, frames, frozenset({1}), True, protocol)
     ids = _ids(read_mask_and_kind(path)[0])
-    binary = protocol == "davis" and ids == {_VOID}
+    binary = protocol == "davis" and ids == {VOID}
     if binary:
         ids = frozenset({1})
     elif protocol == "davis":
-        ids -= {_VOID}
+        ids -= {VOID}
     if not ids and protocol == "davis":
         raise DatasetError(
             f"{path} is the first annotated frame and shows no object; score by --protocol vos-benchmark, or leave it "

@@ -11,6 +11,9 @@ from PIL import Image
 from pe_spatial.errors import DatasetError
 from pe_spatial.writing import replacing
 
+VOID = 255
+"""The id in index masks that belongs to no object, and is not background either."""
+
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}  # byte 25 of a PNG
 
 
@@ -57,6 +60,12 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
     except Exception as error:  # PIL's plugins raise almost anything on broken data
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"{path} cannot be decoded ({reason}); write or download it again") from error
+
+
+def split_ids(mask: np.ndarray) -> dict[int, np.ndarray]:
+    """Split an index mask (H, W) uint8 into (H, W) bool by id, without background and void."""
+    ids = np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1)).tolist()
+    return {i: mask == i for i in ids if 0 < i < VOID}
 
 
 def read_binary_mask(path: str | Path) -> np.ndarray:

@@ -17,9 +17,8 @@ from pe_spatial.errors import DatasetError
 from pe_spatial.pictures import read_rgb
 from pe_spatial.writing import replacing
 
-from .masks import PALETTE, read_mask, read_object_masks
+from .masks import PALETTE, VOID, read_mask, read_object_masks, split_ids
 
-_VOID = 255
 _PICTURES = (".jpg", ".jpeg", ".png")
 FPS = 24.0  # of folders, which do not say; DAVIS has 24
 
@@ -114,7 +113,7 @@ class Clip:
             raise DatasetError(f"{self.name} has no mask, so there is nothing to follow")
         if not self.mask.is_dir():
             mask = read_mask(self.mask)
-            yield self._first, _objects(mask) or ({1: mask == _VOID} if mask.any() else {})
+            yield self._first, split_ids(mask) or ({1: mask == VOID} if mask.any() else {})
             return
         names = [path.stem for path in self.frames] if isinstance(self.frames, tuple) else map(_name, range(len(self)))
         annotated = self.annotated()
@@ -124,7 +123,7 @@ class Clip:
                 masks = read_object_masks(self.mask, name)
                 yield name, {object_id(self.mask / folder): mask for folder, mask in masks.items() if mask.any()}
             elif path:
-                yield name, _objects(read_mask(path))
+                yield name, split_ids(read_mask(path))
         for path in annotated.values():
             raise DatasetError(f"{path} has the name of no frame of {self.name}; give frames and masks the same names")
 
@@ -154,12 +153,6 @@ def object_id(folder: Path) -> int:
 def _name(index: int) -> str:
     """Return the name of a frame of a video file."""
     return f"{index:05d}"
-
-
-def _objects(mask: np.ndarray) -> dict[int, np.ndarray]:
-    """Split an index mask (H, W) uint8 into (H, W) bool by id, without background and void."""
-    ids = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=_VOID + 1)).tolist()
-    return {i: mask == i for i in ids if 0 < i < _VOID}
 
 
 def list_frames(folder: str | Path) -> tuple[Path, ...]:
