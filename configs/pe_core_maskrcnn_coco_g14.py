@@ -4,8 +4,8 @@
 #                 tools/train.py configs/pe_core_maskrcnn_coco_g14.py --launcher pytorch
 #             python tools/test.py configs/pe_core_maskrcnn_coco_g14.py \
 #                 hf://facebook/PE-Detection/mask_rcnn_PEcore_G_coco75ep.pth    (Meta's weights)
-#   hardware  64 GPUs of 80 GB, 1 picture each (weights, gradients and AdamW take 30 GB on each)
-#   cost      138281 iterations of 64 pictures (75 epochs); not measured here
+#   hardware  64 GPUs of 80 GB, 1 image each (weights, gradients and AdamW take 30 GB on each)
+#   cost      138281 iterations of 64 images (75 epochs); not measured here
 #   expected  box AP 57.0, mask AP 49.8 on val2017: Meta's numbers for their detectron2 run (README of apps/detection);
 #             not measured yet with this config
 #

@@ -4,9 +4,9 @@
 #                 tools/train.py configs/pe_core_maskrcnn_lvis_g14.py --launcher pytorch
 #             python tools/test.py configs/pe_core_maskrcnn_lvis_g14.py \
 #                 hf://facebook/PE-Detection/mask_rcnn_PEcore_G_lvis75ep.pth    (Meta's weights)
-#   data      data/lvis_v1/{train2017,val2017,annotations}, or --data-root FOLDER; the pictures are COCO's
-#   hardware  64 GPUs of 80 GB, 1 picture each (weights, gradients and AdamW take 30 GB on each)
-#   cost      138281 iterations of 64 pictures (75 epochs of COCO's length); not measured here
+#   data      data/lvis_v1/{train2017,val2017,annotations}, or --data-root FOLDER; the images are COCO's
+#   hardware  64 GPUs of 80 GB, 1 image each (weights, gradients and AdamW take 30 GB on each)
+#   cost      138281 iterations of 64 images (75 epochs of COCO's length); not measured here
 #   expected  box AP 51.9, mask AP 47.9 on LVIS v1 val: Meta's numbers for their detectron2 run (README of
 #             apps/detection); not measured yet with this config
 

@@ -3,9 +3,9 @@
 #   command   make demo        (or: python tools/demo.py, which renders the world and runs this)
 #   hardware  two CPU cores, no GPU, about 2 GB of memory
 #   cost      6 minutes after set-up
-#   expected  box AP 0.51, mask AP 0.51 on 120 pictures of unseen scenes (measured here, docs/benchmarks.md)
+#   expected  box AP 0.51, mask AP 0.51 on 120 images of unseen scenes (measured here, docs/benchmarks.md)
 #
-# What is small: pictures of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same
+# What is small: images of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same
 # world (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.
 
 _base_ = '_base_/detection_runtime.py'
@@ -102,7 +102,7 @@ model = dict(
 data_root = 'work_dirs/demo/world/'
 dataset = dict(type='CheckedCocoDataset', data_root=data_root, metainfo=dict(classes=classes))
 load = [
-    dict(type='LoadPicture'),
+    dict(type='LoadCheckedImage'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
 ]
 train_dataloader = dict(

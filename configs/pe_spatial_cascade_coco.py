@@ -3,9 +3,9 @@
 #   command   torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
 #             python tools/train.py configs/pe_spatial_cascade_coco.py --auto-scale-lr    (one GPU, or none)
 #   data      data/coco/{train2017,val2017,annotations}, or --data-root FOLDER
-#   hardware  8 GPUs of 80 GB, 8 pictures each (memory not measured yet; where it is short, --cfg-options
+#   hardware  8 GPUs of 80 GB, 8 images each (memory not measured yet; where it is short, --cfg-options
 #             model.backbone.grad_checkpointing=True, or train_dataloader.batch_size=N with --auto-scale-lr)
-#   cost      66375 iterations of 64 pictures; not measured yet
+#   cost      66375 iterations of 64 images; not measured yet
 #   expected  not measured yet: nobody has published a Cascade R-CNN on PE. ViTDet-B, the nearest known recipe, reaches
 #             box AP 54.0 with Cascade Mask R-CNN and MAE in 100 epochs (detectron2's numbers)
 #

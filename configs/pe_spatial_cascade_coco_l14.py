@@ -2,8 +2,8 @@
 #
 #   command   torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \
 #                 tools/train.py configs/pe_spatial_cascade_coco_l14.py --launcher pytorch
-#   hardware  16 GPUs of 80 GB, 4 pictures each
-#   cost      66375 iterations of 64 pictures; not measured yet
+#   hardware  16 GPUs of 80 GB, 4 images each
+#   cost      66375 iterations of 64 images; not measured yet
 #   expected  not measured yet
 
 _base_ = 'pe_spatial_cascade_coco.py'

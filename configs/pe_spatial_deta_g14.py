@@ -1,7 +1,7 @@
 # DETA on PE-Spatial-G14-448 (patches of 16 px) at 1824 px: evaluates Meta's released detector on COCO.
 #
 #   command   python tools/test.py configs/pe_spatial_deta_g14.py hf://facebook/PE-Detection/deta_coco_1824pix.pth
-#             the same with --tta: eight views of each picture, 2000 queries; --limit N for the first N pictures
+#             the same with --tta: eight views of each image, 2000 queries; --limit N for the first N images
 #   data      data/coco/{val2017,annotations}, or --data-root FOLDER
 #   hardware  one GPU; memory not measured yet
 #   cost      not measured yet
@@ -18,7 +18,7 @@ _base_ = [
     '_base_/detection_runtime.py',
 ]
 
-long_side = 1792  # of pictures, in pixels; the canvas has 1824
+long_side = 1792  # of images, in pixels; the canvas has 1824
 
 model = dict(backbone=dict(init_cfg=None))
 test_pipeline = [
@@ -27,7 +27,7 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-tta_pipeline = test_pipeline  # views are made from the normalised picture
+tta_pipeline = test_pipeline  # views are made from the normalised image
 tta_model = dict(
     _delete_=True,
     type='DETATTA',

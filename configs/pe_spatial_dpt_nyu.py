@@ -4,8 +4,8 @@
 #             python tools/train.py configs/pe_spatial_dpt_nyu.py --cfg-options train_dataloader.batch_size=16
 #             python tools/test.py configs/pe_spatial_dpt_nyu.py work_dirs/pe_spatial_dpt_nyu/iter_38400.pth
 #   data      data/nyu (projects/nyu_depth/README.md), or --data-root FOLDER
-#   hardware  8 GPUs, 2 pictures each, or one with 16; memory not measured yet
-#   cost      38400 iterations of 16 pictures, without gradients in the encoder; not measured yet
+#   hardware  8 GPUs, 2 images each, or one with 16; memory not measured yet
+#   cost      38400 iterations of 16 images, without gradients in the encoder; not measured yet
 #   expected  not measured yet, and never published for PE with four layers. RMSE in metres, DINOv2's authors (Tab. 11)
 #             with this recipe: DINOv2-S 0.356, B 0.317, L 0.293, g 0.279; OpenCLIP-G 0.414. PE-Spatial-G with DPT on
 #             one layer, Meta: 0.262, see pe_spatial_dpt_single_nyu.py

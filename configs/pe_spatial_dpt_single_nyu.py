@@ -3,11 +3,11 @@
 #   command   as pe_spatial_dpt_nyu.py, with this config; the best checkpoint is best_rmse_iter_*.pth
 #   data      as there
 #   hardware  as there; not measured yet
-#   cost      20 epochs: 30300 iterations of 16 pictures, an evaluation after each epoch; not measured yet
+#   cost      20 epochs: 30300 iterations of 16 images, an evaluation after each epoch; not measured yet
 #   expected  not measured yet. RMSE in metres, Meta's (PE, Tab. 13), best layer / last, in brackets the best, from 1:
 #               PE-Spatial-G 0.262 / 0.275 (46 of 50)    PE-Core-G 0.249 / 0.309 (39 of 50)
 #               DINOv2-g 0.279 / 0.290 (27 of 40)        DINOv2-L 0.297 / 0.308 (23 of 24)
-#             These are the lowest of 20 epochs, chosen on the 654 test pictures, and so a little too good. Meta
+#             These are the lowest of 20 epochs, chosen on the 654 test images, and so a little too good. Meta
 #             published no depth of PE-Spatial L, B, S and T.
 #
 # Another layer:  --cfg-options "model.backbone.out_indices=[49]"     (from 0: the last of G)
@@ -23,7 +23,7 @@ _base_ = 'pe_spatial_dpt_nyu.py'
 model = dict(
     backbone=dict(variant='pe_spatial_g14_448', out_indices=[45]), decode_head=dict(in_index=[0, 0, 0, 0]))
 
-epoch = 1515  # iterations of 16 over 24231 pictures
+epoch = 1515  # iterations of 16 over 24231 images
 iterations, warm_up = 20 * epoch, 20 * epoch // 3
 param_scheduler = [  # the product of both
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warm_up),

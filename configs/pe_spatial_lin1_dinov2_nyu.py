@@ -12,7 +12,7 @@
 #   --cfg-options model.backbone.variant=pe_spatial_g14_448 model.decode_head.token=mean
 #
 # DINOv2's recipe, recovered from copies of its configs: 256 even bins from 1 mm to 10 m, weights relu + 0.1; SigLoss
-# and 0.5 times a gradient loss (theirs was 0 for two pictures a GPU: it compared pictures; ours is spatial); AdamW 1e-4
+# and 0.5 times a gradient loss (theirs was 0 for two images a GPU: it compared images; ours is spatial); AdamW 1e-4
 # (5e-3 in one copy), weight decay 0.01, gradients clipped at 35; linear warm-up over 12800 of 38400 iterations times a
 # cosine. Their one-cycle momentum is left out. Their features come through the encoder's last norm; PE-Spatial has
 # none, so a layer norm of the head stands in for it. model.decode_head.norm=None is the head without it.

@@ -4,9 +4,9 @@
 #             python tools/train.py configs/pe_spatial_lin1_nyu.py --cfg-options train_dataloader.batch_size=16
 #             python tools/test.py configs/pe_spatial_lin1_nyu.py work_dirs/pe_spatial_lin1_nyu/iter_38400.pth
 #   data      data/nyu (projects/nyu_depth/README.md), or --data-root FOLDER
-#   hardware  8 GPUs, 2 pictures each, or one with 16; memory not measured yet
-#   cost      38400 iterations of 16 pictures, without gradients in the encoder; not measured yet
-#   expected  not measured yet. RMSE in metres on the 654 test pictures, measured by the authors of DINOv3 (Tab. 3, 14)
+#   hardware  8 GPUs, 2 images each, or one with 16; memory not measured yet
+#   cost      38400 iterations of 16 images, without gradients in the encoder; not measured yet
+#   expected  not measured yet. RMSE in metres on the 654 test images, measured by the authors of DINOv3 (Tab. 3, 14)
 #             under this protocol, last layer: PE-Spatial-G 0.362; PE-Core-G 0.590, L 0.650, B 0.641; DINOv3-L 0.352,
 #             B 0.373, S 0.403; DINOv2-g 0.372. Nobody published PE-Spatial L, B, S or T.
 #             Meta's 0.262 for PE-Spatial-G is another thing: pe_spatial_dpt_single_nyu.py.
@@ -20,9 +20,9 @@
 # DINOv3's recipe (dinov3@6876159:dinov3/eval/depth/configs/config-nyu.yaml): last layer, no class token, no upsampling;
 # 256 even bins from 1 mm to 10 m, weights relu + 0.1; SigLoss alone; AdamW 3e-4, weight decay 1e-4, gradients clipped
 # at 35; 12800 iterations of linear warm-up times a cosine over all 38400; evaluation in the Eigen crop, averaged with
-# the mirrored picture. Theirs puts the encoder's last norm before the batch norm; PE-Spatial has none. Their beta1 is
+# the mirrored image. Theirs puts the encoder's last norm before the batch norm; PE-Spatial has none. Their beta1 is
 # 0 during warm-up, by an oversight, and 0.85 to 0.95 after it; here 0.85 to 0.95.
-# SigLoss takes its statistics from the pictures of one GPU, as released: 8 x 2 and 1 x 16 pictures are not the same
+# SigLoss takes its statistics from the images of one GPU, as released: 8 x 2 and 1 x 16 images are not the same
 # training. model.losses.0.across_ranks=True takes them over all GPUs.
 
 _base_ = ['_base_/datasets/nyu_depth.py', '_base_/detection_runtime.py']

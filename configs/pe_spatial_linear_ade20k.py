@@ -4,8 +4,8 @@
 #             python tools/train.py configs/pe_spatial_linear_ade20k.py --cfg-options train_dataloader.batch_size=16
 #             python tools/test.py configs/pe_spatial_linear_ade20k.py work_dirs/pe_spatial_linear_ade20k/iter_40000.pth
 #   data      data/ade/ADEChallengeData2016/{images,annotations}/{training,validation}, or --data-root FOLDER
-#   hardware  8 GPUs, 2 pictures each, or one with 16; memory not measured yet
-#   cost      40000 iterations of 16 pictures, without gradients in the encoder; not measured yet
+#   hardware  8 GPUs, 2 images each, or one with 16; memory not measured yet
+#   cost      40000 iterations of 16 images, without gradients in the encoder; not measured yet
 #   expected  not measured yet. mIoU on the validation set, the authors' (PE, NeurIPS 2025, Tab. 6 and 37), best layer /
 #             last, in brackets the best, counted from 1:
 #               G14-448  49.3 / 48.9 (49 of 50)    L14-448  48.1 / 48.1 (24 of 24)    B16-512  44.4 / 44.4 (12 of 12)
@@ -20,7 +20,7 @@
 # The authors published no code for this. What their paper says: the encoder is frozen, one layer is read; BatchNorm and
 # a linear layer follow, as DINOv2 has it; features are brought to 518 x 518 (here the logits, which is the same in
 # evaluation); AdamW at 1e-3. As in their transform, pixels from 0 to 255 become -1 to 1.
-# What it does not say takes DINOv2's values: crops of 512 px from pictures of short side 512 px times 0.5 to 2.0 with
+# What it does not say takes DINOv2's values: crops of 512 px from images of short side 512 px times 0.5 to 2.0 with
 # proportions kept (PE's own transform squashes to a square), flips, photometric distortion; zeros around 512 px up to
 # 518 px for patches of 14; cross-entropy without dropout; batches of 16, weight decay 1e-4, 40000 iterations, linear
 # warm-up over 1500, polynomial decay of power 1, float32; windows of 512 px every 341 px in testing.
@@ -65,6 +65,6 @@ test_cfg = dict(type='TestLoop')
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 default_scope = 'mmseg'
-custom_imports = dict(imports=['pe_spatial.integrations.mmseg'], allow_failed_imports=False)
+custom_imports = dict(imports=['pe_spatial.segmentation.linear_probe'], allow_failed_imports=False)
 default_hooks = dict(visualization=dict(type='SegVisualizationHook'))
 visualizer = dict(type='SegLocalVisualizer')

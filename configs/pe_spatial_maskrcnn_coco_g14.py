@@ -4,8 +4,8 @@
 #                 hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_coco36ep.pth      (Meta's weights, 7.5 GB)
 #             torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \
 #                 tools/train.py configs/pe_spatial_maskrcnn_coco_g14.py --launcher pytorch
-#   hardware  64 GPUs of 80 GB, 1 picture each (weights, gradients and AdamW take 30 GB on each)
-#   cost      66375 iterations of 64 pictures (36 epochs); not measured here
+#   hardware  64 GPUs of 80 GB, 1 image each (weights, gradients and AdamW take 30 GB on each)
+#   cost      66375 iterations of 64 images (36 epochs); not measured here
 #   expected  box AP 57.8, mask AP 50.3 on val2017: Meta's numbers for their detectron2 run (README of apps/detection);
 #             not measured yet with this config
 #

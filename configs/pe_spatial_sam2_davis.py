@@ -17,9 +17,9 @@
 # Averaged:        custom_hooks = [*_base_.custom_hooks, dict(type='EMAHook', momentum=1e-3)] in a config on top
 # Without SAM 2.1: --cfg-options model.sam2_weights=None optim_wrapper.optimizer.lr=1e-4
 #
-# Procedure, losses and augmentation are SAM 2's (tests/test_sam2_training.py). Rates are those of its fine-tuning on
-# MOSE: 5e-6 for what comes from SAM 2.1; ten times as much for the neck, which begins at random. The second stage, in
-# which the encoder learns too, is projects/video_tracking/stage2_unfrozen.py.
+# Procedure, losses and augmentation are SAM 2's (tests/tracking/sam2/test_training.py). Rates are those of its fine-
+# tuning on MOSE: 5e-6 for what comes from SAM 2.1; ten times as much for the neck, which begins at random. The second
+# stage, in which the encoder learns too, is projects/video_tracking/stage2_unfrozen.py.
 
 data_root = 'data/davis/'
 grid = 64
@@ -76,8 +76,9 @@ find_unused_parameters = True  # clips prompted by masks leave some of the decod
 default_scope = 'mmengine'
 custom_imports = dict(
     imports=[
-        'pe_spatial.tracking.tracker', 'pe_spatial.tracking.clips', 'pe_spatial.tracking.clip_transforms',
-        'pe_spatial.tracking.datasets', 'pe_spatial.tracking.metric'
+        'pe_spatial.tracking.sam2.tracker', 'pe_spatial.tracking.sam2.clips',
+        'pe_spatial.tracking.sam2.clip_transforms',
+        'pe_spatial.tracking.vos.datasets', 'pe_spatial.tracking.vos.metric'
     ],
     allow_failed_imports=False)
 default_hooks = dict(

@@ -46,7 +46,7 @@ test_cfg = dict(type='TestLoop')
 default_scope = 'mmengine'
 custom_imports = dict(
     imports=[
-        'pe_spatial.tracking.zero_shot', 'pe_spatial.tracking.datasets', 'pe_spatial.tracking.metric'
+        'pe_spatial.tracking.zero_shot', 'pe_spatial.tracking.vos.datasets', 'pe_spatial.tracking.vos.metric'
     ],
     allow_failed_imports=False)
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1))

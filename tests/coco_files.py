@@ -15,15 +15,15 @@ def annotation(number: int, image: int, box: list[float], category: int = 1, **f
     return base | dict(iscrowd=0) | fields
 
 
-def write_coco(root: Path, *, pictures: int = 4, size: tuple[int, int] = (96, 128), split: str = "train2017") -> Path:
-    """Write `pictures` pictures of (height, width) with two boxes each; return the annotation file."""
+def write_coco(root: Path, *, images: int = 4, size: tuple[int, int] = (96, 128), split: str = "train2017") -> Path:
+    """Write `images` images of (height, width) with two boxes each; return the annotation file."""
     rng = np.random.default_rng(0)
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
     content["categories"] = [{"id": 1, "name": "red"}, {"id": 7, "name": "blue"}]
     height, width = size
-    for i in range(1, pictures + 1):
+    for i in range(1, images + 1):
         pixels = np.full((height, width, 3), 90, np.uint8)
         for k, (category, colour) in enumerate(((1, (220, 30, 30)), (7, (30, 30, 220)))):
             x, y = int(rng.integers(0, width // 2 - 30)) + k * width // 2, int(rng.integers(0, height - 40))

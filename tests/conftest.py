@@ -43,7 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data and pictures that are too large for the repository."""
+    """The folder of reference data and images that are too large for the repository."""
     return shared_folder(os.environ)
 
 

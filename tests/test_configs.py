@@ -14,7 +14,7 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import load_file
 
 from pe_spatial import VARIANTS
-from pe_spatial.conversion import convert
+from pe_spatial.convert.converter import convert
 from pe_spatial.encoder.files import CheckpointFile
 from pe_spatial.encoder.variants import vitdet_recipe
 

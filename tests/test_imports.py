@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -13,24 +14,25 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "pe_spatial"
 FRAMEWORKS = ("mmengine", "mmcv", "mmdet", "mmseg", "detectron2", "timm", "sam2")
 ENCODER = sorted(f"pe_spatial.encoder.{path.stem}" for path in (PACKAGE / "encoder").glob("[!_]*.py"))
-CORE = ("pe_spatial", *ENCODER, "pe_spatial.conversion", "pe_spatial.layouts", "pe_spatial.errors")
+CONVERT = sorted(f"pe_spatial.convert.{path.stem}" for path in (PACKAGE / "convert").glob("[!_]*.py"))
+CORE = ("pe_spatial", *ENCODER, *CONVERT, "pe_spatial.errors", "pe_spatial.atomic")
 
-# part of the package -> the parts that it may import
+# A room of the package -> the rooms that it may import.
+GROUND = {"errors", "atomic", "images", "video"}
+SERVICES = {"engine", "integrations", "convert", "planning"}
+TASKS = {"detection", "segmentation", "depth", "tracking", "probing", "synthetic"}
 ARROWS = {
-    "encoder": {"encoder"},
-    "conversion": {"encoder", "layouts"},
-    "layouts": {"encoder"},
     "errors": set(),
-    "pictures": {"errors"},
-    "writing": set(),
-    "layer_sweep": {"integrations", "errors", "writing"},
-    "planning": {"encoder", "errors"},
-    "synthetic": {"synthetic", "encoder", "errors"},
-    "integrations": {"integrations", "encoder", "errors", "pictures", "writing"},
-    **{
-        room: {room, "integrations", "encoder", "errors", "pictures", "writing"}
-        for room in ("detection", "depth", "tracking")
-    },
+    "atomic": {"errors"},
+    "images": {"errors"},
+    "video": {"errors", "atomic", "images"},
+    "encoder": {"encoder", "errors"},
+    "convert": {"convert", "encoder"} | GROUND,
+    "integrations": {"integrations", "encoder"} | GROUND,
+    "planning": {"planning", "integrations", "encoder"} | GROUND,
+    "engine": SERVICES | {"encoder"} | GROUND,
+    **{room: {room, "encoder"} | SERVICES | GROUND for room in TASKS},
+    "cli": {"cli", "encoder"} | TASKS | SERVICES | GROUND,
 }
 
 
@@ -100,15 +102,26 @@ def imported(path: Path, top_level: bool = False) -> set[str]:
     return found
 
 
+def dotted(path: Path) -> set[str]:
+    """Return the names of the package's modules that stand in the strings of a file, but for its docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    prose = {id(node.body[0].value) for node in ast.walk(tree)
+             if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    strings = [node.value for node in ast.walk(tree)
+               if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose]  # fmt: skip
+    return {name for text in strings for name in re.findall(r"pe_spatial(?:\.\w+)+", text)}
+
+
 @pytest.mark.parametrize("room", ARROWS)
 def test_arrows_run_one_way(room):
     files = sorted((PACKAGE / room).rglob("*.py")) or [path for path in [PACKAGE / f"{room}.py"] if path.exists()]
     for path in files:
-        for name in imported(path):
+        for name in imported(path) | dotted(path):
             root, *rest = name.split(".")
             assert root not in ("tools", "configs", "projects"), f"{path} imports {name}"
             if root == "pe_spatial" and rest:
-                assert rest[0] in ARROWS[room], f"{path} imports {name}; {room} may import {sorted(ARROWS[room])}"
+                assert rest[0] in ARROWS[room], f"{path} names {name}; {room} may import {sorted(ARROWS[room])}"
 
 
 def test_every_room_has_its_arrows():
@@ -147,7 +160,7 @@ def test_absent_reference_data_are_a_failure_in_ci(ci, outcome, tmp_path):
         "-m",
         "pytest",
         "-q",
-        "tests/test_vit.py",
+        "tests/encoder/test_vit.py",
         "-k",
         "golden_files",
         "-p",

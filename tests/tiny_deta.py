@@ -1,4 +1,4 @@
-"""A DETA of four blocks on pictures of 64 px, for what must be small: two processes, measured memory."""
+"""A DETA of four blocks on images of 64 px, for what must be small: two processes, measured memory."""
 
 from pathlib import Path
 

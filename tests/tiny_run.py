@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from pe_spatial.integrations.safety import make_safe
+from pe_spatial.engine.fault_tolerance import add_fault_tolerance
 
 
 @DATASETS.register_module()
@@ -100,5 +100,5 @@ def losses(runner: Runner) -> dict[int, float]:
 
 
 def build(cfg: Config, *, non_finite_steps: int = 1) -> Runner:
-    make_safe(cfg, non_finite_steps=non_finite_steps)
+    add_fault_tolerance(cfg, non_finite_steps=non_finite_steps)
     return Runner.from_cfg(cfg)

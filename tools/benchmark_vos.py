@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pe_spatial.tracking.evaluation import evaluate
-from pe_spatial.tracking.masks import write_mask
+from pe_spatial.tracking.vos.evaluation import evaluate
+from pe_spatial.tracking.vos.masks import write_mask
 
 SIZE = (480, 854)  # of masks, in pixels
 

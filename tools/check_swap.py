@@ -5,7 +5,7 @@ python tools/check_swap.py --scope mmdet --family atss detr ssd
 python tools/check_swap.py --write docs/swap.md          # the tables, from what is in --results
 
 Every family is first tried with its own backbone, without pretrained weights, on two small random images. If that runs,
-it has to run with PE too, or to be refused with a reason. PE is a small one here: what is checked is the contract.
+it has to run with PE too, or to be refused with a reason. PE is a small one here: what is checked is the feature_specs.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
 
-from pe_spatial.detection.swap import plan_swap
 from pe_spatial.errors import ConfigError
+from pe_spatial.integrations.swap.policy import plan_swap
 
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)  # the same windows in miniature
 SECONDS = 400  # for one family
@@ -62,7 +62,7 @@ def configs(scope, family):
     """Return the configs of models in a family, the light ones first."""
 
     def weight(path):
-        pairs = "levir" in path.name  # two pictures in one, which is no task for an encoder of one
+        pairs = "levir" in path.name  # two images in one, which is no task for an encoder of one
         return pairs, not any(word in path.name for word in LIGHT), len(path.name)
 
     paths = sorted((folder(scope) / family).glob("*.py"), key=weight)
@@ -117,7 +117,7 @@ def is_tracker(cfg):
     return "Track" in cfg.model.get("data_preprocessor", {}).get("type", "") and "detector" in cfg.model
 
 
-def pictures(cfg, model):
+def images(cfg, model):
     """Return two random annotated images, as the model's preprocessor takes them."""
     torch.manual_seed(1)
     if cfg.get("default_scope") == "mmseg":
@@ -135,7 +135,7 @@ def pictures(cfg, model):
         **(dict(texts=["a cat . a dog ."] * 2, custom_entities=True) if text else {}),
     )  # fmt: skip
     for sample in data["data_samples"]:
-        # boxes as large as in real pictures: random ones may have no area, which some assigners cannot take
+        # boxes as large as in real images: random ones may have no area, which some assigners cannot take
         k = len(sample.gt_instances)
         corner = torch.rand(k, 2) * torch.tensor([w, h]) * 0.4
         size = torch.tensor([w, h]) * (0.2 + 0.35 * torch.rand(k, 2))
@@ -147,7 +147,7 @@ def pictures(cfg, model):
             masks[:] = 0
             for mask, (x1, y1, x2, y2) in zip(masks, sample.gt_instances.bboxes.int().tolist(), strict=True):
                 mask[y1:y2, x1:x2] = 1
-        sample.set_metainfo(dict(batch_input_shape=(h, w), ori_shape=(h, w), img_path="picture.jpg"))
+        sample.set_metainfo(dict(batch_input_shape=(h, w), ori_shape=(h, w), img_path="image.jpg"))
         if type(model).__name__ == "FastRCNN":
             sample.proposals = demo_mm_proposals([(3, h, w)], 50)[0]
     seen = strides_of_semantics(cfg.model)
@@ -229,7 +229,7 @@ def one_step(cfg):
     """Build, train a step, predict; return (names of parameters without gradient, loss, why it does not predict)."""
     MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0, max_iters=10))  # schedules in heads
     inner = build(cfg)
-    data = pictures(cfg, inner)
+    data = images(cfg, inner)
     preprocessor = inner.data_preprocessor
     inner.train()
     batch = preprocessor(copy.deepcopy(data), True)
@@ -279,11 +279,11 @@ def check(scope, family):
         start = time.perf_counter()
         with DefaultScope.overwrite_default_scope(scope):
             row["tracker"] = is_tracker(cfg)
-            row.update(type=cfg.model.type, refused=None, contract=None)
+            row.update(type=cfg.model.type, refused=None, feature_specs=None)
             plan = None
             try:
                 plan = plan_swap(cfg, SMALL, checkpoint=None)
-                row.update(contract=plan.contract, unused=plan.unused, notes=plan.notes[1:],
+                row.update(feature_specs=plan.feature_specs, unused=plan.unused, notes=plan.notes[1:],
                            different=same_neck_and_heads(cfg, plan.cfg))  # fmt: skip
             except ConfigError as error:
                 row["refused"] = str(error)
@@ -357,7 +357,7 @@ def table(rows):
         "# Which families take PE",
         "",
         "Written by `python tools/check_swap.py --write docs/swap.md`. One config of every family, without pretrained",
-        f"weights, on two small pictures of noise ({platform.machine()}, CPU): with its own backbone, then with PE",
+        f"weights, on two small images of noise ({platform.machine()}, CPU): with its own backbone, then with PE",
         "in miniature. "
         "Both train a step (finite loss and gradients; a gradient in every parameter of PE, and in every other",
         "one that got one before) and predict. Neck and heads are the same config, byte for byte, unless a remark says",
@@ -385,7 +385,7 @@ def table(rows):
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in mine:
-            levels = row.get("contract") or []
+            levels = row.get("feature_specs") or []
             unused = row.get("unused") or []
             maps = ", ".join(f"({c}@{s})" if i in unused else f"{c}@{s}" for i, (c, s) in enumerate(levels))
             remarks = [row["refused"]] if row.get("refused") else list(row.get("notes") or [])

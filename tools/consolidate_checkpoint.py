@@ -5,8 +5,8 @@ python tools/consolidate_checkpoint.py work_dirs/run/iter_90000.pth whole.pth
 
 import argparse
 
-from pe_spatial import cli
-from pe_spatial.integrations.sharding import consolidate
+from pe_spatial.cli import common as cli
+from pe_spatial.engine.fsdp import consolidate
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from pe_spatial.conversion import TARGETS, Conversion, check_destination, convert, write_checkpoint
+from pe_spatial.convert.converter import TARGETS, Conversion, check_destination, convert, write_checkpoint
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 
 # blocks, layers and stages, and the tensors of a layer, take one line of the table

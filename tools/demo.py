@@ -16,17 +16,17 @@ from mmengine.registry import VISUALIZERS
 from mmengine.runner import Runner
 from PIL import Image
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.errors import DatasetError
 from pe_spatial.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "pe_demo_cascade_synthetic.py"
-SCENES = {"train": 400, "val": 60}  # two pictures each, from disjoint seeds
+SCENES = {"train": 400, "val": 60}  # two images each, from disjoint seeds
 
 
 def draw(runner: Runner, out: Path, count: int) -> None:
-    """Write a picture of `count` test images in two columns: ground truth beside predictions, each."""
+    """Write an image of `count` test images in two columns: ground truth beside predictions, each."""
     dataset = runner.val_dataloader.dataset
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="demo"))
     visualizer.dataset_meta = dataset.metainfo
@@ -57,19 +57,19 @@ def main(args: argparse.Namespace) -> None:
     runner = cli.build_runner(cfg)
     runner.train()
     trained = time.time() - clock - rendered
-    picture = args.work_dir / "predictions.png"
-    draw(runner, picture, count=8)
+    image = args.work_dir / "predictions.png"
+    draw(runner, image, count=8)
 
     scalars = runner.message_hub.log_scalars
     ap = {kind: scalars[f"val/coco/{kind}_mAP"].current() for kind in ("bbox", "segm")}
     train, val = len(runner.train_dataloader.dataset), len(runner.val_dataloader.dataset)
     made = [
-        (f"{train} + {val} pictures of a synthetic world, in {rendered:.0f} s", world),
+        (f"{train} + {val} images of a synthetic world, in {rendered:.0f} s", world),
         (f"Cascade Mask R-CNN, {runner.max_iters} iterations and evaluation in {trained:.0f} s", runner.work_dir),
         ("log", runner.log_dir),
-        ("predictions beside ground truth", picture),
+        ("predictions beside ground truth", image),
     ]
-    print(f"\nbox AP {ap['bbox']:.3f}, mask AP {ap['segm']:.3f} on {val} pictures of unseen scenes (COCO metrics)")
+    print(f"\nbox AP {ap['bbox']:.3f}, mask AP {ap['segm']:.3f} on {val} images of unseen scenes (COCO metrics)")
     print(f"{time.time() - clock:.0f} s in all\n\n| made | where |\n|---|---|")
     print("\n".join(f"| {what} | {where} |" for what, where in made))
 

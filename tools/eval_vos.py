@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
-from pe_spatial.tracking.evaluation import COUNTS, PROTOCOLS, Evaluation, evaluate, read_sequences
-from pe_spatial.writing import replacing
+from pe_spatial.tracking.vos.evaluation import COUNTS, PROTOCOLS, Evaluation, evaluate, read_sequences
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -48,7 +48,7 @@ def as_csv(evaluation: Evaluation) -> str:
 
 def write(path: Path, text: str) -> None:
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(text)
     except OSError as error:
         raise DatasetError(f"cannot write {path}: {error}") from error

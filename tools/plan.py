@@ -18,9 +18,9 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
 from pe_spatial import VARIANTS, cli
+from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import ConfigError
-from pe_spatial.planning import Step, build_on_meta, measure_step, measure_weights, set_checkpointing
-from pe_spatial.writing import replacing
+from pe_spatial.planning.planner import Step, build_on_meta, measure_step, measure_weights, set_checkpointing
 
 GB, TERA = 1e9, 1e12
 COLUMNS = (
@@ -54,8 +54,8 @@ def pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:
     return dataset["pipeline"]
 
 
-def picture_size(cfg: Config) -> tuple[int, int]:
-    """Return (h, w) of the pictures when they reach the model, in pixels."""
+def image_size(cfg: Config) -> tuple[int, int]:
+    """Return (h, w) of the images when they reach the model, in pixels."""
     preprocessor = cfg.model.get("data_preprocessor") or {}
     side = preprocessor.get("pad_size_divisor", 1)
     size = preprocessor.get("size") or (side, side)
@@ -68,7 +68,7 @@ def picture_size(cfg: Config) -> tuple[int, int]:
             return (step["size"], step["size"])
         if step.type == "Resize" and not step.get("keep_ratio"):
             return tuple(step.scale[::-1])
-    raise ConfigError(f"{cfg.filename} does not say how large pictures are; give --size HEIGHT WIDTH")
+    raise ConfigError(f"{cfg.filename} does not say how large images are; give --size HEIGHT WIDTH")
 
 
 def annotated(cfg: Config) -> dict[str, int]:
@@ -85,7 +85,7 @@ def rows(variant: str, cfg: Config, args: argparse.Namespace) -> list[dict[str, 
         if not cfg.get(name):
             raise ConfigError(f"{cfg.filename} has no {name}, so it trains nothing that could be planned")
     batch = args.batch_size or cfg.train_dataloader.batch_size
-    size = tuple(args.size) if args.size else picture_size(cfg)
+    size = tuple(args.size) if args.size else image_size(cfg)
     bfloat16 = cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
     clip = annotated(cfg)
     try:
@@ -154,18 +154,18 @@ def assumptions(row: Mapping[str, Any], args: argparse.Namespace) -> str:
     """Return what the numbers mean and stand on."""
     (h, w), batch = row["size"], row["batch"]
     precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
-    pictures = f"clips of {row['frames']} frames" if "frames" in row else "pictures"
+    images = f"clips of {row['frames']} frames" if "frames" in row else "images"
     return f"""\
-{args.config}: {h} x {w} px, {batch} {pictures} on each of {args.gpus} GPUs of {args.gpu_memory:g} GB, {precision}.
+{args.config}: {h} x {w} px, {batch} {images} on each of {args.gpus} GPUs of {args.gpu_memory:g} GB, {precision}.
 Counted: {row["counted"]}.
 
 - Memory in GB (1e9 bytes) of one GPU. weights: whole on each GPU (DDP) or cut over all (FSDP, one unit for each block).
   extra: DDP's buckets; of FSDP what is gathered at a time. activations: the highest number alive, recomputed blocks
   included. total: the sum, or with what the optimizer makes in passing if that is more than the activations.
 - fits: total leaves {args.reserve:g} GB for the CUDA context, libraries' buffers and fragments.
-- TFLOP for one of the {pictures}: products, convolutions and attention, each multiplication and addition one
+- TFLOP for one of the {images}: products, convolutions and attention, each multiplication and addition one
   operation; step: forward, backward and what is recomputed.
-- hours for {args.images} {pictures} at {args.efficiency:.0%} of {args.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
+- hours for {args.images} {images} at {args.efficiency:.0%} of {args.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
 {args.float32_rate:g} TFLOP/s in float32; without data loading,
   communication and validation.
 """
@@ -180,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
     print(assumptions(plan[0], args))
     print(table(plan, args))
     if args.json:
-        with replacing(args.json) as unfinished:
+        with atomic_write(args.json) as unfinished:
             unfinished.write_text(json.dumps(plan, indent=1) + "\n")
 
 
@@ -191,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--gpus", type=int, default=8, metavar="N", help="in all nodes together (default 8)")
     result.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one GPU (default 80)")
     result.add_argument("--reserve", type=float, default=4, metavar="GB", help="of it to leave free (default 4)")
-    result.add_argument("--batch-size", type=int, metavar="B", help="pictures or clips on one GPU, if not the config's")
-    result.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pictures, where no canvas says it")
+    result.add_argument("--batch-size", type=int, metavar="B", help="images or clips on one GPU, if not the config's")
+    result.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of images, where no canvas says it")
     result.add_argument("--variants", metavar="T16,S16", help="one plan for each: t16, s16, b16, l14, g14")
     result.add_argument(
         "--images", type=int, default=117266, help="of an epoch (default 117266: COCO train2017's with objects)"

@@ -12,7 +12,7 @@ Nothing is moved, changed or written. The exit code is 0 if the set is complete 
   train_test_inputs/nyudepthv2_{train,test}_files_with_gt.txt, copied to data/nyu.
 
 Without the lists there is no comparable number: the folder of the training set holds more than the 24231 pairs. The
-test pictures of that extraction are black in the 7 outermost rows; other exports are not, and give other numbers. NYUv2
+test images of that extraction are black in the 7 outermost rows; other exports are not, and give other numbers. NYUv2
 is for research.
 """
 
@@ -25,8 +25,8 @@ from rich.progress import track
 
 from pe_spatial.depth.datasets import DepthPairDataset
 from pe_spatial.depth.transforms import LoadDepth
+from pe_spatial.engine.loading import LoadCheckedImage
 from pe_spatial.errors import DatasetError
-from pe_spatial.integrations.loading import LoadPicture
 
 # split -> pairs of the published numbers, names of its list, folders that a list may be relative to
 SPLITS = {
@@ -69,12 +69,12 @@ def check(root: Path, split: str, *, every: int) -> tuple[Counter, list[str]]:
     counts["listed"] = len(dataset)
     if len(dataset) != SPLITS[split][0]:
         problems.append(f"{root / name} lists {len(dataset)} pairs; the published numbers are on {SPLITS[split][0]}")
-    picture, depth = LoadPicture(), LoadDepth()
+    image, depth = LoadCheckedImage(), LoadDepth()
     bordered = 0
     for i in track(range(0, len(dataset), every), description=split, transient=True):
         counts["read"] += 1
         try:
-            pair = depth(picture(dataset[i]))
+            pair = depth(image(dataset[i]))
             if pair["ori_shape"] != SIZE:
                 raise DatasetError(f"{pair['img_path']} is {'x'.join(map(str, pair['ori_shape']))} and not 480x640")
             if not pair["gt_depth_map"].any():
@@ -85,7 +85,7 @@ def check(root: Path, split: str, *, every: int) -> tuple[Counter, list[str]]:
             problems.append(str(error))
     if bordered:
         problems.append(
-            f"{bordered} test pictures are not black in their outermost rows, as the BTS extraction leaves them; "
+            f"{bordered} test images are not black in their outermost rows, as the BTS extraction leaves them; "
             "extract them anew"
         )
     return counts, problems

@@ -1,4 +1,4 @@
-"""Write the synthetic RGB-D world: pictures, COCO json with tracks, depth, instance maps.
+"""Write the synthetic RGB-D world: images, COCO json with tracks, depth, instance maps.
 
 For detection (the defaults), and for video:
     python tools/render_synthetic.py data/synthetic --workers 2

@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from pe_spatial import cli
-from pe_spatial.detection.swap import plan_swap, write_swapped
+from pe_spatial.cli import common as cli
 from pe_spatial.errors import ConfigError
+from pe_spatial.integrations.swap.policy import plan_swap, write_swapped
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 python tools/sweep_layers.py configs/pe_spatial_linear_ade20k.py --layers all --data-root data/ade/ADEChallengeData2016
 python tools/sweep_layers.py configs/pe_spatial_lin1_nyu.py --layers 5,8,11 --epochs 5 --limit 2000 --dtype bfloat16
 
-Pictures are read as in testing, without augmentation, so that the encoder runs once over them; scores are therefore
+Images are read as in testing, without augmentation, so that the encoder runs once over them; scores are therefore
 not those of the full recipe. A sweep that was stopped goes on when it is started again. The work dir then holds
 scores.png, scores.json, the heads and the cache, which may be deleted.
 """
@@ -19,9 +19,9 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.encoder.files import CheckpointError
-from pe_spatial.layer_sweep import DTYPES, LayerSweep, best_layer, choose_score, draw_scores, write_json
+from pe_spatial.probing.sweep import DTYPES, LayerSweep, best_layer, choose_score, draw_scores, write_json
 
 
 class Progress(Hook):
@@ -59,11 +59,11 @@ def main(args: argparse.Namespace) -> None:
     MMLogger.get_instance("layer_sweep", log_level="WARNING")  # the bars tell what happens
     sweep = build(cfg, args)
     print(
-        f"{len(sweep.layers)} layers, {len(sweep.pictures)} training pictures as in testing (no augmentation); "
+        f"{len(sweep.layers)} layers, {len(sweep.images)} training images as in testing (no augmentation); "
         f"{args.dtype} maps take {sweep.cache.bytes_missing / 1e9:.2f} GB more in {sweep.cache.folder}"
     )
     clock = time.time()
-    sweep.fill(partial(tqdm, desc="encoder", unit="picture"))
+    sweep.fill(partial(tqdm, desc="encoder", unit="image"))
     for layer in sweep.layers:
         if not sweep.train(layer, [Progress(layer)]):
             print(f"layer {layer}: trained before, {sweep.folder}/layer_{layer:02d}.safetensors")
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
             encoder=str(cfg.model.backbone.get("variant")),
             checkpoint=str(cfg.model.backbone.get("init_cfg")),
             depth=sweep.depth,
-            training_pictures=len(sweep.pictures),
+            training_images=len(sweep.images),
             augmentation=False,
             maps=args.dtype,
             schedule=dict(sweep.cfg.train_cfg),
@@ -101,8 +101,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
     parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help="blocks, 0-based")
-    parser.add_argument("--epochs", type=int, help="passes over the pictures instead of the config's schedule")
-    parser.add_argument("--limit", type=int, metavar="N", help="train on N pictures, evenly spaced in the list")
+    parser.add_argument("--epochs", type=int, help="passes over the images instead of the config's schedule")
+    parser.add_argument("--limit", type=int, metavar="N", help="train on N images, evenly spaced in the list")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the cache (float32: exact)")
     parser.add_argument("--score", help="compare layers by this one of the config's metrics (mIoU, rmse, ...)")
     cli.run(main, parser.parse_args())

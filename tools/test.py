@@ -3,7 +3,7 @@
 python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
 python tools/test.py configs/pe_spatial_maskrcnn_coco_g14.py \
     hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_coco36ep.pth
-python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
+python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir images
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.detection.limit import limit_test
 from pe_spatial.errors import ConfigError
 
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument("--show-dir", help="draw predictions, beside the ground truth, into this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits (default 2)")
-    parser.add_argument("--limit", type=int, metavar="N", help="test on the first N pictures alone")
+    parser.add_argument("--limit", type=int, metavar="N", help="test on the first N images alone")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
     arguments = parser.parse_args()
     if arguments.out and not arguments.out.endswith((".pkl", ".pickle")):

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.tracking.masks import VOID, read_mask, split_ids, write_mask
-from pe_spatial.tracking.sam2_model import build_pe_sam2, load_tracker_weights
-from pe_spatial.tracking.streaming import Prompt, StreamingTracker
-from pe_spatial.tracking.video import Clip, list_frames, mp4_writer, overlay
+from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+from pe_spatial.tracking.sam2.streaming import Prompt, StreamingTracker
+from pe_spatial.tracking.vos.masks import VOID, read_mask, split_ids, write_mask
+from pe_spatial.tracking.vos.video import Clip, list_frames, mp4_writer, overlay
 
 
 def numbered(text, counts):
@@ -94,7 +94,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", type=Path, help="file, or folder of pictures")
+    parser.add_argument("video", type=Path, help="file, or folder of images")
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True, help="of the whole tracker, as tools/train.py writes it")
     parser.add_argument("--out", type=Path, required=True, help="mp4")

@@ -25,15 +25,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import build_encoder
-from pe_spatial.layer_sweep import draw_scores, write_json
-from pe_spatial.tracking.datasets import davis_clips
-from pe_spatial.tracking.evaluation import COUNTS, evaluate, read_sequences
-from pe_spatial.tracking.masks import write_mask
+from pe_spatial.probing.sweep import draw_scores, write_json
 from pe_spatial.tracking.propagation import SHAPES
-from pe_spatial.tracking.video import Clip, list_frames, write_overlay
+from pe_spatial.tracking.vos.datasets import davis_clips
+from pe_spatial.tracking.vos.evaluation import COUNTS, evaluate, read_sequences
+from pe_spatial.tracking.vos.masks import write_mask
+from pe_spatial.tracking.vos.video import Clip, list_frames, write_overlay
 from pe_spatial.tracking.zero_shot import NORMALIZATIONS, PRESETS, ZeroShotTracker
 
 PROPAGATION = ("context", "radius", "shape", "topk", "temperature")

@@ -9,11 +9,11 @@ python tools/train.py CONFIG --resume                    # the latest checkpoint
 import argparse
 import os
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.determinism import make_deterministic
+from pe_spatial.engine.fault_tolerance import add_fault_tolerance, check_complete, find_checkpoint, highest
 from pe_spatial.errors import ConfigError
-from pe_spatial.integrations.determinism import make_deterministic
-from pe_spatial.integrations.safety import check_whole, find_checkpoint, highest, make_safe
 
 
 def restarted() -> bool:
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
         if checkpoint:  # otherwise the run begins as its config says, with its load_from
             cfg.resume, cfg.load_from = True, checkpoint
     if not cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
-        check_whole(cfg.load_from)
-    make_safe(cfg, non_finite_steps=args.non_finite_steps)
+        check_complete(cfg.load_from)
+    add_fault_tolerance(cfg, non_finite_steps=args.non_finite_steps)
     if args.deterministic:
         make_deterministic(cfg, args.seed or 0)
     elif args.seed is not None:

@@ -6,8 +6,8 @@
 #                 --num-machines 8 --machine-rank RANK --dist-url tcp://HOST:29500
 #             python tools/lazyconfig_train_net.py --config-file pe_spatial_maskrcnn_coco_g14.py --eval-only \
 #                 model.backbone.weights=null train.init_checkpoint=mask_rcnn_PEspatial_G_coco36ep.pth  (Meta's weights)
-#   hardware  64 GPUs of 80 GB, 1 picture each (weights, gradients and AdamW take 30 GB on each)
-#   cost      66375 iterations of 64 pictures (36 epochs); not measured here
+#   hardware  64 GPUs of 80 GB, 1 image each (weights, gradients and AdamW take 30 GB on each)
+#   cost      66375 iterations of 64 images (36 epochs); not measured here
 #   expected  box AP 57.8, mask AP 50.3 on val2017: Meta's numbers for their run (README of apps/detection);
 #             not measured yet with this config
 
@@ -19,7 +19,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from pe_spatial.integrations.detectron2 import PerceptionEncoderPyramid, layer_decay_params
 
-side = 1024  # of the square to which pictures are scaled, cropped and padded, in pixels
+side = 1024  # of the square to which images are scaled, cropped and padded, in pixels
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 model.pixel_mean = model.pixel_std = [127.0, 127.0, 127.0]

@@ -1,6 +1,6 @@
 """Monocular depth: data, heads, losses, metrics, inference. Importing it registers."""
 
-import pe_spatial.integrations.loading  # noqa: F401  (registers LoadPicture)
+import pe_spatial.engine.loading  # noqa: F401  (registers LoadCheckedImage)
 
 from .datasets import DepthPairDataset
 from .dpt import DPTDepthHead

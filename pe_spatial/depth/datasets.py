@@ -1,4 +1,4 @@
-"""Pairs of a picture and its depth map, from a list, a table or two folders, checked once."""
+"""Pairs of an image and its depth map, from a list, a table or two folders, checked once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from pe_spatial.engine.loading import RefetchBrokenMixin
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.integrations.loading import DrawsAnother
 
 _NAMED = 5  # how many offenders an error names before it says 'and so many more'
 _CAMERA = ("fx", "fy", "cx", "cy")
@@ -21,12 +21,12 @@ _COLUMNS = ("rgb", "depth", "units_per_metre", *_CAMERA, "max_eval_depth_m", "no
 
 
 @DATASETS.register_module()
-class DepthPairDataset(DrawsAnother, BaseDataset):
-    """Pairs of a picture and a depth map; missing files and wrong lines raise DatasetError, and one log line counts.
+class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
+    """Pairs of an image and a depth map; missing files and wrong lines raise DatasetError, and one log line counts.
 
     The pairs come from `ann_file`, or without one from two folders:
 
-    - `*.txt`, the lists of BTS: a line is `picture depth [focal length]`, relative to the two prefixes; leading slashes
+    - `*.txt`, the lists of BTS: a line is `image depth [focal length]`, relative to the two prefixes; leading slashes
       are taken off, the focal length is only checked. Where the depth is None (KITTI) the line is counted and left out.
     - `*.csv` with the columns rgb and depth, relative to the two prefixes, and if wanted units_per_metre, fx, fy, cx,
       cy, max_eval_depth_m and notes. Options given here take the place of its columns.
@@ -37,11 +37,11 @@ class DepthPairDataset(DrawsAnother, BaseDataset):
         ann_file: list or table, relative to `data_root`.
         data_root: folder of everything.
         data_prefix: `img_path` and `depth_path`, the folders of both kinds, relative to `data_root`.
-        names: of pictures and depth maps, with {} for what they have in common, such as
+        names: of images and depth maps, with {} for what they have in common, such as
             ("rgb_{}.jpg", "sync_depth_{}.png") for NYUv2's folders.
         scale: units of the depth files per metre: 1000 for millimetres, 256 for KITTI, 1 for metres.
         min_depth, max_depth: in metres; depth outside is missing.
-        intrinsics: (fx, fy, cx, cy) of all pictures, in pixels.
+        intrinsics: (fx, fy, cx, cy) of all images, in pixels.
         expected: how many pairs there have to be, such as 24231 and 654 in NYUv2.
         skip_missing: leave out, and count, pairs of which a file is not there; only for training.
         options: those of mmengine's `BaseDataset`, such as `pipeline`.
@@ -132,7 +132,7 @@ class DepthPairDataset(DrawsAnother, BaseDataset):
                 continue
             if len(fields) not in (2, 3) or (len(fields) == 3 and not _positive(fields[2])):
                 raise DatasetError(
-                    f"{self.ann_file}, line {number}: {line!r} is not 'picture depth focal_length'; "
+                    f"{self.ann_file}, line {number}: {line!r} is not 'image depth focal_length'; "
                     "mend or remove it (paths hold no blanks; a .csv may)"
                 )
             if fields[1] == "None":
@@ -177,13 +177,13 @@ class DepthPairDataset(DrawsAnother, BaseDataset):
         head, tail = self.names[0].split("{}")
         for path in sorted(root.rglob(f"{head}*{tail}")):
             stem = path.name[len(head) : len(path.name) - len(tail)]
-            picture = path.relative_to(root)
-            yield self._pair(str(picture), str(picture.with_name(self.names[1].replace("{}", stem))), {})
+            image = path.relative_to(root)
+            yield self._pair(str(image), str(image.with_name(self.names[1].replace("{}", stem))), {})
 
-    def _pair(self, picture: str, depth: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    def _pair(self, image: str, depth: str, own: Mapping[str, Any]) -> dict[str, Any]:
         known = {key: own.get(key) if value is None else value for key, value in self.common.items()}
         return {
-            "img_path": os.path.join(self.data_prefix["img_path"], picture),
+            "img_path": os.path.join(self.data_prefix["img_path"], image),
             "depth_path": os.path.join(self.data_prefix["depth_path"], depth),
             "min_depth": self.min_depth,
             **{key: value for key, value in known.items() if value is not None},
@@ -200,18 +200,18 @@ class DepthPairDataset(DrawsAnother, BaseDataset):
                 listed[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else set()
             return name not in listed[parent]
 
-        pictures = {pair["img_path"] for pair in pairs if absent(pair["img_path"])}
+        images = {pair["img_path"] for pair in pairs if absent(pair["img_path"])}
         maps = {pair["depth_path"] for pair in pairs if absent(pair["depth_path"])}
-        bad = [pair for pair in pairs if pair["img_path"] in pictures or pair["depth_path"] in maps]
+        bad = [pair for pair in pairs if pair["img_path"] in images or pair["depth_path"] in maps]
         if bad and (not self.skip_missing or len(bad) == len(pairs)):
-            files = [path for pair in bad for path in (pair["img_path"], pair["depth_path"]) if path in pictures | maps]
+            files = [path for pair in bad for path in (pair["img_path"], pair["depth_path"]) if path in images | maps]
             more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
             raise DatasetError(
-                f"{len(pictures)} pictures and {len(maps)} depth maps of the {len(pairs)} pairs in {self._source()} "
+                f"{len(images)} images and {len(maps)} depth maps of the {len(pairs)} pairs in {self._source()} "
                 f"are not there: {', '.join(files[:_NAMED])}{more}; check data_root (--data-root) and data_prefix"
                 + ("" if self.test_mode else ", or set skip_missing=True of the dataset to train without them")
             )
-        pairs[:] = [pair for pair in pairs if pair["img_path"] not in pictures and pair["depth_path"] not in maps]
+        pairs[:] = [pair for pair in pairs if pair["img_path"] not in images and pair["depth_path"] not in maps]
         return len(bad)
 
     def _source(self) -> str:

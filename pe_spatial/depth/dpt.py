@@ -93,7 +93,7 @@ def double(x: Tensor) -> Tensor:
 class DPTDepthHead(nn.Module):
     """DPT: four layers at strides p / 4, p / 2, p and 2 p of a patch p, fused from the deepest up, then depth.
 
-    The output has 32 times the grid of the deepest map, at odd grids more than the picture; whoever calls resizes it.
+    The output has 32 times the grid of the deepest map, at odd grids more than the image; whoever calls resizes it.
 
     Args:
         in_channels: of each map that the encoder gives.

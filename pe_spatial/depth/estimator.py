@@ -43,10 +43,10 @@ def named_layers(name: str, depth: int) -> list[int]:
 # MMSegmentation has a DepthEstimator of its own, which its scope would find first.
 @MODELS.register_module(name="PEDepthEstimator")
 class DepthEstimator(BaseModel):
-    """Metric depth from one picture: any backbone of the registries, a depth head, a list of losses.
+    """Metric depth from one image: any backbone of the registries, a depth head, a list of losses.
 
-    Pictures whose sides are no multiples of the encoder's patch are padded with zeros on all sides, and the padding is
-    cut from the prediction (DINOv2 squeezes it into the picture instead).
+    Images whose sides are no multiples of the encoder's patch are padded with zeros on all sides, and the padding is
+    cut from the prediction (DINOv2 squeezes it into the image instead).
 
     Args:
         backbone: its config. `out_indices` may be a name of `LAYERS`, so that the layers follow the variant.
@@ -55,7 +55,7 @@ class DepthEstimator(BaseModel):
         losses: configs of modules (pred (B, 1, H, W), target (B, 1, H, W), 0 = missing) -> scalar; they are summed.
         frozen: keep the backbone in evaluation mode and without autograd.
         test_cfg: `mode` 'whole' or 'slide' (with `crop_size` and `stride`, (h, w) in pixels: windows, averaged where
-            they overlap), `flip` True to average with the prediction of the mirrored picture.
+            they overlap), `flip` True to average with the prediction of the mirrored image.
         data_preprocessor: config of `DepthPreprocessor`.
     """
 
@@ -90,8 +90,8 @@ class DepthEstimator(BaseModel):
     ) -> Tensor | dict[str, Tensor] | list[SegDataSample]:
         """Run mmengine's 'loss', 'predict' or 'tensor' on normalised `inputs` (B, 3, H, W).
 
-        'predict' returns samples with pred_depth_map (1, h, w) in metres, at the size that the picture had before it
-        was resized (`ori_shape`); 'tensor' returns depth (B, 1, H, W) of the whole picture, as in training.
+        'predict' returns samples with pred_depth_map (1, h, w) in metres, at the size that the image had before it
+        was resized (`ori_shape`); 'tensor' returns depth (B, 1, H, W) of the whole image, as in training.
         """
         if mode == "loss":
             return self.loss(inputs, data_samples)

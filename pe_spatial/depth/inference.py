@@ -1,4 +1,4 @@
-"""A trained depth estimator on pictures as they lie about: arrays, files, folders, videos, of any size."""
+"""A trained depth estimator on images as they lie about: arrays, files, folders, videos, of any size."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.pictures import read_rgb
+from pe_spatial.images import read_rgb
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to come: what its results are called, where it is, and a function that reads it.
+class InputImage:
+    """One image to come: what its results are called, where it is, and a function that reads it.
 
     `read` returns (H, W, 3) uint8 RGB or raises DatasetError; for a frame of a video only until the next one is taken.
     """
@@ -38,13 +38,13 @@ class Picture:
 
 
 class Sources:
-    """The pictures of files, folders (all below them) and videos, as often as they are iterated over.
+    """The images of files, folders (all below them) and videos, as often as they are iterated over.
 
     Args:
         paths: files and folders.
         without: a folder whose files are not taken: that of the results.
 
-    Raises DatasetError for a path that is not there, for folders without pictures and for two of one name.
+    Raises DatasetError for a path that is not there, for folders without images and for two of one name.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, without: Path) -> None:
@@ -59,25 +59,25 @@ class Sources:
                 if other != path:
                     raise DatasetError(f"{other} and {path} would both be called {name}; run them apart")
         if not self._files:
-            raise DatasetError(f"{', '.join(map(str, paths))} holds no pictures ({', '.join(PICTURES + VIDEOS)})")
+            raise DatasetError(f"{', '.join(map(str, paths))} holds no images ({', '.join(IMAGES + VIDEOS)})")
 
     def __len__(self) -> int:
-        """Pictures and frames; videos may be wrong about theirs."""
+        """Images and frames; videos may be wrong about theirs."""
         return sum(_frames(path) if _is_video(path) else 1 for path in self._files.values())
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[InputImage]:
         for name, path in self._files.items():
             if _is_video(path):
                 yield from _video(name, path)
             else:
-                yield Picture(name, path, partial(read_rgb, path))
+                yield InputImage(name, path, partial(read_rgb, path))
 
 
 def _below(folder: Path, without: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in PICTURES + VIDEOS and without not in path.resolve().parents
+        if path.suffix.lower() in IMAGES + VIDEOS and without not in path.resolve().parents
     ]
 
 
@@ -89,7 +89,7 @@ def _frames(path: Path) -> int:
     return max(int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)), 1)
 
 
-def _video(name: str, path: Path) -> Iterator[Picture]:
+def _video(name: str, path: Path) -> Iterator[InputImage]:
     capture, promised, number = cv2.VideoCapture(str(path)), _frames(path), 0
 
     def read() -> np.ndarray:
@@ -103,10 +103,10 @@ def _video(name: str, path: Path) -> Iterator[Picture]:
 
     try:
         while capture.grab():
-            yield Picture(f"{name}/{number:06d}", path, read)
+            yield InputImage(f"{name}/{number:06d}", path, read)
             number += 1
         if number < promised - 1 or not number:  # containers are often wrong by one
-            yield Picture(f"{name}/{number:06d}", path, broken)
+            yield InputImage(f"{name}/{number:06d}", path, broken)
     finally:
         capture.release()
 
@@ -114,7 +114,7 @@ def _video(name: str, path: Path) -> Iterator[Picture]:
 class DepthPredictor:
     """A depth estimator with trained weights.
 
-    Pictures take the config's test pipeline, but for its loading steps.
+    Images take the config's test pipeline, but for its loading steps.
 
     Args:
         cfg: the configuration that it was trained with.
@@ -146,22 +146,22 @@ class DepthPredictor:
         self._prepare = Compose([step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")])
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(H, W, 3) uint8 RGB of one size -> (H, W) float32 depth of each, in metres."""
-        items = [self._prepare(_as_loaded(picture)) for picture in pictures]
+        items = [self._prepare(_as_loaded(image)) for image in images]
         batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
         return [sample.pred_depth_map.data[0].float().cpu().numpy() for sample in self.model.test_step(batch)]
 
-    def tiled(self, picture: np.ndarray, *, tile: int, overlap: int, batch: int) -> np.ndarray:
-        """Predict a large picture (H, W, 3) in square tiles and return its depth (H, W) float32.
+    def tiled(self, image: np.ndarray, *, tile: int, overlap: int, batch: int) -> np.ndarray:
+        """Predict a large image (H, W, 3) in square tiles and return its depth (H, W) float32.
 
         Where tiles overlap, each counts the less the nearer its border is. Their depths are metric, so none is scaled
         to fit its neighbours; where a model is not sure of the scale, that leaves slopes between tiles. Raises
         ConfigError for relative depth, of which every tile has a scale of its own.
 
         Args:
-            picture: as in `__call__`.
-            tile: side in pixels; a side of the picture that is shorter stays whole.
+            image: as in `__call__`.
+            tile: side in pixels; a side of the image that is shorter stays whole.
             overlap: of neighbours at least, in pixels.
             batch: tiles at a time.
         """
@@ -169,14 +169,14 @@ class DepthPredictor:
             raise ConfigError(f"tiles of {self.quantity} have a scale each and do not fit together; predict it whole")
         if not 0 <= overlap < tile:
             raise ConfigError(f"tiles of {tile} pixels cannot overlap by {overlap}; 0 to {tile - 1} is allowed")
-        sides = [min(tile, side) for side in picture.shape[:2]]
-        corners = list(product(*(_starts(side, tile, overlap) for side in picture.shape[:2])))
+        sides = [min(tile, side) for side in image.shape[:2]]
+        corners = list(product(*(_starts(side, tile, overlap) for side in image.shape[:2])))
         ramps = [np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).clip(max=overlap + 1) for side in sides]
         weight = np.outer(*ramps).astype(np.float64)
-        total, weights = np.zeros(picture.shape[:2]), np.zeros(picture.shape[:2])
+        total, weights = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
         for first in range(0, len(corners), batch):
             windows = [(slice(y, y + sides[0]), slice(x, x + sides[1])) for y, x in corners[first : first + batch]]
-            for window, depth in zip(windows, self([picture[window] for window in windows]), strict=True):
+            for window, depth in zip(windows, self([image[window] for window in windows]), strict=True):
                 total[window] += weight * depth
                 weights[window] += weight
         return (total / weights).astype(np.float32)
@@ -189,9 +189,9 @@ def _quantity(losses: Sequence[Mapping[str, Any]]) -> str:
     return f"relative {relative.get('space', 'disparity')}"
 
 
-def _as_loaded(picture: np.ndarray) -> dict[str, Any]:
-    size = picture.shape[:2]
-    return dict(img=picture[..., ::-1], img_shape=size, ori_shape=size, seg_fields=[])
+def _as_loaded(image: np.ndarray) -> dict[str, Any]:
+    size = image.shape[:2]
+    return dict(img=image[..., ::-1], img_shape=size, ori_shape=size, seg_fields=[])
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:

@@ -20,8 +20,8 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from torch import Tensor
 
+from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.writing import replacing
 
 from .transforms import bottom_centre_box
 
@@ -103,7 +103,7 @@ def paste_prediction(pred: Tensor, height: int, width: int) -> Tensor:
     if left < 0 or top < 0:
         raise DatasetError(
             f"a prediction of {tuple(pred.shape)} cannot be pasted on a depth map of {height}x{width}; "
-            "DepthCrop(bottom_centre=..., picture_only=True) makes such predictions, else set pasted=False"
+            "DepthCrop(bottom_centre=..., image_only=True) makes such predictions, else set pasted=False"
         )
     return F.pad(pred, (left, width - right, top, 0))
 
@@ -334,7 +334,7 @@ class CheckedDepthMetric(BaseMetric):
         return lines
 
     def _write_csv(self, results: Sequence[tuple[str, tuple[float, ...]]]) -> None:
-        with replacing(self.csv_path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.csv_path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["img_path", *self.columns])
             writer.writerows([path, *(f"{value:.7g}" for value in row)] for path, row in results)

@@ -1,4 +1,4 @@
-"""Depth maps as files and pictures: 16-bit PNG, colours with a bar, the error against ground truth.
+"""Depth maps as files and images: 16-bit PNG, colours with a bar, the error against ground truth.
 
 Everywhere depth is (H, W) in metres (or in the model's own unit, where it is relative); 0, negative and non-finite
 values are missing and drawn grey.
@@ -96,7 +96,7 @@ def draw_error(depth: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def add_bar(image: np.ndarray, limits: tuple[float, float], colours: str, label: str) -> np.ndarray:
-    """Return `image` (H, W, 3) uint8 with a colour bar at its right; the bar grows with the picture."""
+    """Return `image` (H, W, 3) uint8 with a colour bar at its right; the bar grows with the image."""
     height = image.shape[0]
     inches = (1.2, 4.8)  # at a height of 480 px that is 100 dots an inch
     figure = Figure(figsize=inches, dpi=height / inches[1])

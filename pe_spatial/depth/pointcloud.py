@@ -36,12 +36,12 @@ class Intrinsics:
 
 
 def given_camera(values: Sequence[float], size: tuple[int, int]) -> Intrinsics:
-    """Return the camera of `values` (fx, fy, cx, cy) if it can be that of pictures of `size` (H, W)."""
+    """Return the camera of `values` (fx, fy, cx, cy) if it can be that of images of `size` (H, W)."""
     fx, fy, cx, cy = values
     h, w = size
     if not (min(fx, fy) > 0 and 0 < cx < w and 0 < cy < h):
         raise ConfigError(
-            f"intrinsics {fx:g} {fy:g} {cx:g} {cy:g} are not those of a picture of {w}x{h} pixels; "
+            f"intrinsics {fx:g} {fy:g} {cx:g} {cy:g} are not those of an image of {w}x{h} pixels; "
             "give fx fy cx cy in its pixels, the centre inside it"
         )
     return Intrinsics(fx, fy, cx, cy, "given")
@@ -50,12 +50,12 @@ def given_camera(values: Sequence[float], size: tuple[int, int]) -> Intrinsics:
 def exif_camera(path: Path, size: tuple[int, int]) -> Intrinsics | None:
     """Return the camera by the focal length that EXIF gives as of 35 mm film, or None where it gives none.
 
-    The equivalence is that of the diagonals (CIPA DCG-001), so that orientation does not matter. It fails for pictures
+    The equivalence is that of the diagonals (CIPA DCG-001), so that orientation does not matter. It fails for images
     that were cropped after they were taken.
     """
     try:
-        with Image.open(path) as picture:
-            focal = float(picture.getexif().get_ifd(_EXIF).get(_FOCAL_LENGTH_35MM, 0))
+        with Image.open(path) as image:
+            focal = float(image.getexif().get_ifd(_EXIF).get(_FOCAL_LENGTH_35MM, 0))
     except Exception:  # PIL raises almost anything on broken tags, which are as good as none
         return None
     if not 0 < focal < math.inf:
@@ -98,7 +98,7 @@ def encode_ply(depth: np.ndarray, rgb: np.ndarray, camera: Intrinsics, comments:
     Args:
         depth: (H, W), along z (not along the ray).
         rgb: (H, W, 3) uint8.
-        camera: of this picture.
+        camera: of this image.
         comments: further lines of the header; the camera is always one of them.
     """
     valid = is_valid(depth)

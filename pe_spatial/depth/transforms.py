@@ -1,4 +1,4 @@
-"""Depth maps in a pipeline: read and checked, cut and turned with their picture, packed, padded as missing.
+"""Depth maps in a pipeline: read and checked, cut and turned with their image, packed, padded as missing.
 
 Depth is float32 metres along the optical axis and 0 where it is missing, from the file to the loss. In a pipeline it is
 `results["gt_depth_map"]` (H, W), named in `seg_fields`, so that MMSegmentation's own transforms treat it too (Resize by
@@ -56,7 +56,7 @@ def _read(path: str, scale: float) -> np.ndarray:
         raise DatasetError(f"{path} has the shape {values.shape}; a depth map has one channel, (height, width)")
     if values.dtype.itemsize == 1:
         raise DatasetError(
-            f"{path} holds {values.dtype} values: 256 levels are a picture of depth and no measurement; "
+            f"{path} holds {values.dtype} values: 256 levels are an image of depth and no measurement; "
             "give depth of 16 bits, such as millimetres, or of floats"
         )
     return values.astype(np.float32) / np.float32(scale)
@@ -70,8 +70,8 @@ def _decode(path: str) -> np.ndarray:
         if values is None:
             raise ValueError("it is no EXR file")
         return values
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
@@ -104,10 +104,10 @@ def check_scale(depth: np.ndarray, *, scale: float, max_depth: float | None, pat
 
 @TRANSFORMS.register_module()
 class LoadDepth(BaseTransform):
-    """Read the depth map of a pair as `read_depth` does, after its picture and before anything changes that.
+    """Read the depth map of a pair as `read_depth` does, after its image and before anything changes that.
 
     Depth outside the pair's range is missing. NaN, infinite and negative values are missing too and counted in the log.
-    A map of another size than its picture and a scale that cannot be (`check_scale`) raise DatasetError.
+    A map of another size than its image and a scale that cannot be (`check_scale`) raise DatasetError.
 
     Args:
         skip_empty: for training: log a map without any depth, and have another pair drawn.
@@ -127,7 +127,7 @@ class LoadDepth(BaseTransform):
             raise DatasetError(
                 f"{path} is {depth.shape[0]}x{depth.shape[1]} (height x width) but {results['img_path']} is "
                 f"{results['ori_shape'][0]}x{results['ori_shape'][1]}; bring both to one size and view, "
-                "and place LoadDepth before anything that cuts the picture"
+                "and place LoadDepth before anything that cuts the image"
             )
         check_scale(depth, scale=results["depth_scale"], max_depth=max_depth, path=path)
         depth[depth < results.get("min_depth", 0.0)] = 0
@@ -158,14 +158,14 @@ class LoadDepth(BaseTransform):
 
 @TRANSFORMS.register_module()
 class DepthCrop(BaseTransform):
-    """Cut picture and depth to a fixed box; from then on that is the picture, at whose size predictions come back.
+    """Cut image and depth to a fixed box; from then on that is the image, at whose size predictions come back.
 
     Args:
         box: (left, top, right, bottom) in pixels, right and bottom exclusive: (43, 45, 608, 472) for training on NYUv2
             (AdaBins, BinsFormer, DINOv2), which leaves 427 x 565.
         bottom_centre: instead of it, (height, width) of a window in the middle of the lower edge: (352, 1216) for KITTI
             (cleinc/bts@5e3406b: left = int((width - 1216) / 2)).
-        picture_only: leave the depth whole, as BTS does in evaluation; then the metric needs `pasted=True`.
+        image_only: leave the depth whole, as BTS does in evaluation; then the metric needs `pasted=True`.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class DepthCrop(BaseTransform):
         *,
         box: Sequence[int] | None = None,
         bottom_centre: Sequence[int] | None = None,
-        picture_only: bool = False,
+        image_only: bool = False,
     ) -> None:
         if (box is None) == (bottom_centre is None):
             raise ConfigError(f"DepthCrop takes box or bottom_centre, and got {box} and {bottom_centre}; give one")
@@ -181,10 +181,10 @@ class DepthCrop(BaseTransform):
             raise ConfigError(f"box is {tuple(box)}; it is (left, top, right, bottom) in pixels, not empty")
         self.box = box
         self.bottom_centre = bottom_centre
-        self.picture_only = picture_only
+        self.image_only = image_only
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Cut; DatasetError if the box leaves the picture."""
+        """Cut; DatasetError if the box leaves the image."""
         height, width = results["img"].shape[:2]
         left, top, right, bottom = self.box or bottom_centre_box(height, width, size=self.bottom_centre)
         if left < 0 or top < 0 or right > width or bottom > height:
@@ -192,13 +192,13 @@ class DepthCrop(BaseTransform):
                 f"{results['img_path']} is {height}x{width} (height x width) and does not hold the box "
                 f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); check the crop of the pipeline"
             )
-        _cut(results, (left, top, right, bottom), ("img",) if self.picture_only else ("img", DEPTH))
+        _cut(results, (left, top, right, bottom), ("img",) if self.image_only else ("img", DEPTH))
         results["ori_shape"] = results["img_shape"]
         return results
 
     def __repr__(self) -> str:
         where = f"box={self.box}" if self.box else f"bottom_centre={self.bottom_centre}"
-        return f"{type(self).__name__}({where}, picture_only={self.picture_only})"
+        return f"{type(self).__name__}({where}, image_only={self.image_only})"
 
 
 def bottom_centre_box(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int, int, int]:
@@ -209,12 +209,12 @@ def bottom_centre_box(height: int, width: int, *, size: Sequence[int]) -> tuple[
 
 @TRANSFORMS.register_module()
 class DepthRandomCrop(BaseTransform):
-    """Cut picture and depth to a window of fixed size at a random place.
+    """Cut image and depth to a window of fixed size at a random place.
 
     Args:
         size: (height, width) in pixels; (416, 544) for NYUv2, (352, 704) for KITTI.
-        pad_val: fill smaller pictures at the right and at the bottom with this, their depth as missing; without it a
-            smaller picture raises DatasetError.
+        pad_val: fill smaller images at the right and at the bottom with this, their depth as missing; without it a
+            smaller image raises DatasetError.
     """
 
     def __init__(self, size: Sequence[int], *, pad_val: int | None = None) -> None:
@@ -256,7 +256,7 @@ def _cut(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> No
 
 
 def _camera(results: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the intrinsics, if they are known and hold for the picture as it is now."""
+    """Return the intrinsics, if they are known and hold for the image as it is now."""
     if results.get("intrinsics") is None or results.get("flip", False) != results.get("intrinsics_flip", False):
         return None
     shape = results.get("intrinsics_shape", results["ori_shape"])
@@ -265,7 +265,7 @@ def _camera(results: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 @TRANSFORMS.register_module()
 class DepthRandomFlip(BaseTransform):
-    """Mirror picture and depth left to right, with a probability of `prob`, and the camera with them.
+    """Mirror image and depth left to right, with a probability of `prob`, and the camera with them.
 
     RandomFlip does it too if it is MMSegmentation's; MMCV's would leave the depth as it was.
     """
@@ -293,12 +293,12 @@ class DepthRandomFlip(BaseTransform):
 
 @TRANSFORMS.register_module()
 class DepthRandomRotate(BaseTransform):
-    """Turn picture (bilinear) and depth (nearest) about the centre; depth that comes from outside is missing.
+    """Turn image (bilinear) and depth (nearest) about the centre; depth that comes from outside is missing.
 
     Args:
         degrees: the angle is drawn from -degrees to degrees.
         prob: of turning at all.
-        pad_val: of the picture where it comes from outside (0 in BTS and in the recipe of DINOv2).
+        pad_val: of the image where it comes from outside (0 in BTS and in the recipe of DINOv2).
     """
 
     def __init__(self, *, degrees: float = 2.5, prob: float = 0.5, pad_val: int = 0) -> None:
@@ -311,8 +311,8 @@ class DepthRandomRotate(BaseTransform):
         if np.random.rand() >= self.prob:
             return results
         angle = np.random.uniform(-self.degrees, self.degrees)
-        picture = np.ascontiguousarray(results["img"])
-        results["img"] = mmcv.imrotate(picture, angle, border_value=(self.pad_val,) * 3)
+        image = np.ascontiguousarray(results["img"])
+        results["img"] = mmcv.imrotate(image, angle, border_value=(self.pad_val,) * 3)
         if DEPTH in results:
             results[DEPTH] = mmcv.imrotate(results[DEPTH], angle, border_value=0, interpolation="nearest")
         results["intrinsics"] = None
@@ -324,7 +324,7 @@ class DepthRandomRotate(BaseTransform):
 
 @TRANSFORMS.register_module()
 class DepthColorAug(BaseTransform):
-    """Random gamma, brightness and balance of the channels (cleinc/bts@5e3406b), on 8-bit pictures of any order.
+    """Random gamma, brightness and balance of the channels (cleinc/bts@5e3406b), on 8-bit images of any order.
 
     As in BTS a pixel is in 0 ... 1 when it is raised to gamma. The toolbox that DINOv2 trained with does that in
     0 ... 255, where a gamma of 0.9 ... 1.1 also changes the brightness by 0.57 ... 1.74.
@@ -332,7 +332,7 @@ class DepthColorAug(BaseTransform):
     Args:
         gamma, brightness, color: ranges; each channel draws its own `color`. BTS has brightness (0.75, 1.25) for NYUv2
             and (0.9, 1.1) for KITTI.
-        prob: of changing the picture at all.
+        prob: of changing the image at all.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class DepthColorAug(BaseTransform):
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Change the picture through one table of 256 values per channel."""
+        """Change the image through one table of 256 values per channel."""
         if np.random.rand() >= self.prob:
             return results
         gamma, brightness = np.random.uniform(*self.gamma), np.random.uniform(*self.brightness)
@@ -369,7 +369,7 @@ _META = ("img_path", "depth_path", "ori_shape", "img_shape", "scale_factor", "fl
 
 @TRANSFORMS.register_module()
 class PackDepthInputs(BaseTransform):
-    """Pack a picture and, if it has one, its depth map for the model.
+    """Pack an image and, if it has one, its depth map for the model.
 
     inputs is (3, H, W) uint8, BGR; data_samples holds gt_depth_map (1, H, W) float32 and what is known of img_path,
     depth_path, ori_shape, img_shape, scale_factor, flip, flip_direction, max_depth and intrinsics.
@@ -384,8 +384,8 @@ class PackDepthInputs(BaseTransform):
         if DEPTH in results:
             depth = np.ascontiguousarray(results[DEPTH], dtype=np.float32)
             sample.gt_depth_map = PixelData(data=torch.from_numpy(depth)[None])
-        picture = np.ascontiguousarray(results["img"].transpose(2, 0, 1))
-        return {"inputs": torch.from_numpy(picture), "data_samples": sample}
+        image = np.ascontiguousarray(results["img"].transpose(2, 0, 1))
+        return {"inputs": torch.from_numpy(image), "data_samples": sample}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -393,7 +393,7 @@ class PackDepthInputs(BaseTransform):
 
 @MODELS.register_module()
 class DepthPreprocessor(ImgDataPreprocessor):
-    """Normalise pictures and bring a batch to one size: `pad_val` at the right and at the bottom, depth as missing.
+    """Normalise images and bring a batch to one size: `pad_val` at the right and at the bottom, depth as missing.
 
     In training the depth maps are filled up with 0; in evaluation they stay as they are, and `padding_size`
     (left, right, top, bottom) says what to cut from the prediction.
@@ -417,8 +417,8 @@ class DepthPreprocessor(ImgDataPreprocessor):
         super().__init__(mean, std, pad_size_divisor, pad_val, bgr_to_rgb)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Lists of (3, H, W) pictures and of samples -> inputs (B, 3, H', W') and the samples."""
-        sizes = [tuple(picture.shape[-2:]) for picture in data["inputs"]]
+        """Lists of (3, H, W) images and of samples -> inputs (B, 3, H', W') and the samples."""
+        sizes = [tuple(image.shape[-2:]) for image in data["inputs"]]
         data = super().forward(data, training)
         if data["data_samples"] is None:
             return data

@@ -1,12 +1,12 @@
-"""Detection in MMDetection: checked input, two-stage heads, DETA, augmentation, the swap. Importing it registers."""
+"""Detection in MMDetection: checked input, two-stage heads, DETA, augmentation. Importing it registers."""
 
-from .coco import CheckedCocoDataset
-from .deta import DETA, CanvasPreprocessor
-from .deta_head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
-from .deta_start import StartFromStage
-from .deta_transforms import DETAJitter, ShortSideResize
-from .deta_tta import DETATTA
-from .heads import (
+from pe_spatial.detection.coco import CheckedCocoDataset
+from pe_spatial.detection.deta.head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
+from pe_spatial.detection.deta.model import DETA, CanvasPreprocessor
+from pe_spatial.detection.deta.start import StartFromStage
+from pe_spatial.detection.deta.transforms import DETAJitter, ShortSideResize
+from pe_spatial.detection.deta.tta import DETATTA
+from pe_spatial.detection.heads import (
     Detectron2BBoxHead,
     Detectron2BoxCoder,
     Detectron2CascadeRoIHead,
@@ -15,10 +15,15 @@ from .heads import (
     Detectron2RPNHead,
     Float32Linear,
 )
-from .lvis import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
-from .objects365 import CheckedObjects365Dataset
-from .swap import probe_backbone, swap_backbone
-from .tta import BoxTTA
+from pe_spatial.detection.lvis import (
+    CheckedLVISDataset,
+    FastLVISMetric,
+    FederatedLoss,
+    RepeatFactorSampler,
+    SetClassWeights,
+)
+from pe_spatial.detection.objects365 import CheckedObjects365Dataset
+from pe_spatial.detection.tta import BoxTTA
 
 __all__ = [
     "DETA",
@@ -45,6 +50,4 @@ __all__ = [
     "SetClassWeights",
     "ShortSideResize",
     "StartFromStage",
-    "probe_backbone",
-    "swap_backbone",
 ]

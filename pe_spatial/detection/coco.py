@@ -1,4 +1,4 @@
-"""COCO annotations and pictures, checked: an error that names the file and the remedy, or a counted skip."""
+"""COCO annotations and images, checked: an error that names the file and the remedy, or a counted skip."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
 from pe_spatial.errors import DatasetError
-from pe_spatial.integrations.loading import DrawsAnother, LoadPicture
 
 _NAMED = 5  # how many offenders an error names before it says 'and so many more'
-_ROUNDING = 0.5  # pixels by which a box may leave its picture without being counted as clipped
+_ROUNDING = 0.5  # pixels by which a box may leave its image without being counted as clipped
 
 
 @DATASETS.register_module()
-class CheckedCocoDataset(DrawsAnother, CocoDataset):
+class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
     """COCO instances, checked once when they are loaded.
 
-    Boxes that leave their picture are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
+    Boxes that leave their image are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
     finite are skipped; one log line counts them. Anything that cannot be read as COCO, classes that the file does not
-    have, and missing pictures raise DatasetError.
+    have, and missing images raise DatasetError.
 
     Args:
-        skip_missing: leave out, and count, pictures that are not there, instead of raising; only for training, because
+        skip_missing: leave out, and count, images that are not there, instead of raising; only for training, because
             the evaluation would count their objects as missed.
         options: those of mmdet's `CocoDataset`.
     """
@@ -42,8 +42,8 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
         super().__init__(*args, **options)
         if self.test_mode and any(getattr(step, "skip_broken", False) for step in self.pipeline.transforms):
             raise DatasetError(
-                f"LoadPicture(skip_broken=True) in the test pipeline of {self.ann_file}: a test cannot draw another "
-                "picture; set skip_broken=False there"
+                f"LoadCheckedImage(skip_broken=True) in the test pipeline of {self.ann_file}: a test cannot draw "
+                "another image; set skip_broken=False there"
             )
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
         content = self.read_annotations()
         self._check_classes(content)
         counts = clean_coco(content, self.ann_file)
-        counts.update(missing=self._check_pictures(content["images"]))
+        counts.update(missing=self._check_images(content["images"]))
         self._check_masks(content)
         coco = self.COCOAPI()
         coco.dataset = content
@@ -74,7 +74,7 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
         kept = super().filter_data()
         if not kept:
             raise DatasetError(
-                f"no picture of {self.ann_file} is left: filter_cfg={self.filter_cfg} and the classes "
+                f"no image of {self.ann_file} is left: filter_cfg={self.filter_cfg} and the classes "
                 f"{_some(list(self.metainfo['classes']))} leave none with a usable box; see the counts logged above"
             )
         return kept
@@ -98,14 +98,14 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
                 "and name each category once"
             )
 
-    def _check_pictures(self, images: list[dict[str, Any]]) -> int:
-        """Remove or report pictures that are not there; how many there were."""
+    def _check_images(self, images: list[dict[str, Any]]) -> int:
+        """Remove or report images that are not there; how many there were."""
         folder = self.data_prefix.get("img", "")
-        steps = [step for step in self.pipeline.transforms if isinstance(step, LoadPicture | LoadImageFromFile)]
+        steps = [step for step in self.pipeline.transforms if isinstance(step, LoadCheckedImage | LoadImageFromFile)]
         backend_args = (steps and steps[0].backend_args) or self.backend_args
         if not isinstance(fileio.get_file_backend(folder, backend_args=backend_args), LocalBackend):
             return 0
-        listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each picture
+        listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each image
 
         def exists(image: Mapping[str, Any]) -> bool:
             parent, name = os.path.split(os.path.join(folder, image["file_name"]))
@@ -118,7 +118,7 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
             files = _some([os.path.join(folder, image["file_name"]) for image in missing])
             remedy = "" if self.test_mode else ", or set skip_missing=True of the dataset to train without them"
             raise DatasetError(
-                f"{len(missing)} of the {len(images)} pictures that {self.ann_file} lists are not there: {files}; "
+                f"{len(missing)} of the {len(images)} images that {self.ann_file} lists are not there: {files}; "
                 f"check data_root (--data-root) and data_prefix{remedy}"
             )
         gone = {image["id"] for image in missing}
@@ -146,7 +146,7 @@ class CheckedCocoDataset(DrawsAnother, CocoDataset):
         empty = len(content["images"]) - len({a["image_id"] for a in annotations})
         skipped = ", ".join(f"{counts[kind]} {kind}" for kind in _SKIPPED if counts[kind]) or "none"
         print_log(
-            f"{self.ann_file}: {len(content['images'])} pictures ({empty} without boxes, {counts['missing']} missing), "
+            f"{self.ann_file}: {len(content['images'])} images ({empty} without boxes, {counts['missing']} missing), "
             f"{len(annotations)} boxes ({counts['clipped']} clipped); skipped boxes: {skipped}",
             logger="current",
         )
@@ -229,16 +229,16 @@ def read_coco(
         if twice:
             raise DatasetError(f"{path}: {name} holds ids more than once ({_some(twice)}); number them uniquely")
     if not content["images"] or (annotated and not content["annotations"]):
-        what = "pictures" if not content["images"] else "annotations, so there is nothing to learn from it"
+        what = "images" if not content["images"] else "annotations, so there is nothing to learn from it"
         raise DatasetError(f"{path} holds no {what}; give the file of an annotated set")
     return content
 
 
-_SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown pictures")
+_SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown images")
 
 
 def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
-    """Clip boxes to their pictures and remove those that are unusable, in place.
+    """Clip boxes to their images and remove those that are unusable, in place.
 
     Returns how many were 'clipped' (by more than rounding) and how many skipped, by kind. Raises DatasetError for
     category ids that the file does not define.
@@ -257,7 +257,7 @@ def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
     for annotation in annotations:
         size = sizes.get(annotation["image_id"])
         if size is None:
-            counts["of unknown pictures"] += 1
+            counts["of unknown images"] += 1
             continue
         box, kind = _clip(annotation["bbox"], *size)
         counts[kind] += 1
@@ -274,7 +274,7 @@ def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
 
 
 def _clip(box: Any, width: float, height: float) -> tuple[list[float] | None, str]:
-    """Return the part of `box` (x, y, w, h) inside the picture, None if unusable, and the kind to count it under."""
+    """Return the part of `box` (x, y, w, h) inside the image, None if unusable, and the kind to count it under."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return None, "not finite"
     x, y, w, h = box

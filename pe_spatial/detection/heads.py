@@ -162,8 +162,8 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
             roi: (N, 5) as (image, x1, y1, x2, y2), in pixels of the input.
             scores: probabilities (N, C + 1).
             bbox_pred: deltas (N, 4 C) or (N, 4).
-            img_meta: of the picture: img_shape (h, w), scale_factor (w, h).
-            rescale: return boxes in pixels of the original picture.
+            img_meta: of the image: img_shape (h, w), scale_factor (w, h).
+            rescale: return boxes in pixels of the original image.
             cfg: score_thr, nms and max_per_img.
         """
         boxes = self.bbox_coder.decode(roi[:, 1:], bbox_pred)
@@ -244,21 +244,21 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
         rcnn_test_cfg: Any,
         rescale: bool = False,
     ) -> list[InstanceData]:
-        """Levels (B, C, h, w) and proposals -> boxes, scores and labels of each picture."""
+        """Levels (B, C, h, w) and proposals -> boxes, scores and labels of each image."""
         rois, scores, deltas = self._stages(x, batch_img_metas, [results.bboxes for results in rpn_results_list])
         head = self.bbox_head[-1]
         if not sum(map(len, rois)):
             device, classes = x[0].device, head.num_classes
             return empty_instances(batch_img_metas, device, "bbox", num_classes=classes, box_type=head.predict_box_type)
         return [
-            head.select(*picture, meta, rescale, rcnn_test_cfg)
-            for *picture, meta in zip(rois, scores, deltas, batch_img_metas, strict=True)
+            head.select(*image, meta, rescale, rcnn_test_cfg)
+            for *image, meta in zip(rois, scores, deltas, batch_img_metas, strict=True)
         ]
 
     def forward(
         self, x: tuple[Tensor, ...], rpn_results_list: list[InstanceData], batch_data_samples: Any
     ) -> tuple[Any, ...]:
-        """Return, for each picture, mean probabilities and last deltas, and the mask logits of the last RoIs."""
+        """Return, for each image, mean probabilities and last deltas, and the mask logits of the last RoIs."""
         metas = [sample.metainfo for sample in batch_data_samples]
         rois, scores, deltas = self._stages(x, metas, [results.bboxes for results in rpn_results_list])
         return scores, deltas, self._mask_forward(x, torch.cat(rois))["mask_preds"].split([len(r) for r in rois])
@@ -274,7 +274,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
     def _stages(
         self, x: tuple[Tensor, ...], metas: list[dict[str, Any]], boxes: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the RoIs, the mean probabilities and the deltas of the last stage, for each picture."""
+        """Return the RoIs, the mean probabilities and the deltas of the last stage, for each image."""
         sizes = [len(b) for b in boxes]  # empty boxes stay, so that rows remain aligned
         probabilities = []
         for stage, head in enumerate(self.bbox_head):

@@ -1,6 +1,6 @@
 """LVIS v1: checked input, the federated loss and what it needs, repeated sampling, and the metric.
 
-LVIS annotates each picture for some classes only: those that have objects there, and those it lists as absent
+LVIS annotates each image for some classes only: those that have objects there, and those it lists as absent
 (`neg_category_ids`). The metric leaves the others out; the loss trains a few classes at a time.
 """
 
@@ -24,11 +24,10 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from pe_spatial.detection.coco import COCO_FIELDS, CheckedCocoDataset, is_size, read_coco
 from pe_spatial.errors import ConfigError, DatasetError
 
-from .coco import COCO_FIELDS, CheckedCocoDataset, is_size, read_coco
-
-FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in 1 to 10, 11 to 100, more training pictures
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in 1 to 10, 11 to 100, more training images
 # As the files spell them; mmdet corrects one.
 CLASSES = tuple(name.replace("stereo_equipment", "stero_equipment") for name in LVISV1Dataset.METAINFO["classes"])
 LVIS_FIELDS = {
@@ -53,7 +52,7 @@ LVIS_FIELDS = {
 def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read an LVIS v1 json and bring it into COCO's form.
 
-    Pictures get the `file_name` that their address ends with ('train2017/000000000030.jpg'): those of LVIS's val are in
+    Images get the `file_name` that their address ends with ('train2017/000000000030.jpg'): those of LVIS's val are in
     both folders. Categories are ordered by id, as Detectron2 numbers them. Args and errors as in `read_coco`.
     """
     content = read_coco(path, annotated=annotated, backend_args=backend_args, fields=LVIS_FIELDS)
@@ -67,13 +66,13 @@ def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
 class CheckedLVISDataset(CheckedCocoDataset):
     """LVIS v1 instances, checked as COCO's are; args as there.
 
-    `metainfo['image_count']` is the number of pictures of each class, in the order of the labels, if the file says it.
+    `metainfo['image_count']` is the number of images of each class, in the order of the labels, if the file says it.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {**LVISV1Dataset.METAINFO, "classes": CLASSES}
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file, and keep its counts of pictures."""
+        """Read the annotation file, and keep its counts of images."""
         content = read_lvis(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
         classes = set(self.metainfo["classes"])
         counts = tuple(c.get("image_count") for c in content["categories"] if c["name"] in classes)
@@ -166,7 +165,7 @@ class FederatedLoss(nn.Module):
 
 @HOOKS.register_module()
 class SetClassWeights(Hook):
-    """Fill the class weights of every `FederatedLoss` with the training set's counts of pictures, to a power.
+    """Fill the class weights of every `FederatedLoss` with the training set's counts of images, to a power.
 
     Args:
         power: 0.5 as released (detectron2@02b5c4e:detectron2/data/detection_utils.py).
@@ -184,7 +183,7 @@ class SetClassWeights(Hook):
         counts = metainfo.get("image_count") if isinstance(metainfo, Mapping) else None
         if counts is None:
             raise DatasetError(
-                "the training set does not say image_count, the number of pictures of each class, as FederatedLoss "
+                "the training set does not say image_count, the number of images of each class, as FederatedLoss "
                 "needs; use CheckedLVISDataset with a file whose categories have image_count (lvis_v1_train.json)"
             )
         for loss in losses:
@@ -197,36 +196,36 @@ class SetClassWeights(Hook):
 
 
 def repeat_factors(labels: Sequence[Sequence[int]], repeat_thr: float) -> Tensor:
-    """Return how often to show each picture, (pictures,) >= 1, from the labels of its objects.
+    """Return how often to show each image, (images,) >= 1, from the labels of its objects.
 
-    For a class in a share f of the pictures it is max(1, sqrt(repeat_thr / f)), for a picture the largest of its
+    For a class in a share f of the images it is max(1, sqrt(repeat_thr / f)), for an image the largest of its
     classes (detectron2@02b5c4e:detectron2/data/samplers/distributed_sampler.py).
     """
-    classes = [np.unique(np.asarray(of_picture, dtype=np.int64)) for of_picture in labels]
-    pictures = np.repeat(np.arange(len(classes)), [len(of_picture) for of_picture in classes])
+    classes = [np.unique(np.asarray(of_image, dtype=np.int64)) for of_image in labels]
+    images = np.repeat(np.arange(len(classes)), [len(of_image) for of_image in classes])
     flat = np.concatenate(classes)
     share = np.bincount(flat)[flat] / len(classes)
     factors = np.ones(len(classes))
-    np.maximum.at(factors, pictures, np.sqrt(repeat_thr / share))
+    np.maximum.at(factors, images, np.sqrt(repeat_thr / share))
     return torch.from_numpy(factors).float()
 
 
 @DATA_SAMPLERS.register_module()
 class RepeatFactorSampler(InfiniteSampler):
-    """Infinite, shuffled sampler that shows pictures of rare classes more often.
+    """Infinite, shuffled sampler that shows images of rare classes more often.
 
     Fractions of the repeat factors are rounded at random, anew in every epoch, so that they hold on average (mmengine's
     ClassBalancedDataset rounds them up).
 
     Args:
         dataset: any whose `get_data_info` gives instances with a bbox_label, after its filter; wrappers too.
-        repeat_thr: the share of pictures in (0, 1] below which the pictures of a class are repeated.
+        repeat_thr: the share of images in (0, 1] below which the images of a class are repeated.
         seed: of the shuffle, the same in all processes; None agrees on one.
     """
 
     def __init__(self, dataset: Any, *, repeat_thr: float = 0.001, seed: int | None = None) -> None:
         if not 0 < repeat_thr <= 1:
-            raise ConfigError(f"repeat_thr is {repeat_thr}; give a share of the pictures in (0, 1], 0.001 as released")
+            raise ConfigError(f"repeat_thr is {repeat_thr}; give a share of the images in (0, 1], 0.001 as released")
         super().__init__(dataset, shuffle=True, seed=seed)
         infos = map(dataset.get_data_info, range(len(dataset)))
         self.factors = repeat_factors([[i["bbox_label"] for i in info["instances"]] for info in infos], repeat_thr)
@@ -244,23 +243,23 @@ class RepeatFactorSampler(InfiniteSampler):
 class FastLVISMetric(BaseMetric):
     """Average precision of LVIS v1, computed by faster-coco-eval.
 
-    A detection of a class that its picture is not annotated for does not count, nor does one that matches nothing where
+    A detection of a class that its image is not annotated for does not count, nor does one that matches nothing where
     not all objects of its class are annotated. MMDetection's LVISMetric would need the package lvis, whose release
     (0.5.3) does not run with NumPy 1.24 or later.
 
     Results are in [0, 1], NaN where there is no object: `{metric}_AP`, AP50, AP75, by area APs, APm, APl, and by the
-    number of training pictures of the class APr, APc, APf.
+    number of training images of the class APr, APc, APf.
 
     Args:
         ann_file: LVIS v1 json; DatasetError if it is none.
         metric: 'bbox', 'segm' or both.
-        max_dets: how many detections of a picture count, the best of all classes together.
+        max_dets: how many detections of an image count, the best of all classes together.
         backend_args: of mmengine's file backend.
         options: those of mmengine's `BaseMetric`.
     """
 
     default_prefix = "lvis"
-    _AT_ONCE = 100  # classes; faster-coco-eval's memory grows with pictures x classes
+    _AT_ONCE = 100  # classes; faster-coco-eval's memory grows with images x classes
 
     def __init__(
         self,
@@ -285,22 +284,22 @@ class FastLVISMetric(BaseMetric):
             self.annotated.setdefault(annotation["image_id"], set()).add(annotation["category_id"])
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
-        """Keep the detections of a batch that count; DatasetError for a picture that the annotations lack."""
+        """Keep the detections of a batch that count; DatasetError for an image that the annotations lack."""
         ids = np.array([category["id"] for category in self._evaluated])
         for sample in data_samples:
-            detections, picture = sample["pred_instances"], sample["img_id"]
-            if picture not in self.annotated:
+            detections, image_id = sample["pred_instances"], sample["img_id"]
+            if image_id not in self.annotated:
                 raise DatasetError(
-                    f"picture {picture} is not in {self.ann_file}; give the metric the annotation file of the dataset"
+                    f"image {image_id} is not in {self.ann_file}; give the metric the annotation file of the dataset"
                 )
             best = detections["scores"].argsort(descending=True, stable=True)[: self.max_dets].cpu()
             categories = ids[detections["labels"].cpu()[best].numpy()]
-            counts = np.isin(categories, list(self.annotated[picture]))
+            counts = np.isin(categories, list(self.annotated[image_id]))
             kept = best[torch.from_numpy(counts)].to(detections["scores"].device)
             boxes = detections["bboxes"][kept].cpu().double().numpy()
             boxes[:, 2:] -= boxes[:, :2]
             result = {
-                "picture": picture,
+                "image": image_id,
                 "categories": categories[counts].tolist(),
                 "scores": detections["scores"][kept].tolist(),
                 "bbox": boxes.tolist(),
@@ -310,13 +309,13 @@ class FastLVISMetric(BaseMetric):
             self.results.append(result)
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        """Return the results of all metrics, from the detections of all pictures."""
+        """Return the results of all metrics, from the detections of all images."""
         out = {}
         for metric in self.metrics:
             # Without a box, the area of a mask is its own.
             key = "bbox" if metric == "bbox" else "segmentation"
             detections = [
-                {"image_id": r["picture"], "category_id": category, "score": score, key: shape}
+                {"image_id": r["image"], "category_id": category, "score": score, key: shape}
                 for r in results
                 for category, score, shape in zip(r["categories"], r["scores"], r[metric], strict=True)
             ]

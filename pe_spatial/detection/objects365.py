@@ -15,7 +15,7 @@ class CheckedObjects365Dataset(CheckedCocoDataset):
     """Objects365 v2 instances; args as of `CheckedCocoDataset`, but the classes are the file's.
 
     There are files with the published names of the classes and with mended ones; the ids 1 to 365 are the same.
-    Pictures are looked for in the folder of their part, `patch8/objects365_v1_00420917.jpg`, where the archives unpack
+    Images are looked for in the folder of their part, `patch8/objects365_v1_00420917.jpg`, where the archives unpack
     to, though some files say `images/v1/patch8/...`.
     """
 

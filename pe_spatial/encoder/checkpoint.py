@@ -46,7 +46,7 @@ RELEASED_TO_OURS: dict[str, str] = {
 _KERNEL, _POSITIONS = "patch_embed.proj.weight", "pos_embed"
 
 # what a checkpoint may hold beyond the encoder, and why it is left out
-LEFT_OUT: dict[str, str] = {
+OMITTED: dict[str, str] = {
     r"proj": "projection into the text space",
     r"ln_post\.(weight|bias)": "norm before the attention pooling",
     r"attn_pool\..+": "attention pooling",
@@ -206,7 +206,7 @@ def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, 
     layout = "release" if "conv1.weight" in state else "timm"
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        why = next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)), None)
+        why = next((why for pattern, why in OMITTED.items() if re.fullmatch(pattern, name)), None)
         if why:
             left_out[name] = why
         elif layout == "release":

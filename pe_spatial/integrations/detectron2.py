@@ -42,8 +42,8 @@ class PerceptionEncoderPyramid(Backbone):
         weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
         size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
             levels need. Whole windows are `window_size * patch_size`.
-        square_size: side of the square to which Detectron2 pads every picture, in pixels, as the released detectors do;
-            0 for none. Detectron2 crops a single picture that is larger without a word, so resize to fit.
+        square_size: side of the square to which Detectron2 pads every image, in pixels, as the released detectors do;
+            0 for none. Detectron2 crops a single image that is larger without a word, so resize to fit.
         options: those of `PerceptionEncoder`; they override the preset.
     """
 

@@ -28,8 +28,7 @@ from pe_spatial.encoder.layer_decay import is_norm_or_bias, lr_factor
 from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_recipe
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
-
-from .timm import PREFIX, TimmEncoder, check_init_cfg
+from pe_spatial.integrations.timm import PREFIX, TimmEncoder, check_init_cfg
 
 # So that `_base_ = 'pe_spatial::_base_/...'` is found once this module is imported, and `mmseg::...` where
 # MMSegmentation was installed under another name than its own.

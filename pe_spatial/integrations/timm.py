@@ -25,7 +25,7 @@ PREFIX = "timm:"
 
 _log = logging.getLogger(__name__)
 # what a file may hold beyond the encoder: head, pooling, the token of masked pretraining, rotary constants
-_LEFT_OUT = r"(head|head_dist|fc_norm|attn_pool)\.|mask_token$|rope\."
+_OMITTED = r"(head|head_dist|fc_norm|attn_pool)\.|mask_token$|rope\."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class TimmEncoder(nn.Module):
         block = re.match(r"blocks\.(\d+)\.", name)
         if block:
             return self.depth <= int(block[1]) < self.config.depth
-        return re.match(_LEFT_OUT, name) is not None or (not self.final_norm and name.startswith("norm."))
+        return re.match(_OMITTED, name) is not None or (not self.final_norm and name.startswith("norm."))
 
 
 def check_init_cfg(init_cfg: Mapping[str, Any] | None) -> None:
@@ -252,7 +252,7 @@ def _create(variant: str, **options: Any) -> Any:
         model = None
     if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, timm.layers.PatchEmbed):
         raise ConfigError(
-            f"{variant} is no plain vision transformer that takes pictures of any size in timm; those of its classes "
+            f"{variant} is no plain vision transformer that takes images of any size in timm; those of its classes "
             "VisionTransformer and Eva are: DINOv2, DINOv3, SigLIP, CLIP, DeiT, EVA-02, PE and others, most 'vit_*'"
         )
     return model

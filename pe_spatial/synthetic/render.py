@@ -18,7 +18,7 @@ _TORUS_STEPS = 96
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture and its ground truth, all of size (H, W), rows from the top.
+    """One image and its ground truth, all of size (H, W), rows from the top.
 
     Depth and instances are those of the ray through the pixel's centre; rgb is antialiased. The pixel in column u
     and row v covers [u, u + 1] x [v, v + 1], its centre is (u + 0.5, v + 0.5): `intrinsics` and boxes both say so.

@@ -111,7 +111,7 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The whole description; `pe_spatial.synthetic.render_frame` turns it into pictures."""
+    """The whole description; `pe_spatial.synthetic.render_frame` turns it into images."""
 
     room: Room
     solids: tuple[Solid, ...]

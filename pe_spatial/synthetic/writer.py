@@ -1,4 +1,4 @@
-"""Scenes on disk: pictures, COCO json with boxes, masks and tracks, depth and instance maps.
+"""Scenes on disk: images, COCO json with boxes, masks and tracks, depth and instance maps.
 
     <root>/world.json                              parameters and version of the set
     <root>/annotations/instances_<split>.json      COCO, with `videos` and per-image camera
@@ -121,7 +121,7 @@ def _is_complete(root: Path, world: dict[str, Any]) -> bool:
 
 
 def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Write the pictures of a split and return its COCO dictionary."""
+    """Write the images of a split and return its COCO dictionary."""
     jobs = [(build, split, index, world) for index in range(world["scenes"][split])]
     if workers == 1:
         videos = [_write_scene(job) for job in jobs]
@@ -151,7 +151,7 @@ def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -
 
 
 def _write_scene(job: tuple[Path, str, int, dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Write the pictures of one scene; (image, annotations) of each frame, without the numbers of the whole split."""
+    """Write the images of one scene; (image, annotations) of each frame, without the numbers of the whole split."""
     from PIL import Image
 
     build, split, index, world = job

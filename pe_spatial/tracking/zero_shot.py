@@ -15,9 +15,8 @@ from torch import Tensor
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError
-
-from .propagation import LabelPropagation, first_soft, hard_mask
-from .video import Clip
+from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
+from pe_spatial.tracking.vos.video import Clip
 
 PRESETS = ("dino", "aligned")
 NORMALIZATIONS = ("encoder", "dino")
@@ -129,7 +128,7 @@ class ZeroShotTracker(BaseModel):
         Frames are taken and given one at a time. Those of the first are `first_mask` itself.
 
         Args:
-            frames: names and pictures, (H, W, 3) uint8 RGB, as `Clip.read` gives them.
+            frames: names and images, (H, W, 3) uint8 RGB, as `Clip.read` gives them.
             first_mask: object ids (H, W) uint8, 0 for background; ids may skip numbers.
         """
         self.eval()

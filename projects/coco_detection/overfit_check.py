@@ -1,14 +1,14 @@
 # Can the main job learn at all? pe_spatial_cascade_coco.py with the T variant from random weights, on eight real
-# pictures, evaluated on the same eight.
+# images, evaluated on the same eight.
 #
 #   command   python tools/train.py projects/coco_detection/overfit_check.py --data-root FOLDER_OF_COCO_TINY
-#   data      the first eight pictures of coco_tiny's train2017 without an object below 32 x 32 pixels
+#   data      the first eight images of coco_tiny's train2017 without an object below 32 x 32 pixels
 #   hardware  two CPU cores
 #   cost      12 minutes
-#   expected  box AP50 above 0.6 on the pictures it was trained on; measured here: 0.978 (docs/benchmarks.md)
+#   expected  box AP50 above 0.6 on the images it was trained on; measured here: 0.978 (docs/benchmarks.md)
 #
-# Besides the data this changes what stands between a network and learning eight pictures by heart in minutes: no
-# jitter, no drop path, no decay of weights or of the rate over layers, 512 px and fewer samples a picture.
+# Besides the data this changes what stands between a network and learning eight images by heart in minutes: no
+# jitter, no drop path, no decay of weights or of the rate over layers, 512 px and fewer samples an image.
 
 _base_ = '../../configs/pe_spatial_cascade_coco.py'
 
@@ -16,7 +16,7 @@ size = (512, 512)
 eight = [7, 8, 9, 13, 14, 15, 20, 21]
 iterations = 400
 pipeline = [
-    dict(type='LoadPicture'),
+    dict(type='LoadCheckedImage'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(

@@ -13,14 +13,14 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from tqdm import tqdm
 
-from pe_spatial import cli
+from pe_spatial.cli import common as cli
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = cli.load_config(args)
     init_default_scope(cfg.default_scope)
     import_modules_from_strings(**cfg.custom_imports)
-    load = [step for step in cfg.train_dataloader.dataset.pipeline if step.type in ("LoadPicture", "LoadDepth")]
+    load = [step for step in cfg.train_dataloader.dataset.pipeline if step.type in ("LoadCheckedImage", "LoadDepth")]
     train = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": load})
     test = DATASETS.build(cfg.test_dataloader.dataset)
     metric = METRICS.build(cfg.test_evaluator)
@@ -33,11 +33,11 @@ def main(args: argparse.Namespace) -> None:
         sample = item["data_samples"]
         sample.pred_depth_map = PixelData(data=torch.full_like(sample.gt_depth_map.data, mean))
         metric.process(None, [sample.to_dict()])
-    print(f"mean depth of {len(chosen)} training pictures: {mean:.3f} m")
+    print(f"mean depth of {len(chosen)} training images: {mean:.3f} m")
     print("  ".join(f"{name} {value:.4f}" for name, value in metric.evaluate(len(test)).items()))
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
-    parser.add_argument("--limit", type=int, metavar="N", help="take the mean over N of the training pictures")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the mean over N of the training images")
     cli.run(main, parser.parse_args())

@@ -1,4 +1,4 @@
-# Can the depth job learn at all? DPT and the encoder that the package ships, both trained, on seven real pictures of
+# Can the depth job learn at all? DPT and the encoder that the package ships, both trained, on seven real images of
 # NYUv2, evaluated on the same seven by NYUv2's protocol.
 #
 #   command   python tools/train.py projects/nyu_depth/overfit_nyu.py --data-root FOLDER   (with rgb/ and depth/)
@@ -6,10 +6,10 @@
 #   data      any few pairs of one name and size, depth in 16-bit millimetres; measured with seven of the 654
 #   hardware  two CPU cores
 #   cost      9 minutes of CPU time for 250 iterations
-#   expected  RMSE below 0.15 m on the pictures it was trained on; measured here: 0.124 m, abs_rel 0.016 (the run was
+#   expected  RMSE below 0.15 m on the images it was trained on; measured here: 0.124 m, abs_rel 0.016 (the run was
 #             interrupted at iteration 33 and resumed). The mean depth of the seven, for every pixel, has 1.579 m
 #
-# Besides the data this changes what stands between a network and learning seven pictures by heart in minutes: no
+# Besides the data this changes what stands between a network and learning seven images by heart in minutes: no
 # augmentation, no frozen encoder, 256 x 192 px (at which the truth itself, brought back to 640 x 480, is 0.07 m off).
 
 _base_ = '../../configs/pe_spatial_dpt_nyu.py'
@@ -30,19 +30,19 @@ train_dataloader = dict(
     persistent_workers=False,
     dataset=dict(
         **dataset,
-        pipeline=[dict(type='LoadPicture'), dict(type='LoadDepth'), shrink, dict(type='PackDepthInputs')]))
+        pipeline=[dict(type='LoadCheckedImage'), dict(type='LoadDepth'), shrink, dict(type='PackDepthInputs')]))
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
         **dataset,
         test_mode=True,  # the truth keeps its size, in which it is compared
-        pipeline=[dict(type='LoadPicture'), shrink, dict(type='LoadDepth'), dict(type='PackDepthInputs')]))
+        pipeline=[dict(type='LoadCheckedImage'), shrink, dict(type='LoadDepth'), dict(type='PackDepthInputs')]))
 test_dataloader = val_dataloader
 
 model = dict(
     frozen=False,
-    test_cfg=dict(flip=False),  # the mirrored pictures were not learned
+    test_cfg=dict(flip=False),  # the mirrored images were not learned
     backbone=dict(
         variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
         init_cfg=dict(checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),

@@ -4,13 +4,13 @@
 #   command   python tools/render_synthetic.py work_dirs/depth_world --train 400 --val 60 --size 192 192 --workers 2
 #             python tools/train.py projects/nyu_depth/synthetic_dpt.py
 #             python projects/nyu_depth/mean_depth.py projects/nyu_depth/synthetic_dpt.py     (what it has to beat)
-#   data      800 pictures of 400 scenes, evaluated on 120 pictures of 60 others; depth is exact
+#   data      800 images of 400 scenes, evaluated on 120 images of 60 others; depth is exact
 #   hardware  two CPU cores
 #   cost      60 s of CPU time for rendering, then 205 s for 200 iterations and the evaluation
 #   expected  RMSE 0.471 m, measured here. The mean depth, 3.025 m, has 1.506 m; synthetic_lin1.py 0.577 m
 #
 # What is small: the encoder (projects/synthetic_pretraining; it learned depth too, on other scenes of this world), a
-# fusion of 32 channels, 200 iterations of 4 pictures, bfloat16, 20 calls of SigLoss's warm-up.
+# fusion of 32 channels, 200 iterations of 4 images, bfloat16, 20 calls of SigLoss's warm-up.
 
 _base_ = '../../configs/pe_spatial_dpt_nyu.py'
 
@@ -24,7 +24,7 @@ train_dataloader = dict(
         **dataset,
         data_prefix=dict(img_path='train', depth_path='depth/train'),
         pipeline=[
-            dict(type='LoadPicture'),
+            dict(type='LoadCheckedImage'),
             dict(type='LoadDepth'),
             dict(type='DepthRandomFlip', prob=0.5),
             dict(type='PackDepthInputs'),

@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("work_dirs/synthetic_pretraining/encoder.safetensors"))
     parser.add_argument("--data", type=Path, default=Path("work_dirs/synthetic_pretraining/world"))
-    parser.add_argument("--scenes", type=int, default=5000, help="two pictures each")
+    parser.add_argument("--scenes", type=int, default=5000, help="two images each")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -131,7 +131,7 @@ def main() -> None:
     start = time.time()
     write_dataset(args.data, scenes={"pretrain": args.scenes, "val": 100}, size=(SIZE, SIZE), workers=args.threads)
     data, held_out = load(args.data, "pretrain"), load(args.data, "val")
-    print(f"{len(data[0])} pictures, {len(held_out[0])} held out, after {time.time() - start:.0f} s", flush=True)
+    print(f"{len(data[0])} images, {len(held_out[0])} held out, after {time.time() - start:.0f} s", flush=True)
 
     model = DensePredictor().train()
     decayed = [p for p in model.parameters() if p.ndim > 1]

@@ -8,8 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pe_spatial import cli
-from pe_spatial.tracking.evaluation import PROTOCOLS, evaluate, find_tracks
+from pe_spatial.cli import common as cli
+from pe_spatial.tracking.vos.evaluation import PROTOCOLS, evaluate, find_tracks
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
-# Before stage 1, if SAM 2.1's weights are not wanted: pictures as clips of one frame, prompted by clicks and boxes.
+# Before stage 1, if SAM 2.1's weights are not wanted: images as clips of one frame, prompted by clicks and boxes.
 #
 #   command   tools/dist_train.sh projects/video_tracking/images.py 8
 #   data      data/coco, or with data_prefix any set in COCO's format
-#   hardware  8 GPUs, 4 pictures each; memory from tools/plan.py in the README
-#   cost      90000 iterations of 32 pictures; not measured yet
+#   hardware  8 GPUs, 4 images each; memory from tools/plan.py in the README
+#   cost      90000 iterations of 32 images; not measured yet
 #   expected  not measured yet
 #
 # Then: projects/video_tracking/stage1_frozen.py --cfg-options load_from=work_dirs/images/iter_90000.pth \

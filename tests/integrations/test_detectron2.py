@@ -95,12 +95,12 @@ def test_presets_and_weights_come_from_the_core(tmp_path, randomize):
 
 
 def test_padding_that_detectron2_applies():
-    pictures = [dict(image=torch.zeros(3, 70, 130)), dict(image=torch.zeros(3, 33, 20))]
+    inputs = [dict(image=torch.zeros(3, 70, 130)), dict(image=torch.zeros(3, 33, 20))]
 
     def padded(**options):
         cfg = LazyConfig.load(str(RECIPE))
         cfg.model.backbone = dict(_target_=ours.PerceptionEncoderPyramid, variant=SMALL, **options)
-        return instantiate(cfg.model).preprocess_image(pictures).tensor.shape[2:]
+        return instantiate(cfg.model).preprocess_image(inputs).tensor.shape[2:]
 
     assert padded() == (96, 160)  # p5 has whole cells, p6 subsamples it
     assert padded(pyramid=dict(strides=(8, 16, 32, 64, 128))) == (96, 160)
@@ -110,7 +110,7 @@ def test_padding_that_detectron2_applies():
     assert padded(square_size=256) == (256, 256)
 
 
-def test_levels_cover_a_picture_padded_to_the_divisor():
+def test_levels_cover_a_image_padded_to_the_divisor():
     backbone = ours.PerceptionEncoderPyramid(SMALL)
     levels = backbone(torch.randn(1, 3, backbone.size_divisibility, 3 * backbone.size_divisibility))
     for name, level in levels.items():
@@ -281,21 +281,21 @@ def test_recipe_gives_the_released_detections(reference):
     folder, facts, cfg, model = reference
     arrays, masks = np.load(folder / "maskrcnn.npz"), json.loads((folder / "maskrcnn_masks_rle.json").read_text())
     mapper = instantiate(cfg.dataloader.test.mapper)
-    pictures = []
+    inputs = []
     for index, name in enumerate(facts["files"]):
         height, width = (int(side) for side in arrays[f"image_{index}_original_size"])
-        pictures.append(mapper(dict(file_name=str(folder / name), height=height, width=width)))
-        assert np.array_equal(pictures[-1]["image"].permute(1, 2, 0).numpy(), arrays[f"image_{index}"])
+        inputs.append(mapper(dict(file_name=str(folder / name), height=height, width=width)))
+        assert np.array_equal(inputs[-1]["image"].permute(1, 2, 0).numpy(), arrays[f"image_{index}"])
     with torch.no_grad():
-        images = model.preprocess_image(pictures).tensor
+        images = model.preprocess_image(inputs).tensor
         levels = model.backbone(images)
-        found = model(pictures)
+        found = model(inputs)
     assert_close(images, torch.from_numpy(arrays["input"]))
     for name in ("p3", "p4", "p5", "p6"):
         assert_close(levels[name], torch.from_numpy(arrays[name]), rtol=0, atol=1e-4)
     assert_close(levels["p2"][:, :, ::2, ::2], torch.from_numpy(arrays["p2_even"]), rtol=0, atol=1e-4)
-    for index, picture in enumerate(found):
-        instances = picture["instances"]
+    for index, image in enumerate(found):
+        instances = image["instances"]
         boxes, classes = (torch.from_numpy(arrays[f"det_{index}_{what}"]) for what in ("boxes", "classes"))
         assert len(instances) == len(boxes)
         apart = (instances.pred_boxes.tensor[:, None] - boxes[None]).abs().amax(-1)
@@ -305,7 +305,7 @@ def test_recipe_gives_the_released_detections(reference):
         assert distance.max() < 0.05
         assert_close(instances.scores, torch.from_numpy(arrays[f"det_{index}_scores"])[match], rtol=0, atol=5e-4)
         wanted = coco_mask.decode([masks[index][i] for i in match])
-        assert (instances.pred_masks.permute(1, 2, 0).numpy() != wanted).sum() <= 60  # of some 80 whole pictures
+        assert (instances.pred_masks.permute(1, 2, 0).numpy() != wanted).sum() <= 60  # of some 80 whole images
 
 
 def test_recipe_has_the_released_learning_rates_and_weight_decay(reference):
@@ -356,7 +356,7 @@ def test_another_variant_is_one_option(variant):
 
 
 def test_recipe_scales_crops_and_pads_to_one_square():
-    """Detectron2 crops a single picture that is larger than the square without a word."""
+    """Detectron2 crops a single image that is larger than the square without a word."""
     cfg = LazyConfig.load(str(RECIPE))
     _, scale, crop = cfg.dataloader.train.mapper.augmentations
     (resize,) = cfg.dataloader.test.mapper.augmentations

@@ -294,7 +294,7 @@ def test_run_that_resumes_does_without_pretrained_weights(tmp_path):
         ("vit_small_patch14_dinov2.x", "knows no weights 'vit_small_patch14_dinov2.x'; known are .*lvd142m"),
         ("resnet50", "timm:resnet50 is no plain vision transformer"),
         ("swin_tiny_patch4_window7_224", "is no plain vision transformer"),
-        ("beit_base_patch16_224", "is no plain vision transformer that takes pictures of any size"),
+        ("beit_base_patch16_224", "is no plain vision transformer that takes images of any size"),
         ("vit_tiny_r_s16_p8_224", "is no plain vision transformer"),
     ],
 )

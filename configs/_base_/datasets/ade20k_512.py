@@ -18,7 +18,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    # after Resize: the labels keep the size of the picture, in which they are compared
+    # after Resize: the labels keep the size of the image, in which they are compared
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

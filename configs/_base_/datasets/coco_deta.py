@@ -1,4 +1,4 @@
-# COCO 2017 boxes for DETA, as released: pictures as they are stored, whatever their EXIF says, and in training those
+# COCO 2017 boxes for DETA, as released: images as they are stored, whatever their EXIF says, and in training those
 # without objects too. The pipelines, which depend on the canvas, are the stages'. Another folder: --data-root FOLDER.
 
 data_root = 'data/coco/'

@@ -5,7 +5,7 @@ data_root = 'data/coco/'
 size = (1024, 1024)  # (w, h) in pixels; model.data_preprocessor.pad_size_divisor pads to it
 
 train_pipeline = [
-    dict(type='LoadPicture', skip_broken=True),
+    dict(type='LoadCheckedImage', skip_broken=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(
         type='RandomResize',
@@ -16,19 +16,19 @@ train_pipeline = [
         backend='pillow'),
     dict(
         type='RandomCrop', crop_type='absolute', crop_size=size, recompute_bbox=True, allow_negative_crop=True),
-    # crops without objects stay, as negatives (MMDetection's keep_empty=True would draw another picture)
+    # crops without objects stay, as negatives (MMDetection's keep_empty=True would draw another image)
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2), keep_empty=False),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadPicture'),
+    dict(type='LoadCheckedImage'),
     dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 tta_pipeline = [
-    dict(type='LoadPicture'),
+    dict(type='LoadCheckedImage'),
     dict(
         type='TestTimeAug',
         transforms=[

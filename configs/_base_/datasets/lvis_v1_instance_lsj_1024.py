@@ -1,5 +1,5 @@
-# LVIS v1 on the pictures of COCO 2017: data_root holds COCO's train2017/ and val2017/ (links will do; val has pictures
-# of both) and annotations/lvis_v1_{train,val}.json. Pipelines as on COCO; pictures of rare classes come more often.
+# LVIS v1 on the images of COCO 2017: data_root holds COCO's train2017/ and val2017/ (links will do; val has images
+# of both) and annotations/lvis_v1_{train,val}.json. Pipelines as on COCO; images of rare classes come more often.
 # Another folder: --data-root FOLDER.
 
 _base_ = './coco_instance_lsj_1024.py'

@@ -12,5 +12,5 @@ cfg = Config.fromfile(config, import_custom_modules=False)
 total, each = cfg.auto_scale_lr.base_batch_size, cfg.train_dataloader.batch_size
 steps, rest = divmod(total, gpus * each)
 if not steps or rest:
-    sys.exit(f"error: {total} pictures are no multiple of {gpus} GPUs x {each}; use another number of GPUs")
+    sys.exit(f"error: {total} images are no multiple of {gpus} GPUs x {each}; use another number of GPUs")
 print(steps)

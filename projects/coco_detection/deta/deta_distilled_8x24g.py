@@ -3,17 +3,17 @@
 #   command   projects/coco_detection/deta/dist_train.sh deta_distilled_8x24g 8
 #             S16 or L14: --cfg-options model.backbone.variant=pe_spatial_s16_512 (pe_spatial_l14_448)
 #   data      data/coco/{train2017,val2017,annotations}, or --data-root FOLDER
-#   hardware  8 GPUs of 24 GB, 2 pictures each, 4 steps accumulated: 64 pictures. Memory: README.md
-#   cost      12 epochs of 118 thousand pictures; not measured yet
+#   hardware  8 GPUs of 24 GB, 2 images each, 4 steps accumulated: 64 images. Memory: README.md
+#   cost      12 epochs of 118 thousand images; not measured yet
 #   expected  not measured yet; nobody has published DETA on the distilled encoders
 #
-# Ours: canvas, batch, rate, and to start on COCO right away. As released: model, pictures, optimizer, the drop path of
+# Ours: canvas, batch, rate, and to start on COCO right away. As released: model, images, optimizer, the drop path of
 # the encoder's depth (0.1 for S and B, 0.4 for L), and the epochs of stage 3.
 
 _base_ = ['common.py', '../../../configs/_base_/datasets/coco_deta.py']
 
 canvas = 1024
-side = canvas - 32  # of pictures, at most
+side = canvas - 32  # of images, at most
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=canvas), backbone=dict(variant='pe_spatial_b16_512'))

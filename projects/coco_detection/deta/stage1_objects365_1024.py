@@ -2,8 +2,8 @@
 #
 #   command   NNODES=16 MASTER_ADDR=NODE projects/coco_detection/deta/dist_train.sh stage1_objects365_1024 8
 #   data      data/objects365_v2/{train,val,annotations}, or --data-root FOLDER; see README.md
-#   hardware  16 nodes of 8 GPUs, 2 pictures each, as released; fewer accumulate. Memory: README.md
-#   cost      12 epochs of 1.74 million pictures; not measured yet
+#   hardware  16 nodes of 8 GPUs, 2 images each, as released; fewer accumulate. Memory: README.md
+#   cost      12 epochs of 1.74 million images; not measured yet
 #   expected  the authors published no number for this stage; not measured yet
 #
 # Paper and released script agree. The script trains in float32, and so does this; --amp: the encoder in bfloat16. Its
@@ -13,7 +13,7 @@ _base_ = ['common.py', '../../../configs/_base_/datasets/objects365_deta.py']
 
 canvas = 1024
 epochs = 12
-side = canvas - 32  # of pictures, at most
+side = canvas - 32  # of images, at most
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=canvas),

@@ -2,8 +2,8 @@
 #
 #   command   NNODES=16 MASTER_ADDR=NODE projects/coco_detection/deta/dist_train.sh stage2_objects365_1536 8
 #   data      as in stage 1
-#   hardware  16 nodes of 8 GPUs, 1 picture each, as released; fewer accumulate. Memory: README.md
-#   cost      6 epochs of 1.74 million pictures; not measured yet
+#   hardware  16 nodes of 8 GPUs, 1 image each, as released; fewer accumulate. Memory: README.md
+#   cost      6 epochs of 1.74 million images; not measured yet
 #   expected  the authors published no number for this stage; not measured yet
 #
 # The rate drops after epoch 4, as in the released script; the paper says 5: param_scheduler.0.milestones=[5].
@@ -15,7 +15,7 @@ _base_ = 'stage1_objects365_1024.py'
 
 canvas = 1536
 epochs = 6
-side = canvas - 32  # of pictures, at most
+side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage1_objects365_1024/epoch_12.pth'
 custom_hooks = [*_base_.custom_hooks, dict(type='StartFromStage', new=['bbox_head.cls_branches'])]
 

@@ -2,8 +2,8 @@
 #
 #   command   NNODES=8 MASTER_ADDR=NODE projects/coco_detection/deta/dist_train.sh stage3_coco_1728 8
 #   data      data/coco/{train2017,val2017,annotations}, or --data-root FOLDER
-#   hardware  8 nodes of 8 GPUs, 1 picture each, as released; fewer accumulate. Memory: README.md
-#   cost      12 epochs of 118 thousand pictures; not measured yet
+#   hardware  8 nodes of 8 GPUs, 1 image each, as released; fewer accumulate. Memory: README.md
+#   cost      12 epochs of 118 thousand images; not measured yet
 #   expected  the authors published no number for this stage; not measured yet
 #
 # The rate drops after epoch 10, as in the released script; the paper says 8: --cfg-options
@@ -15,7 +15,7 @@ _base_ = ['common.py', '../../../configs/_base_/datasets/coco_deta.py']
 
 canvas = 1728
 epochs = 12
-side = canvas - 32  # of pictures, at most
+side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage2_objects365_1536/epoch_6.pth'
 custom_hooks = [*_base_.custom_hooks, dict(type='StartFromStage', new=['bbox_head.cls_branches'])]
 

@@ -2,8 +2,8 @@
 #
 #   command   NNODES=8 MASTER_ADDR=NODE projects/coco_detection/deta/dist_train.sh stage4_coco_1824 8
 #   data      as in stage 3
-#   hardware  8 nodes of 8 GPUs, 1 picture each, as released; fewer accumulate. Memory: README.md
-#   cost      3 epochs of 118 thousand pictures; not measured yet
+#   hardware  8 nodes of 8 GPUs, 1 image each, as released; fewer accumulate. Memory: README.md
+#   cost      3 epochs of 118 thousand images; not measured yet
 #   expected  box AP 65.2, and 66.0 by configs/pe_spatial_deta_g14.py with --tta: the authors' numbers for their code
 #             (README of apps/detection); not measured yet
 #
@@ -14,7 +14,7 @@ _base_ = 'stage3_coco_1728.py'
 
 canvas = 1824
 epochs = 3
-side = canvas - 32  # of pictures, at most
+side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage3_coco_1728/epoch_12.pth'
 custom_hooks = [*_base_.custom_hooks[:-1], dict(type='StartFromStage')]
 

@@ -4,10 +4,10 @@
 #             python tools/train.py projects/coco_detection/deta/synthetic.py
 #   hardware  two CPU cores, no GPU, about 2 GB of memory
 #   cost      27 minutes on one core of a machine that did other work beside it
-#   expected  box AP 0.49, AP50 0.67 on 120 pictures of unseen scenes (measured here, one run, docs/benchmarks.md)
+#   expected  box AP 0.49, AP50 0.67 on 120 images of unseen scenes (measured here, one run, docs/benchmarks.md)
 #
-# What is small: pictures of 192 px, patches of 8 px, so that levels have strides 4 to 64; 64 channels, 2 + 3 layers, 2
-# points and 4 heads in deformable attention, 100 queries, 4 pictures a step. Ours: rate, cosine, warm-up, clipping.
+# What is small: images of 192 px, patches of 8 px, so that levels have strides 4 to 64; 64 channels, 2 + 3 layers, 2
+# points and 4 heads in deformable attention, 100 queries, 4 images a step. Ours: rate, cosine, warm-up, clipping.
 
 _base_ = ['../../../configs/_base_/models/deta_pe.py', '../../../configs/_base_/detection_runtime.py']
 
@@ -37,7 +37,7 @@ model = dict(
 
 data_root = 'data/synthetic_192/'
 dataset = dict(type='CheckedCocoDataset', data_root=data_root, metainfo=dict(classes=classes))
-load = [dict(type='LoadPicture'), dict(type='LoadAnnotations', with_bbox=True)]
+load = [dict(type='LoadCheckedImage'), dict(type='LoadAnnotations', with_bbox=True)]
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,

@@ -1,0 +1,1 @@
+"""Checkpoints between layouts: names and shapes as tables, one converter, rotary tables."""

@@ -1,0 +1,556 @@
+"""Checkpoints of encoders and detectors, from one project's layout into another's: one table, read in either direction.
+
+The table, layouts.py, holds the names on both sides and the shapes. A file that it does not cover tensor by tensor is
+refused, and no tensor is copied: a file is mapped in and streamed out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pe_spatial.convert.layouts import (
+    ALIAS,
+    COCO_CATEGORY_IDS,
+    DETA_CLASSES,
+    ENCODERS,
+    MARKS,
+    NO_PLACE,
+    PREFIXES,
+    ROPE,
+    ROWS,
+    SYNONYMS,
+    THEIRS,
+    Row,
+)
+from pe_spatial.encoder.checkpoint import OMITTED, rename
+from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, some
+from pe_spatial.encoder.resize import resize_patch_kernel
+from pe_spatial.encoder.variants import VARIANTS, VITDET_RECIPES, EncoderConfig
+
+TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
+_DETA_GRID = 16  # tokens; see the preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeGeometry:
+    """What the rotary tables of a released detector depend on and its weights do not tell; it travels with the file.
+
+    Args:
+        heads: attention heads.
+        window: side of a window, in tokens.
+        image: side of an image, in tokens.
+        global_blocks: blocks with global attention.
+        dtype: of the tables.
+        grid: side of the grid that positions are compressed into, in tokens; None is that of the learned positions.
+    """
+
+    heads: int
+    window: int
+    image: int
+    global_blocks: tuple[int, ...]
+    dtype: str = "float32"
+    grid: int | None = None
+
+    def tables(self, layout: str, width: int, depth: int, positions: int) -> dict[str, Tensor]:
+        """Return every rotary table by the name that it has in `layout`, bit for bit the reference's.
+
+        A window or an image of side L makes (L * L, head dimension): the column's angles, then the row's, each twice.
+        Cell i of an axis stands at 1 + i * grid / L, where the grid is by default that of the `positions` learned ones
+        (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py, and
+        apps/detection/DETA_pe/models/pev1.py).
+        """
+        grid = self.grid or math.isqrt(positions)
+        half = width // self.heads // 2
+        frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
+        made = []
+        for side in (self.window, self.image):
+            places = torch.arange(side) / side * grid + 1
+            axis = torch.outer(places, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
+            cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
+            made.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
+        homes = {"rope_win": made[0], "rope_glb": made[1]} | {
+            f"transformer.resblocks.{i}.attn.rope": made[i in self.global_blocks] for i in range(depth)
+        }
+        return {
+            f"{ENCODERS[layout]}{home}.freqs_{name}": table
+            for home, pair in homes.items()
+            for name, table in zip(("cos", "sin"), pair, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint in another layout, and what was done to it.
+
+    Args:
+        path: the file that it came from.
+        kind: 'encoder', 'detector' or 'DETA'.
+        layout_in: the layout found.
+        layout_out: the layout of `state`.
+        state: name -> tensor.
+        renamed: name in the file -> name in `state`, of all tensors that were kept.
+        dropped: what is in the file and not in `state`, each with the reason.
+        resized: name in `state` -> 'shape -> shape'.
+        added: what is in `state` and not in the file, each with the reason.
+        notes: sentences that a user should read.
+        geometry: of a released detector's rotary tables, where it is known.
+    """
+
+    path: Path
+    kind: str
+    layout_in: str
+    layout_out: str
+    state: dict[str, Tensor]
+    renamed: dict[str, str]
+    dropped: dict[str, str]
+    resized: dict[str, str] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    geometry: RopeGeometry | None = None
+
+
+def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
+    """Bring an encoder or a detector into the layout `to`, one of `TARGETS`.
+
+    Meta's DETA has a class for each of the numbers 0 to 90, which COCO's category ids are taken from. On the way to
+    MMDetection the 80 ids in use remain, in their order; with `all_classes` all 91 do, and there is a way back. Other
+    numbers of classes stay as they are.
+
+    Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
+    rest of the file asks for, and where there is no way to `to`.
+    """
+    weights = _plain_detectron2(file.state)
+    found = _find_layout(weights)
+    if found is None:
+        raise CheckpointError(
+            f"{file.path} holds no encoder or detector that is known here, but {some(file.state)}; known are encoders "
+            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN and DETA on one, the authors' and ours"
+        )
+    prefix, kind, layout = found
+    target = _target(file.path, kind, to)
+    state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _beside(file.rest)
+    if kind == "encoder":
+        dropped |= {prefix + name: why for name, why in _take_unused(file.path, state).items()}
+    rope = {name: state.pop(name) for name in list(state) if layout in ENCODERS and ROPE.fullmatch(name)}
+    aliases = _take_aliases(file.path, state) if layout == "deta" else {}
+
+    table = _table(file.path, kind, layout, state, target)
+    sizes = _sizes(file.path, table, layout, state)
+    renamed, out = {}, {}
+    for name, value in state.items():
+        ours = renamed[prefix + name] = _name(table[name], target)
+        axes = len(_shape(table[name], target).split())
+        out[ours] = value.reshape(((1,) * axes + tuple(value.shape))[-axes:])
+    if kind == "encoder":
+        resized = _fit_kernel(file.path, out, target, sizes)
+        return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized)
+
+    geometry, deviation = _geometry(file, layout, rope, sizes) if rope else (_stored_geometry(file, sizes), 0.0)
+    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, geometry=geometry)
+    if layout == target:
+        out |= rope | aliases
+        renamed |= {prefix + name: name for name in rope | aliases}
+        return done
+    if target == "mmdet":
+        why = "rotary constants, computed here" + (f" to within {deviation:.0e}" if deviation else "")
+        dropped |= {prefix + name: why for name in rope}
+        dropped |= {prefix + name: f"second name of {_first_name(name)}" for name in aliases}
+        if kind == "DETA":
+            _fit_deta(done, sizes, all_classes)
+        return done
+    if kind == "DETA":
+        _add_aliases(done, sizes)
+    return _add_tables(done, sizes)
+
+
+def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
+    """Return the weights of the released detectors in MMDetection's names, those of any other file as they are."""
+    found = _find_layout(_plain_detectron2(file.state))
+    return convert(file, "mmdet").state if found and found[2] in ENCODERS and found[1] != "encoder" else file.state
+
+
+def check_destination(path: str | Path, source: str | Path) -> None:
+    """Raise CheckpointError unless a checkpoint can be written to `path` without harm to `source`."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} does not end in {', '.join(SUFFIXES)}; give the output such a name")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {path.parent} for {path.name}; create it first")
+    if path.is_dir() or path.resolve() == Path(source).resolve():
+        raise CheckpointError(f"{path} is a folder, or the checkpoint that is read; write to another file")
+
+
+def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
+    """Write a .pt, .pth or .safetensors file in the wrapping of its layout; return its size in bytes.
+
+    Tensors go to the disk one by one. The file appears under its name when it is complete, or not at all.
+    Raises CheckpointError if it cannot be written.
+    """
+    path = Path(path)
+    check_destination(path, conversion.path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    facts = {} if conversion.geometry is None else {"pe_spatial": asdict(conversion.geometry)}
+    state = {name: _compact(value) for name, value in conversion.state.items()}
+    wrapped: dict[str, Any] = {"model": state} if conversion.layout_out in ENCODERS else {"state_dict": state}
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            described = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
+            save_file(_unshared(state), partial, described)
+        elif conversion.layout_out == "release":
+            torch.save(state, partial)
+        else:
+            torch.save(wrapped | ({"meta": facts} if conversion.layout_out == "mmdet" else {}), partial)
+        partial.chmod(mode)  # safetensors gives its files to their owner alone, whatever the umask
+        os.replace(partial, path)
+    except Exception as error:
+        # OSError from the file system, RuntimeError from torch, SafetensorError
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be written ({reason}); nothing was left there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+# --- names
+
+
+def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Bring a detector trained with integrations.detectron2, whose backbone has our names, to the release's."""
+    if not all(any(name.startswith(part) for name in state) for part in ("proposal_generator.", "backbone.encoder.")):
+        return state
+    theirs = {row.ours: row.theirs for row in ROWS["detector"] if row.theirs}
+    return {rename(name, theirs): value for name, value in state.items()}
+
+
+def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """Return (prefix of the names, kind, layout), or None."""
+    for prefix in PREFIXES:
+        for mark, (kind, layout) in MARKS.items():
+            if any(name.startswith(prefix + mark) for name in state):
+                positions = state.get(f"{prefix}positional_embedding")  # of a detector's initialisation: (1, n, e)
+                initial = layout == "release" and positions is not None and positions.ndim == 3
+                return prefix, kind, "detectron2" if initial else layout
+    return None
+
+
+def _target(path: Path, kind: str, to: str) -> str:
+    if to not in TARGETS:
+        raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
+    if (kind, to) == ("detector", "timm"):
+        raise CheckpointError(f"{path} is a detector and timm has none; convert it to mmdet or detectron2")
+    if kind == "DETA" and to in ("timm", "detectron2"):
+        raise CheckpointError(f"{path} is a DETA and {to} has none; convert it to mmdet or release")
+    return SYNONYMS.get((kind, to), to)
+
+
+def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
+    """Take out of `state` what an encoder has no use for; return it with the reasons."""
+    unused = {name: why for name in state for pattern, why in OMITTED.items() if re.fullmatch(pattern, name)}
+    parts = [name for name in unused if "rope" not in name]
+    if parts and not any(name.startswith("attn_pool.") for name in parts):
+        raise CheckpointError(
+            f"{path} has {some(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
+            "if it is one nevertheless, save its encoder alone"
+        )
+    for name in unused:
+        del state[name]
+    return unused
+
+
+def _beside(rest: Mapping[str, Any]) -> dict[str, str]:
+    ours = {"format", "pe_spatial"} | ({"meta"} if set(rest.get("meta") or ()) <= {"pe_spatial"} else set())
+    return {name: "training state or description, not weights" for name in rest if name not in ours}
+
+
+def _name(row: Row, layout: str) -> str:
+    return row.theirs if layout in THEIRS else row.ours
+
+
+def _shape(row: Row, layout: str) -> str:
+    """Return the shape without leading axes of one where `layout` has none."""
+    shape = row.shape.removesuffix(" ?")
+    bare = layout == "release" or (layout == "detectron2" and shape.startswith("1 1 "))
+    return shape.replace("1 ", "") if bare else shape
+
+
+def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], target: str) -> dict[str, Row]:
+    """Return name -> row for exactly the tensors of `state`, or raise CheckpointError that lists both sides."""
+    numbers: dict[str, list[str]] = {}
+    for mark, part in {"{}": "(?:res)?blocks", "{i}": r"encoder\.layers", "{j}": r"decoder\.layers"}.items():
+        met = {found[1] for name in state if (found := re.search(rf"(?:^|\.){part}\.(\d+)\.", name))}
+        numbers[mark] = [str(i) for i in range(len(met))]
+    numbers["{h}"] = [str(i) for i in range(len(numbers["{j}"]) + 1)]
+    for mark, pattern in {"{s}": r"roi_heads?\.b?box_(head|predictor)\.\d", "{m}": r"roi_head\.mask_head\.\d"}.items():
+        numbers[mark] = [".0", ".1", ".2"] if any(re.match(pattern, name) for name in state) else [""]
+    table: dict[str, Row] = {}
+    for theirs, ours, shape in ROWS[kind]:
+        mark = next((mark for mark in numbers if mark in ours), "{}")
+        rows = [
+            Row("" if mark == "{m}" and number else theirs.replace(mark, number), ours.replace(mark, number), shape)
+            for number in (numbers[mark] if mark in ours else [""])
+        ]
+        if not shape.endswith("?") or any(_name(row, layout) in state for row in rows):
+            table |= {_name(row, layout): row for row in rows}
+    table.pop("", None)
+    extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
+    if extra or missing:
+        raise CheckpointError(
+            f"{path} does not map one to one from {layout} to {target}; only in the file: {some(extra)}; "
+            f"missing in it: {some(missing)}; it is of another model, or only a part of this {kind}"
+        )
+    homeless = [row.ours for row in table.values() if not _name(row, target)]
+    if homeless:
+        why = next(why for part, why in NO_PLACE.items() if part in homeless[0])
+        raise CheckpointError(f"{path} has no way to {target}: no place for {some(homeless)}, because {why}")
+    return table
+
+
+# --- shapes
+
+
+def _sizes(path: Path, table: Mapping[str, Row], layout: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return letter -> size, or raise CheckpointError for the first tensor that disagrees with those before it."""
+    sizes: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for name, row in table.items():
+        words, found = _shape(row, layout).split(), tuple(state[name].shape)
+        expected = [_expect(word, size, sizes) for word, size in zip(words, found, strict=False)]
+        if len(words) != len(found) or tuple(expected) != found:
+            letters = sorted(set(re.findall("[a-zA-Z]", row.shape)) & source.keys())
+            known = ", ".join(f"{letter} is {sizes[letter]} as in {source[letter]}" for letter in letters)
+            asked = f"({', '.join(words)}){f', where {known}' if known else ''}"
+            raise CheckpointError(f"{path}: {name} is {found} but should be {asked}; give an undamaged file")
+        source |= {letter: name for letter in sizes.keys() - source.keys()}
+    ours = [row.ours for row in table.values()]
+    sizes["d"] = sum(name.endswith("norm1.bias") for name in ours)
+    sizes["t"] = sum(name.endswith("cls_token") for name in ours)
+    sizes["s"] = sum(name.endswith("gamma_1") for name in ours)
+    if math.isqrt(sizes["n"] - sizes["t"]) ** 2 != sizes["n"] - sizes["t"]:
+        raise CheckpointError(f"{path}: {source['n']} has {sizes['n']} positions, which make no square grid of patches")
+    if "b" in sizes and sizes["b"] not in (4, 4 * sizes["C"]):
+        raise CheckpointError(f"{path}: {source['b']} has {sizes['b']} outputs but should have 4 or {4 * sizes['C']}")
+    return sizes
+
+
+def _expect(word: str, size: int, sizes: dict[str, int]) -> int | None:
+    """Return what `word` ('7', 'e', '3e', 'e/2' or 'C+1') says, and note a letter that is met for the first time."""
+    found = re.fullmatch(r"(\d*)([a-zA-Z]?)(?:/(\d+))?(?:\+(\d+))?", word)
+    assert found
+    times, over, plus = (int(found[group] or default) for group, default in ((1, 1), (3, 1), (4, 0)))
+    if not found[2]:
+        return times
+    if found[2] not in sizes:
+        value, remainder = divmod((size - plus) * over, times)
+        if remainder or value < 1:
+            return None
+        sizes[found[2]] = value
+    return sizes[found[2]] * times // over + plus
+
+
+def _released_alike(sizes: Mapping[str, int], *, letters: str = "emndts") -> list[EncoderConfig]:
+    """Return the released configurations with these shapes, whatever their patch."""
+    alike = []
+    for config in VARIANTS.values():
+        own = {"e": config.embed_dim, "m": int(config.embed_dim * config.mlp_ratio), "d": config.depth,
+               "n": config.grid_size**2 + config.class_token, "t": int(config.class_token),
+               "s": 0 if config.init_values is None else config.depth}  # fmt: skip
+        if all(sizes[letter] == own[letter] for letter in letters):
+            alike.append(config)
+    return alike
+
+
+def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Resize the patch kernel for Detectron2, whose detectors have patches of 16 pixels; return what was resized."""
+    size, released = sizes["p"], {config.patch_size for config in _released_alike(sizes)}
+    if target in ("release", "timm") and released and size not in released:
+        raise CheckpointError(
+            f"{path} has no way to {target}: its patch kernel was resized to {size} pixels from {released.pop()}, "
+            "which cannot be undone; convert the released file instead"
+        )
+    if target != "detectron2" or size == 16:
+        return {}
+    before, state["conv1.weight"] = state["conv1.weight"], resize_patch_kernel(state["conv1.weight"], 16)
+    return {"conv1.weight": f"{tuple(before.shape)} -> {tuple(state['conv1.weight'].shape)}"}
+
+
+# --- DETA
+
+
+def _take_aliases(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the second names of the heads out of `state`; return them with what they name."""
+    aliases = {}
+    for name in [name for name in state if ALIAS.fullmatch(name) and _first_name(name) in state]:
+        first = _first_name(name)
+        if not state[name].is_meta and not torch.equal(state[name], state[first]):
+            raise CheckpointError(f"{path}: {name} and {first} should be one tensor but differ; give an undamaged file")
+        aliases[name] = state.pop(name)
+    return aliases
+
+
+def _first_name(alias: str) -> str:
+    return ALIAS.sub(r"\1", alias)
+
+
+def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> None:
+    """Keep the rows of COCO's categories, and say where the encoder's geometry is not that of the preset.
+
+    The last head proposes boxes by its row 0, whatever the class, so that its first rows stay where they are.
+    """
+    heads = [name for name in done.state if name.startswith("bbox_head.cls_branches.")]
+    if sizes["C"] == DETA_CLASSES and not all_classes:
+        last = max(int(name.split(".")[2]) for name in heads)
+        for name in heads:
+            value = done.state[name]
+            rows = torch.tensor(COCO_CATEGORY_IDS, device=value.device)
+            kept = done.state[name] = value[: len(rows)] if int(name.split(".")[2]) == last else value[rows]
+            done.resized[name] = f"{tuple(value.shape)} -> {tuple(kept.shape)}"
+        done.notes.append("of 91 classes the 80 of COCO are kept; the last head keeps the objectness, its first")
+    found, preset = done.geometry, _recipe("DETA", sizes)
+    if found and (preset is None or replace(found, image=preset.image, dtype=preset.dtype) != preset):
+        done.notes.append(
+            f"its encoder is not that of preset 'deta': window_size={found.window}, rope_grid={found.grid}, "
+            f"pos_grid={math.isqrt(sizes['n'])}, global_attn_indexes={found.global_blocks}"
+        )
+
+
+def _add_aliases(done: Conversion, sizes: Mapping[str, int]) -> None:
+    if sizes["C"] == len(COCO_CATEGORY_IDS):
+        raise CheckpointError(
+            f"{done.path} has no way to release: there a class is a category id of COCO, so that 91 are needed, and of "
+            "these it has 80; convert the released file with all classes instead"
+        )
+    first = {f"transformer.decoder.{name}": name for name in done.state if name.startswith(("class_", "bbox_"))}
+    done.state.update({name: done.state[own] for name, own in first.items()})
+    done.added.update({name: f"second name of {own}" for name, own in first.items()})
+
+
+# --- rotary tables of the released detectors
+
+
+def _add_tables(done: Conversion, sizes: Mapping[str, int]) -> Conversion:
+    project = {"detectron2": "Detectron2", "deta": "Meta's DETA"}[done.layout_out]
+    geometry = done.geometry or _recipe(done.kind, sizes)
+    if geometry is None:
+        done.notes.append(
+            "the rotary tables are left out: the file does not tell their geometry, and no released detector has these "
+            f"shapes; {project} computes them itself, and warns"
+        )
+        return done
+    tables = geometry.tables(done.layout_out, sizes["e"], sizes["d"], sizes["n"])
+    done.state.update(tables)
+    done.added.update(dict.fromkeys(tables, f"rotary constants, which {project} keeps in the file"))
+    return replace(done, geometry=geometry)
+
+
+def _geometry(
+    file: CheckpointFile, layout: str, rope: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> tuple[RopeGeometry, float]:
+    """Return the geometry that the tables show, and by how much they deviate from what it gives."""
+    path, home = file.path, ENCODERS[layout]
+    windows, images = (rope.get(f"{home}rope_{kind}.freqs_cos") for kind in ("win", "glb"))
+    if windows is None or images is None or any(table.ndim != 2 or not table.numel() for table in (windows, images)):
+        raise CheckpointError(f"{path} has rotary tables, but rope_win and rope_glb are not both there as matrices")
+    geometry = RopeGeometry(
+        heads=max(sizes["e"] // images.shape[1], 1),
+        window=math.isqrt(windows.shape[0]),
+        image=math.isqrt(images.shape[0]),
+        global_blocks=tuple(
+            int(name.removeprefix(f"{home}transformer.resblocks.").partition(".")[0])
+            for name, table in rope.items()
+            if name.endswith("attn.rope.freqs_cos") and table.shape == images.shape
+        ),
+        dtype=str(images.dtype).removeprefix("torch."),
+        grid=_compressed_into(windows, rope.get(f"{home}rope_win.freqs_sin")) if layout == "deta" else None,
+    )
+    expected, deviation = geometry.tables(layout, sizes["e"], sizes["d"], sizes["n"]), 0.0
+    odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
+    if odd:
+        raise CheckpointError(f"{path} has rotary tables that do not go together ({some(sorted(odd))}) for {geometry}")
+    for name, table in rope.items():
+        difference = 0.0 if table.is_meta else float((table.float() - expected[name].float()).abs().max())
+        if not difference <= 1e-5:  # nor nan
+            raise CheckpointError(
+                f"{path} has rotary tables of another geometry: {name} differs by {difference:.1g} from that of "
+                f"{geometry} on a grid of {math.isqrt(sizes['n'])} tokens"
+            )
+        deviation = max(deviation, difference)
+    return geometry, deviation
+
+
+def _compressed_into(cos: Tensor, sin: Tensor | None) -> int:
+    """Return the grid of DETA's positions, which its shapes do not tell, from the angle between two cells of a row."""
+    side = math.isqrt(cos.shape[0])
+    if cos.is_meta or sin is None or sin.shape != cos.shape or side < 2:
+        return _DETA_GRID
+    first, second = torch.atan2(sin[:2, 0].double(), cos[:2, 0].double()).tolist()
+    return round((second - first) % math.tau * side)
+
+
+def _shape_of(tables: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tables[name].shape) if name in tables else ()
+
+
+def _stored_geometry(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeGeometry | None:
+    """Return the geometry that a converted file carries: an entry of its meta, or JSON in safetensors' metadata."""
+    meta = file.rest.get("meta")
+    facts = meta.get("pe_spatial") if isinstance(meta, Mapping) else file.rest.get("pe_spatial")
+    if facts is None:
+        return None
+    try:
+        facts = json.loads(facts) if isinstance(facts, str) else facts
+        geometry = RopeGeometry(**{**facts, "global_blocks": tuple(facts["global_blocks"])})
+        if sizes["e"] % (4 * geometry.heads):
+            raise ValueError(f"{geometry.heads} heads")
+        geometry.tables("detectron2", sizes["e"], 0, 1)
+    except Exception as error:  # whatever an entry of another type or size leads to
+        raise CheckpointError(f"{file.path} says nonsense on its rotary tables ({facts}); remove that entry") from error
+    return geometry
+
+
+def _recipe(kind: str, sizes: Mapping[str, int]) -> RopeGeometry | None:
+    """Return the geometry of the released detectors: images of 1024 or 1824 pixels, windows of the learned grid."""
+    deta = kind == "DETA"
+    heads = {config.num_heads for config in _released_alike(sizes, letters="emdts" if deta else "emndts")}
+    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES or (deta and sizes["n"] != 24**2):
+        return None
+    return RopeGeometry(
+        heads=heads.pop(),
+        window=math.isqrt(sizes["n"]),
+        image=(1824 if deta else 1024) // 16,
+        global_blocks=VITDET_RECIPES[sizes["d"]].global_attn_indexes,
+        grid=_DETA_GRID if deta else None,
+    )
+
+
+# --- writing
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Return `value`, or a copy of it where a whole larger storage would go to the file with it."""
+    value = value.detach().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with storages of their own, as safetensors asks; only those that share one are copied."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        out[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return out

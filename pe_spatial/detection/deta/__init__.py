@@ -1,0 +1,1 @@
+"""DETA: model, head, transforms, test-time augmentation, start from an earlier stage."""

@@ -1,0 +1,254 @@
+"""What DETA trains on and how it detects: both assigners by IoU, their losses, and NMS instead of a set of queries.
+
+Boxes are (cx, cy, w, h) in 0..1 of the unpadded input, unless said otherwise; the source of every rule is
+perception_models@3e352cc:apps/detection/DETA_pe/models, assigner.py and deformable_detr.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmdet.models.dense_heads import DeformableDETRHead
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
+from mmdet.utils import reduce_mean
+from mmengine.registry import MODELS, TASK_UTILS
+from mmengine.structures import InstanceData
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from pe_spatial.detection.deta.postprocess import postprocess
+from pe_spatial.errors import ConfigError
+
+Match = tuple[Tensor, Tensor]  # indices (M,) of boxes, and (M,) of the object that each of them predicts
+
+
+class DETAAssigner:
+    """Match each object with the boxes of highest IoU, as many as the random choice of positives gave it.
+
+    A box is positive if it overlaps some object enough, or if no other overlaps some object more; it counts for the
+    object that it overlaps most. Of an object's c chosen positives only the number matters: the min(c, topk) boxes of
+    highest IoU are matched, whichever object they count for, so one box may predict two objects.
+
+    Args:
+        pos_iou: IoU, in (0, 1], from which on a box is positive.
+        topk: most boxes that one object gets.
+    """
+
+    def __init__(self, *, pos_iou: float, topk: int) -> None:
+        if not 0 < pos_iou <= 1 or topk < 1:
+            raise ConfigError(f"pos_iou={pos_iou} must be in (0, 1], topk={topk} at least 1")
+        self.pos_iou = pos_iou
+        self.topk = topk
+
+    def max_positives(self, num_boxes: int) -> int:
+        """Return how many positives are chosen at random from `num_boxes` boxes."""
+        raise NotImplementedError
+
+    def positives(self, iou: Tensor) -> tuple[Tensor, Tensor]:
+        """IoU (G, N) of at least one object -> the best object (N,) of each box, and whether it is positive (N,).
+
+        An object that nothing overlaps makes each box positive that does not overlap it.
+        """
+        highest, best = iou.max(dim=0)
+        is_best = (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
+        return best, (highest >= self.pos_iou) | is_best
+
+    @torch.no_grad()
+    def assign(self, boxes: Tensor, objects: Tensor, *, permutation: Tensor | None = None) -> Match:
+        """Boxes (N, 4) and objects (G, 4) -> the matches, ordered by object and then by falling IoU.
+
+        Args:
+            boxes: anchors or proposals.
+            objects: an object without area overlaps nothing.
+            permutation: (P,), the order in which the P positives are chosen; random by default.
+        """
+        if not len(objects):
+            nothing = boxes.new_zeros(0, dtype=torch.long)
+            return nothing, nothing
+        # 0 / 0 where neither has an area
+        iou = box_iou(bbox_cxcywh_to_xyxy(objects), bbox_cxcywh_to_xyxy(boxes)).nan_to_num(nan=0)
+        best, positive = self.positives(iou)
+        index = positive.nonzero().squeeze(1)
+        if permutation is None:
+            permutation = torch.randperm(len(index), device=index.device)
+        index = index[permutation[: self.max_positives(len(boxes))]]
+        counts = best[index].bincount(minlength=len(objects))  # (G,)
+        highest = iou.topk(min(self.topk, len(boxes)), dim=1).indices  # (G, topk)
+        matched = torch.arange(highest.shape[1], device=counts.device) < counts[:, None]
+        return highest[matched], matched.nonzero()[:, 0]
+
+
+@TASK_UTILS.register_module()
+class DETAFirstStageAssigner(DETAAssigner):
+    """Match anchors with objects, to train the proposals of the encoder.
+
+    Args:
+        pos_iou, topk: see `DETAAssigner`.
+        num_positives: most positives of an image.
+    """
+
+    def __init__(self, *, pos_iou: float = 0.7, topk: int = 4, num_positives: int = 128) -> None:
+        super().__init__(pos_iou=pos_iou, topk=topk)
+        self.num_positives = num_positives
+
+    def max_positives(self, num_boxes: int) -> int:  # noqa: ARG002  (the second stage needs it)
+        """Return the number of positives, whatever the number of anchors."""
+        return self.num_positives
+
+
+@TASK_UTILS.register_module()
+class DETASecondStageAssigner(DETAAssigner):
+    """Match the proposals that the decoder starts from with objects; one matching serves all of its layers.
+
+    Args:
+        pos_iou, topk: see `DETAAssigner`.
+        pos_fraction: of the proposals, in [0, 1], that may be positive.
+    """
+
+    def __init__(self, *, pos_iou: float = 0.6, topk: int = 4, pos_fraction: float = 0.25) -> None:
+        super().__init__(pos_iou=pos_iou, topk=topk)
+        self.pos_fraction = pos_fraction
+
+    def max_positives(self, num_boxes: int) -> int:
+        """Return the fraction of the proposals, rounded down."""
+        return int(num_boxes * self.pos_fraction)
+
+
+@MODELS.register_module()
+class DETAHead(DeformableDETRHead):
+    """Class and box heads of DETA: one pair for each decoder layer, and the last pair for the encoder's proposals.
+
+    All losses are divided by the number of objects in the batch, its mean over ranks, at least 1. All proposals train,
+    padded and invalid ones too, and their class 0 is "object".
+
+    Args as in DeformableDETRHead; differently:
+        sync_cls_avg_factor: the mean over ranks cannot be switched off; ConfigError if False.
+        loss_cls: must use the sigmoid; ConfigError if not.
+        train_cfg: `proposal_assigner`, a DETAFirstStageAssigner, and `assigner`, a DETASecondStageAssigner.
+        test_cfg: options of `postprocess`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sync_cls_avg_factor: bool = True,
+        train_cfg: Mapping[str, Any] | None = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not sync_cls_avg_factor:
+            raise ConfigError("sync_cls_avg_factor=False: DETAHead always divides by the mean over ranks; leave it out")
+        super().__init__(*args, sync_cls_avg_factor=True, train_cfg=train_cfg, test_cfg=test_cfg or {}, **options)
+        if not self.loss_cls.use_sigmoid:
+            raise ConfigError("loss_cls has use_sigmoid=False: DETAHead needs one score per class, such as FocalLoss")
+        if train_cfg:
+            if "proposal_assigner" not in train_cfg:
+                raise ConfigError(f"train_cfg has {sorted(train_cfg)}: add proposal_assigner, a DETAFirstStageAssigner")
+            self.proposal_assigner = TASK_UTILS.build(train_cfg["proposal_assigner"])
+
+    def loss(
+        self,
+        hidden_states: Tensor,
+        references: Sequence[Tensor],
+        proposals: Mapping[str, Tensor],
+        batch_data_samples: Sequence[Any],
+    ) -> dict[str, Tensor]:
+        """Return the losses of all layers, weighted.
+
+        Args:
+            hidden_states: of each decoder layer, (L, B, Q, dim).
+            references: L + 1 times (B, Q, 4): where each layer starts, and where the last one ended.
+            proposals: `init_reference` (B, Q, 4), and of all N tokens of the encoder `anchors` (B, N, 4),
+                `enc_logits` (B, N, C) and `enc_boxes` (B, N, 4).
+            batch_data_samples: images with objects in pixels of the input.
+        """
+        objects = [sample.gt_instances for sample in batch_data_samples]
+        metas = [sample.metainfo for sample in batch_data_samples]
+        return self.loss_by_feat(*self(hidden_states, references), proposals, objects, metas)
+
+    def loss_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        proposals: Mapping[str, Tensor],
+        batch_gt_instances: Sequence[InstanceData],
+        batch_img_metas: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Tensor]:
+        """Logits (L, B, Q, C) and boxes (L, B, Q, 4), else as in `loss` -> `[d{layer}.|enc_]loss_{cls,bbox,iou}`."""
+        sizes = [_size(meta["img_shape"], all_layers_bbox_preds) for meta in batch_img_metas]
+        objects = [bbox_xyxy_to_cxcywh(gt.bboxes / size) for gt, size in zip(batch_gt_instances, sizes, strict=True)]
+        labels = [gt.labels for gt in batch_gt_instances]
+        number = torch.tensor([sum(map(len, labels))], dtype=torch.float32, device=all_layers_cls_scores.device)
+        divisor = reduce_mean(number).clamp(min=1).item()
+
+        matches = list(map(self.assigner.assign, proposals["init_reference"], objects))
+        last = len(all_layers_cls_scores) - 1
+        losses = {}
+        for layer, outputs in enumerate(zip(all_layers_cls_scores, all_layers_bbox_preds, strict=True)):
+            values = self.loss_by_feat_single(*outputs, matches, objects, labels, sizes, divisor)
+            losses.update(_named("" if layer == last else f"d{layer}.", values))
+
+        outputs = proposals["enc_logits"], proposals["enc_boxes"]
+        matches = list(map(self.proposal_assigner.assign, proposals["anchors"], objects))
+        labels = [torch.zeros_like(label) for label in labels]
+        values = self.loss_by_feat_single(*outputs, matches, objects, labels, sizes, divisor)
+        return losses | _named("enc_", values)
+
+    def loss_by_feat_single(
+        self,
+        cls_scores: Tensor,
+        bbox_preds: Tensor,
+        matches: Sequence[Match],
+        objects: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        sizes: Sequence[Tensor],
+        divisor: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of classes, of boxes and of GIoU of one layer.
+
+        Args:
+            cls_scores: logits (B, N, C).
+            bbox_preds: (B, N, 4).
+            matches: of each image.
+            objects: boxes (G, 4) of each image.
+            labels: classes (G,) of each image.
+            sizes: (w, h, w, h) of each image, in pixels.
+            divisor: of all three.
+        """
+        targets = [_class_targets(cls_scores.shape[1:], m, label) for m, label in zip(matches, labels, strict=True)]
+        loss_cls = self.loss_cls(cls_scores.flatten(0, 1), torch.cat(targets), avg_factor=divisor)
+
+        boxes = torch.cat([box[index] for box, (index, _) in zip(bbox_preds, matches, strict=True)])
+        wanted = torch.cat([box[index] for box, (_, index) in zip(objects, matches, strict=True)])
+        loss_bbox = self.loss_bbox(boxes, wanted, avg_factor=divisor)
+        # in pixels: mmdet holds areas above 1e-6, which would be a small object if the image had size 1
+        size = torch.cat([size.expand(len(index), 4) for size, (index, _) in zip(sizes, matches, strict=True)])
+        boxes, wanted = bbox_cxcywh_to_xyxy(boxes) * size, bbox_cxcywh_to_xyxy(wanted) * size
+        return loss_cls, loss_bbox, self.loss_iou(boxes, wanted, avg_factor=divisor)
+
+    def _predict_by_feat_single(
+        self, cls_score: Tensor, bbox_pred: Tensor, img_meta: Mapping[str, Any], rescale: bool = True
+    ) -> InstanceData:
+        size = img_meta["ori_shape" if rescale else "img_shape"]
+        return postprocess(cls_score, bbox_pred, size=size[:2], **self.test_cfg)
+
+
+def _size(shape: Sequence[int], like: Tensor) -> Tensor:
+    height, width = shape[:2]
+    return like.new_tensor([width, height, width, height])
+
+
+def _class_targets(shape: Sequence[int], match: Match, labels: Tensor) -> Tensor:
+    """(N, C) -> classes (N,): C where there is no object; of two objects the later one's."""
+    number, background = shape
+    index, owner = match
+    owners = owner.new_full((number,), -1).scatter_reduce(0, index, owner, "amax")
+    targets = labels.new_full((number,), background)
+    targets[owners >= 0] = labels[owners[owners >= 0]]
+    return targets
+
+
+def _named(prefix: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}loss_{name}": value for name, value in zip(("cls", "bbox", "iou"), values, strict=True)}

@@ -1,0 +1,88 @@
+"""How DETA's released pipelines size an image, which none of MMDetection's transforms does to the pixel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import RandomChoice
+from mmdet.datasets.transforms import RandomCrop, Resize
+from mmengine.registry import TRANSFORMS
+
+from pe_spatial.errors import ConfigError, DatasetError
+
+
+def short_side_size(height: int, width: int, *, short_side: int, max_long_side: float) -> tuple[int, int]:
+    """Return height and width with the short side at `short_side`, less where the long one would exceed its limit.
+
+    The long side is truncated, so that it may be a pixel or two below the limit, and for thin images above it
+    (perception_models@3e352cc:apps/detection/DETA_pe/datasets/transforms.py).
+    """
+    small, large = min(height, width), max(height, width)
+    if large / small * short_side > max_long_side:
+        short_side = round(max_long_side * small / large)
+    if small == short_side:
+        return height, width
+    if width < height:
+        return int(short_side * height / width), short_side
+    return short_side, int(short_side * width / height)
+
+
+@TRANSFORMS.register_module()
+class ShortSideResize(Resize):
+    """Resize as `short_side_size` says, by PIL's bilinear filter.
+
+    Args:
+        short_sides: in pixels; one of them is drawn for each image.
+        max_long_side: in pixels; no limit by default.
+    """
+
+    def __init__(self, *, short_sides: Sequence[int], max_long_side: float = math.inf) -> None:
+        super().__init__(scale=(0, 0), keep_ratio=False, backend="pillow")
+        self.short_sides = list(short_sides)
+        self.max_long_side = max_long_side
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Resize image, boxes and masks; DatasetError if the image is too thin for its short side to remain."""
+        height, width = results["img"].shape[:2]
+        short_side = int(np.random.choice(self.short_sides))
+        new_height, new_width = short_side_size(
+            height, width, short_side=short_side, max_long_side=self.max_long_side
+        )
+        if not min(new_height, new_width):
+            raise DatasetError(
+                f"{results.get('img_path', 'an image')} is {width} x {height} px and would have no pixel left with "
+                f"its long side at {self.max_long_side} px; cut it in pieces or leave it out"
+            )
+        self.scale = (new_width, new_height)
+        return super().transform(results)
+
+
+@TRANSFORMS.register_module()
+class DETAJitter(RandomChoice):
+    """Large-scale jitter as the released DETA emulates it, for a canvas that is 32 px wider than any image.
+
+    Half of the images get a short side of `min_short_side`, 32 more, and so on up to the canvas. The others get a
+    short side of 400, 500 or 600, then a piece of 384 to 600 px a side is cut out and brought to the full size; a
+    piece without objects stays, as a negative (perception_models@3e352cc:apps/detection/DETA_pe/datasets/coco.py,
+    `make_coco_transforms_lsj`).
+
+    Args:
+        canvas: side of the canvas in pixels.
+        min_short_side: in pixels; ConfigError unless the canvas is larger.
+    """
+
+    def __init__(self, *, canvas: int, min_short_side: int = 480) -> None:
+        if canvas <= min_short_side:
+            raise ConfigError(
+                f"canvas={canvas} leaves no short side from min_short_side={min_short_side} on; lower min_short_side"
+            )
+        side = canvas - 32
+        near = ShortSideResize(short_sides=[side], max_long_side=side)
+        crop = RandomCrop(crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
+        super().__init__([
+            [ShortSideResize(short_sides=range(min_short_side, canvas, 32), max_long_side=side)],
+            [ShortSideResize(short_sides=[400, 500, 600]), crop, near],
+        ])

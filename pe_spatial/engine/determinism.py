@@ -1,0 +1,137 @@
+"""The same seed gives the same losses to the last bit, whether a run was interrupted or not.
+
+Nothing is stored for it: the random numbers of a step follow from (seed, rank, step), those of an image's
+augmentation from (seed, rank, how many images were drawn before). `make_deterministic` puts it into any config.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
+from mmengine.runner import Runner
+from torch.utils.data import Sampler
+
+from pe_spatial.errors import ConfigError
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and torch from several numbers, so that neighbouring ones share nothing."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SeededIndex(int):
+    """An index into a dataset that knows how many its process drew before it, and from which seed."""
+
+    seed: tuple[int, ...]
+
+    def __new__(cls, index: int, *seed: int) -> SeededIndex:
+        """Return `index` with the numbers that its augmentation is seeded from."""
+        self = super().__new__(cls, index)
+        self.seed = seed
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the numbers on the way to a data worker."""
+        return SeededIndex, (int(self), *self.seed)
+
+
+@DATA_SAMPLERS.register_module()
+class SeededSampler(Sampler[int]):
+    """Another sampler, whose indices become `SeededIndex`s.
+
+    Args:
+        dataset: of the other sampler.
+        sampler: the config of the other sampler.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Sized, *, sampler: Mapping[str, Any], seed: int | None = None) -> None:
+        self.inner = DATA_SAMPLERS.build(dict(sampler), default_args=dict(dataset=dataset, seed=seed))
+        self.seed = self.inner.seed
+        self.epoch = self.skipped = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the draws of this process."""
+        for number, index in enumerate(self.inner, self.skipped):
+            yield SeededIndex(index, self.seed, get_rank(), self.epoch, number)
+
+    def __len__(self) -> int:
+        """Length of the other sampler."""
+        return len(self.inner)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.epoch = epoch
+        self.inner.set_epoch(epoch)
+
+    def skip(self, number: int) -> None:
+        """Begin after `number` draws, as a run that resumes does."""
+        if not hasattr(self.inner, "skip"):
+            raise ConfigError(
+                f"a run of iterations cannot resume on a {type(self.inner).__name__}; use InfiniteSampler"
+            )
+        self.skipped = number
+        self.inner.skip(number)
+
+
+@TRANSFORMS.register_module()
+class SeedAugmentation(BaseTransform):
+    """Seed Python's and NumPy's random numbers for one image's augmentation; the first step of a pipeline."""
+
+    def __init__(self) -> None:
+        self._seeded = False
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Read the seed from `sample_idx`, a `SeededIndex`; ConfigError if a dataset wrapper lost it.
+
+        An image that stands for a broken one has a plain index, and goes on with the random numbers of that one.
+        """
+        draw = results.get("sample_idx")
+        if isinstance(draw, SeededIndex):
+            seed = int(np.random.SeedSequence(draw.seed).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            self._seeded = True
+        elif not self._seeded:
+            raise ConfigError(
+                f"sample_idx is {draw!r} and does not say which draw it is: a wrapper around the dataset "
+                "(RepeatDataset, ConcatDataset, ...) lost it; --deterministic needs the dataset itself"
+            )
+        return results
+
+
+@HOOKS.register_module()
+class SeedStepHook(Hook):
+    """Seed every random number of a step (drop path, sampling of proposals, prompts) from the step's number."""
+
+    priority = "VERY_HIGH"
+
+    def before_train_iter(self, runner: Runner, **_: Any) -> None:
+        """Seed."""
+        seed_everything(runner.seed, get_rank(), runner.iter)
+
+
+def make_deterministic(cfg: Config, seed: int) -> None:
+    """Have `cfg` give the same losses whenever it is run with `seed`."""
+    cfg.randomness = dict(seed=seed, deterministic=True)
+    loader = cfg.train_dataloader
+    if "pipeline" not in loader.dataset:
+        raise ConfigError(
+            f"the dataset of training is a {loader.dataset.get('type')} without a pipeline of its own; "
+            "--deterministic needs the dataset itself"
+        )
+    loader.dataset.pipeline = [dict(type="SeedAugmentation"), *loader.dataset.pipeline]
+    loader.sampler = dict(type="SeededSampler", sampler=loader.sampler)
+    cfg.custom_hooks = [dict(type="SeedStepHook"), *(cfg.get("custom_hooks") or ())]

@@ -1,0 +1,87 @@
+"""Checked reading of images as one of OpenMMLab's transforms, for every task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mmcv.transforms import BaseTransform
+from mmengine import fileio
+from mmengine.logging import print_log
+from mmengine.registry import TRANSFORMS
+
+from pe_spatial.errors import DatasetError
+from pe_spatial.images import decode_rgb
+
+
+class RefetchBrokenMixin:
+    """For mmengine's datasets: in training, draw another sample where the pipeline gives None for a broken one."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """Return a sample; DatasetError after `max_refetch` more draws."""
+        if self.test_mode:
+            return super().__getitem__(idx)
+        self.full_init()
+        for _ in range(self.max_refetch + 1):
+            sample = self.prepare_data(idx)
+            if sample is not None:
+                return sample
+            idx = self._rand_another()
+        raise DatasetError(
+            f"{self.max_refetch + 1} draws from {self.ann_file or self.data_prefix} gave no usable image "
+            "(the log names broken ones): check data_root (--data-root), or restore the files"
+        )
+
+
+def log_skipped(known: set[str], kind: str, path: str, problem: Exception) -> None:
+    """Log once why a sample of training is left out, and how many of this kind there were in this process."""
+    if path not in known:
+        known.add(path)
+        print_log(
+            f"skipped ({len(known)} {kind} so far in this process): {problem}", logger="current", level=logging.WARNING
+        )
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(BaseTransform):
+    """Read an image of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
+
+    Grey, palette, transparent (transparency is dropped), CMYK and 16-bit images become three channels of 8 bits. PIL
+    decodes, as in the released recipe.
+
+    Args:
+        skip_broken: for training: log an image that cannot be used, and have another one drawn, instead of raising.
+        backend_args: of mmengine's file backend.
+    """
+
+    def __init__(self, *, skip_broken: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
+        self.skip_broken = skip_broken
+        self.backend_args = backend_args
+        self.broken: set[str] = set()  # seen by this process
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Add img (H, W, 3) uint8 BGR, img_shape and ori_shape; None for an image to skip."""
+        path = results["img_path"]
+        try:
+            data = fileio.get(path, backend_args=self.backend_args)
+            size = (results["height"], results["width"]) if "height" in results else None
+            image = decode_rgb(data, path, size=size)
+            expected = size or image.shape[:2]
+            if image.shape[:2] != expected:
+                raise DatasetError(
+                    f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its "
+                    f"annotations say {expected[0]}x{expected[1]}; mend the annotation file or restore the image"
+                )
+        except (DatasetError, OSError) as error:
+            problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
+            if not self.skip_broken:
+                raise problem from error
+            log_skipped(self.broken, "images", path, problem)
+            return None
+        results["img"] = image[..., ::-1]
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(skip_broken={self.skip_broken})"

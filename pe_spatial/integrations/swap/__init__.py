@@ -1,0 +1,1 @@
+"""Put a Perception Encoder into any MMDetection or MMSegmentation config."""

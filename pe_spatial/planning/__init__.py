@@ -1,0 +1,1 @@
+"""Memory and arithmetic of a training step, measured on the meta device."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: the linear probe on a frozen encoder."""

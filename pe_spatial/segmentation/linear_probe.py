@@ -1,0 +1,100 @@
+"""The linear probe of a frozen encoder under MMSegmentation's names: one layer, BatchNorm, one linear map.
+
+In a config: `custom_imports = dict(imports=['pe_spatial.segmentation.linear_probe'])`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import DATASETS, MODELS
+from mmseg.datasets import ADE20KDataset
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor, nn
+
+import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
+from pe_spatial.errors import ConfigError, DatasetError
+
+
+@MODELS.register_module()
+class LinearProbe(EncoderDecoder):
+    """A frozen encoder and a head on one of its layers; the width of the head follows from the encoder.
+
+    The encoder runs in evaluation mode and without autograd. Images whose sides are no multiples of its patch are
+    padded with zeros on all sides, as in dinov2@7c503b3's evaluation: 512 px are 518 px to an encoder of patch 14.
+
+    Args:
+        options: those of `EncoderDecoder`; `backbone.out_indices` names one block, `decode_head` no `in_channels`.
+    """
+
+    def _init_decode_head(self, decode_head: Mapping[str, Any]) -> None:
+        layers = self.backbone.out_indices
+        if len(layers) != 1:
+            raise ConfigError(f"a linear probe reads one layer but out_indices is {layers}; name one, such as [-1]")
+        if "in_channels" in decode_head:
+            raise ConfigError("decode_head.in_channels follows from the encoder of a LinearProbe; leave it out")
+        self.backbone.requires_grad_(False)
+        super()._init_decode_head({**decode_head, "in_channels": self.backbone.embed_dim})
+
+    def train(self, mode: bool = True) -> LinearProbe:
+        """Set training mode; the encoder stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), normalised -> the map of the layer (B, C, ceil(H / p), ceil(W / p)), in a tuple of one."""
+        h, w = (-side % self.backbone.patch_size for side in inputs.shape[-2:])
+        return self.backbone(F.pad(inputs, (w // 2, w - w // 2, h // 2, h - h // 2)))
+
+
+@MODELS.register_module()
+class LinearProbeHead(BaseDecodeHead):
+    """BatchNorm and a 1x1 convolution, brought to a fixed size.
+
+    PE's appendix resizes the features; each pixel's logits are a linear function of them, so in evaluation that gives
+    the same, at a tenth of the memory. In training the norm's statistics are those of the tokens.
+
+    Args:
+        in_channels: channels of the map.
+        map_size: (h, w) to which the logits are resized (bilinearly) before MMSegmentation resizes them to the labels.
+        options: those of `BaseDecodeHead`, such as `num_classes`.
+    """
+
+    def __init__(self, *, in_channels: int, map_size: Sequence[int] = (518, 518), **options: Any) -> None:
+        super().__init__(in_channels, in_channels, **{"dropout_ratio": 0.0, **options})
+        self.map_size = tuple(map_size)
+        self.bn = nn.BatchNorm2d(in_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """A sequence of one (B, C, h, w) -> logits (B, classes, *map_size)."""
+        logits = self.cls_seg(self.bn(maps[0]))
+        return F.interpolate(logits, self.map_size, mode="bilinear", align_corners=self.align_corners)
+
+
+@DATASETS.register_module()
+class CheckedADE20KDataset(ADE20KDataset):
+    """MMSegmentation's ADE20K, which says what is missing: DatasetError for absent folders, images or label maps."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """List the images, each with its label map."""
+        folders = [Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path")]
+        for folder in folders:
+            if not folder.is_dir():
+                raise DatasetError(f"no folder {folder}; check data_root (--data-root), which holds the two")
+        data = super().load_data_list()
+        if not data:
+            raise DatasetError(f"{folders[0]} holds no images that end in {self.img_suffix}; check data_root")
+        absent = [entry["seg_map_path"] for entry in data if not Path(entry["seg_map_path"]).is_file()]
+        if absent:
+            raise DatasetError(
+                f"{len(absent)} of {len(data)} images in {folders[0]} have no label map, the first {absent[0]}; "
+                "unpack the annotations anew"
+            )
+        return data

@@ -1,0 +1,1 @@
+"""SAM 2 on a Perception Encoder: model, training, losses, streaming."""

@@ -1,0 +1,413 @@
+"""Clips for training a tracker: where videos and their masks lie, and how frames and objects are drawn from them.
+
+A source of masks has `frames`, the names of the annotated frames, and `read(frame)`, the masks of one of them: id ->
+(H, W) bool. Objects that are not there may be left out, and masks may overlap. A source reads nothing before it is
+asked, keeps what it has read as long as it lives (one clip), and goes to data workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, TRANSFORMS
+
+from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import read_rgb
+from pe_spatial.tracking.vos.evaluation import read_sequences
+from pe_spatial.tracking.vos.masks import VOID, read_mask, read_object_masks, split_ids
+from pe_spatial.tracking.vos.video import list_frames, object_id
+
+_SAV_STEP = 4  # SA-V's masks are of every 4th frame (6 of 24 per second)
+_SAV_NAMES = ("manual", "auto")
+
+# layout -> folders of images and of masks (None: no convention, has to be given), and the list of videos
+_LAYOUTS: dict[str, tuple[str | None, str | None, str | None]] = {
+    "davis": ("JPEGImages", "Annotations", "ImageSets/2017/{split}.txt"),
+    "youtube-vos": ("{split}/JPEGImages", "{split}/Annotations", None),
+    "mose": ("{split}/JPEGImages", "{split}/Annotations", None),
+    "synthetic": ("{split}", "instances/{split}", None),
+    "sa-v": (None, None, None),
+    "images": (None, None, None),
+}
+
+
+class MaskSource(Protocol):
+    """See the module."""
+
+    @property
+    def frames(self) -> Sequence[str]:
+        """Names of the annotated frames."""
+
+    def read(self, frame: str) -> Mapping[int, np.ndarray]:
+        """Read the masks of one frame."""
+
+    def where(self, frame: str) -> str:
+        """Say where they are, for errors."""
+
+
+@dataclass(frozen=True)
+class PngMasks:
+    """Index masks <frame>.png, or SA-V's folders of binary masks <object>/<frame>.png, whichever `folder` holds.
+
+    In an index mask 255 is void and becomes background; in a video with no other id (DAVIS 2016) it is object 1.
+    """
+
+    folder: Path
+
+    @cached_property
+    def _indexed(self) -> bool:
+        return any(self.folder.glob("*.png"))
+
+    @cached_property
+    def frames(self) -> list[str]:
+        """Names of the masks; DatasetError if there is none."""
+        files = self.folder.glob("*.png" if self._indexed else "*/*.png")
+        stems = sorted({path.stem for path in files if not path.name.startswith(".")})
+        if not stems:
+            raise DatasetError(f"{self.folder} holds no mask; give <frame>.png, or <object>/<frame>.png as SA-V")
+        return stems
+
+    def read(self, frame: str) -> Mapping[int, np.ndarray]:
+        """Read the masks of the objects that this frame shows, or has files for."""
+        if not self._indexed:
+            masks = read_object_masks(self.folder, frame)
+            return {object_id(self.folder / name): mask for name, mask in masks.items()}
+        mask = read_mask(self.folder / f"{frame}.png")
+        void = mask == VOID
+        if void.any():
+            mask[void] = self._void_is
+        return split_ids(mask)
+
+    def where(self, frame: str) -> str:
+        """Return the path, with * for several objects."""
+        return str(self.folder / ("" if self._indexed else "*") / f"{frame}.png")
+
+    @cached_property
+    def _void_is(self) -> int:
+        """The object that 255 is, judged by the first mask that is not empty."""
+        masks = (read_mask(self.folder / f"{frame}.png") for frame in self.frames)
+        return int(not split_ids(next(mask for mask in masks if mask.any())))
+
+
+@dataclass(frozen=True)
+class SAVMasks:
+    """SA-V's masklets: `masklet[frame][object]` of one JSON file or of several, whose objects are numbered on.
+
+    A frame with a mask of None counts as not annotated, as in SAM 2 (training/dataset/vos_raw_dataset.py).
+    """
+
+    paths: tuple[Path, ...]
+
+    @cached_property
+    def _annotated(self) -> dict[str, list[Any]]:
+        """Frame -> RLEs of its objects."""
+        files = [_read_json(path, "masklet")["masklet"] for path in self.paths]
+        frames = {}
+        for i, of_files in enumerate(zip(*files, strict=False)):  # what one file lacks is not annotated
+            codes = [code for of_file in of_files for code in ([None] if of_file is None else of_file)]
+            if None not in codes:
+                frames[f"{i * _SAV_STEP:05d}"] = codes
+        return frames
+
+    @property
+    def frames(self) -> list[str]:
+        """Names of the annotated frames: 00000, 00004, ..."""
+        return list(self._annotated)
+
+    def read(self, frame: str) -> Mapping[int, np.ndarray]:
+        """Decode the masks of all objects."""
+        return {i: _decode(code, None, self.where(frame)) for i, code in enumerate(self._annotated[frame])}
+
+    def where(self, frame: str) -> str:
+        """Return the file and the frame."""
+        return f"frame {frame} of {self.paths[0]}"
+
+
+@dataclass(frozen=True)
+class CocoMasks:
+    """The objects of an image: COCO's segmentations (RLE or polygons) by the ids of their annotations."""
+
+    image: str
+    size: tuple[int, int]
+    segmentations: Mapping[int, Any]
+
+    @property
+    def frames(self) -> list[str]:
+        """The name of the image."""
+        return [Path(self.image).stem]
+
+    def read(self, frame: str) -> Mapping[int, np.ndarray]:
+        """Decode the masks."""
+        return {i: _decode(code, self.size, self.where(frame)) for i, code in self.segmentations.items()}
+
+    def where(self, frame: str) -> str:  # noqa: ARG002
+        """Return what names them."""
+        return f"the annotation of {self.image}"
+
+
+def _decode(segmentation: Any, size: tuple[int, int] | None, source: str) -> np.ndarray:
+    """Decode an RLE, or with a `size` (height, width) also polygons and uncompressed RLE, to (H, W) bool."""
+    from pycocotools import mask
+
+    try:
+        if size is not None and isinstance(segmentation, list):
+            segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
+        elif size is not None and isinstance(segmentation["counts"], list):
+            segmentation = mask.frPyObjects(segmentation, *size)
+        return mask.decode(segmentation).astype(bool)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DatasetError(f"a mask of {source} cannot be decoded ({error!r}); mend the annotations") from error
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise DatasetError(f"no file {path}; check data_root (--data-root) and data_prefix") from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise DatasetError(f"{path} lacks {' or '.join(keys)}; check layout and data_prefix")
+    return content
+
+
+@DATASETS.register_module()
+class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
+    """Videos with masks, each of which `LoadClip` draws clips from; only names are read here.
+
+    Layouts, each with the folders that `data_prefix` may replace:
+
+    - davis: JPEGImages and Annotations, with or without 480p; the videos of ImageSets/2017/<split>.txt, if it is there.
+    - youtube-vos, mose: <split>/JPEGImages and <split>/Annotations.
+    - synthetic: what tools/render_synthetic.py writes, <split> and instances/<split>.
+    - sa-v: frames <img_path>/<video>/<frame>.jpg of 24 per second, <ann_path>/<video>_manual.json; give both.
+      Its val and test sets, and whatever has a folder of masks for each object, have the layout of mose.
+    - images: still images as clips of one frame; `ann_path` is COCO's JSON, `img_path` what its `file_name`s are
+      relative to; give both. Crowds are left out, and so are images without masks.
+
+    Args:
+        data_root: folder of everything.
+        layout: one of the above.
+        split: 'train' where the layout has splits.
+        data_prefix: `img_path` and `ann_path`, relative to `data_root`.
+        sequences: file with the names of the videos to take, one a line; None for all.
+        auto: also take SA-V's automatic masks, <video>_auto.json, of the videos that have them.
+        pipeline, indices, lazy_init, max_refetch: as in mmengine's `BaseDataset`; SAM 2 also draws 100 times.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_root: str,
+        layout: str,
+        split: str | None = None,
+        data_prefix: Mapping[str, str] | None = None,
+        sequences: str | None = None,
+        auto: bool = False,
+        pipeline: Sequence[Any] = (),
+        indices: int | Sequence[int] | None = None,
+        lazy_init: bool = False,
+        max_refetch: int = 100,
+    ) -> None:
+        if layout not in _LAYOUTS:
+            raise ConfigError(f"layout is {layout!r}; choose {', '.join(_LAYOUTS)}")
+        given = dict(data_prefix or {})
+        if not set(given) <= {"img_path", "ann_path"}:
+            raise ConfigError(f"data_prefix holds {', '.join(given)}; it takes img_path and ann_path")
+        if auto and layout != "sa-v":
+            raise ConfigError(f"auto=True is for the layout sa-v, not {layout}; leave it out")
+        images, masks, listed = _LAYOUTS[layout]
+        places = {"img_path": images, "ann_path": masks, **given}
+        if None in places.values():
+            raise ConfigError(f"the layout {layout} needs both of data_prefix, img_path and ann_path")
+        listed = None if sequences else listed
+        if split is not None and not any("{split}" in str(place) for place in (*places.values(), listed)):
+            raise ConfigError(f"split is {split!r}, but layout, data_prefix and sequences say it all; leave it out")
+        split = split or "train"
+        self.layout = layout
+        self.sequences = sequences
+        self.auto = auto
+        if listed and (path := Path(data_root, listed.format(split=split))).is_file():
+            self.sequences = str(path)
+        super().__init__(
+            data_root=data_root,
+            data_prefix={key: str(place).replace("{split}", split) for key, place in places.items()},
+            pipeline=list(pipeline),
+            indices=indices,
+            lazy_init=lazy_init,
+            max_refetch=max_refetch,
+        )
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Return video (name), img_path (folder of frames, or image) and source (of masks)."""
+        image_root, masks = Path(self.data_prefix["img_path"]), Path(self.data_prefix["ann_path"])
+        if not image_root.is_dir():
+            raise DatasetError(f"no folder {image_root}; check data_root (--data-root), layout and data_prefix")
+        videos = self._image_clips(image_root, masks) if self.layout == "images" else self._videos(image_root, masks)
+        print_log(f"{image_root}: {len(videos)} videos", logger="current")
+        return videos
+
+    def _videos(self, image_root: Path, masks: Path) -> list[dict[str, Any]]:
+        if not masks.is_dir():
+            raise DatasetError(f"no folder {masks}; check data_root (--data-root), layout and data_prefix")
+        if self.layout == "davis":
+            image_root, masks = (path / "480p" if (path / "480p").is_dir() else path for path in (image_root, masks))
+        names = self._chosen([path.name for path in image_root.glob("[!.]*") if path.is_dir()], image_root)
+        ending = f"_{_SAV_NAMES[0]}.json" if self.layout == "sa-v" else ""
+        present = {path.name for path in masks.iterdir()}  # one listing is far cheaper than a look for each video
+        without = [name for name in names if name + ending not in present]
+        if without:
+            raise DatasetError(
+                f"{len(without)} of {len(names)} videos have no masks, the first is {masks / (without[0] + ending)}; "
+                "restore them, or name the others in a file and set sequences"
+            )
+
+        def source(name: str) -> MaskSource:
+            if self.layout != "sa-v":
+                return PngMasks(masks / name)
+            files = [f"{name}_{kind}.json" for kind in _SAV_NAMES[: 1 + self.auto]]
+            return SAVMasks(tuple(masks / file for file in files if file in present))
+
+        return [dict(video=name, img_path=str(image_root / name), source=source(name)) for name in names]
+
+    def _image_clips(self, image_root: Path, annotations: Path) -> list[dict[str, Any]]:
+        coco = _read_json(annotations, "images", "annotations")
+        objects: dict[int, dict[int, Any]] = {}
+        try:
+            for one in coco["annotations"]:
+                if not one.get("iscrowd") and one.get("segmentation"):
+                    objects.setdefault(one["image_id"], {})[one["id"]] = one["segmentation"]
+            images = {Path(one["file_name"]).with_suffix("").as_posix(): one for one in coco["images"]}
+            sources = {
+                name: CocoMasks(str(image_root / one["file_name"]), (one["height"], one["width"]), objects[one["id"]])
+                for name, one in images.items()
+                if one["id"] in objects
+            }
+        except (KeyError, TypeError) as error:
+            raise DatasetError(f"{annotations} is not in COCO's format ({error!r} is missing); mend it") from error
+        names = self._chosen(sources, annotations)
+        return [dict(video=name, img_path=sources[name].image, source=sources[name]) for name in names]
+
+    def _chosen(self, present: Sequence[str] | Mapping[str, Any], where: Path) -> list[str]:
+        """Return the names of the videos to take, which all have to be there."""
+        if not present:
+            raise DatasetError(f"{where} holds no videos; check data_root (--data-root), layout and data_prefix")
+        if self.sequences is None:
+            return sorted(present)
+        names, known = read_sequences(self.sequences), set(present)
+        absent = [name for name in names if name not in known]
+        if absent:
+            raise DatasetError(
+                f"{len(absent)} of {len(names)} videos in {self.sequences} are not in {where}, the first is {absent[0]}"
+            )
+        return names
+
+
+@TRANSFORMS.register_module()
+class LoadClip(BaseTransform):
+    """Draw neighbouring frames and objects that the first of them shows, and read images and masks.
+
+    As SAM 2's RandomUniformSampler does: every window of annotated frames is as likely, and another one is drawn where
+    the first frame shows no object. A video without such a window, or with too few annotated frames, is logged once,
+    and another one is drawn. An image and a mask belong together if their names are equal, as numbers if they are.
+
+    Args:
+        num_frames: of a clip.
+        max_objects: at most that many, at random.
+        reverse_prob: probability of the clip running backwards; 0 in SAM 2's fine-tuning.
+        skip_broken: log a video that cannot be read, and have another one drawn, instead of raising DatasetError.
+    """
+
+    def __init__(
+        self, *, num_frames: int, max_objects: int, reverse_prob: float = 0.0, skip_broken: bool = False
+    ) -> None:
+        if num_frames < 1 or max_objects < 1:
+            raise ConfigError(f"num_frames is {num_frames} and max_objects {max_objects}; both are at least 1")
+        self.num_frames = num_frames
+        self.max_objects = max_objects
+        self.reverse_prob = reverse_prob
+        self.skip_broken = skip_broken
+        self.skipped: set[str] = set()  # videos, in this process
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Add frames, masks, frame_names and objects, see `clip_transforms`; None for a video to skip."""
+        path = results["img_path"]
+        try:
+            results.update(self._load(Path(path), results.pop("source")))
+        except DatasetError as error:
+            if not (self.skip_broken or isinstance(error, _NoClipError)):
+                raise
+            log_skipped(self.skipped, "videos", path, error)
+            return None
+        return results
+
+    def _load(self, path: Path, source: MaskSource) -> dict[str, Any]:
+        names = {_key(name): name for name in source.frames}
+        images = (path,) if isinstance(source, CocoMasks) else list_frames(path)
+        annotated = [(image, names[key]) for image in images if (key := _key(image.stem)) in names]
+        window, first = self._draw(annotated, path, source)
+        visible = [i for i, mask in first.items() if mask.any()]
+        objects = [visible[i] for i in np.random.permutation(len(visible))[: self.max_objects]]
+        frames: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        for t, (image, name) in enumerate(window):
+            frame = read_rgb(image)
+            found = source.read(name) if t else first
+            size = frame.shape[:2]
+            others = [(source.where(name), mask.shape) for mask in found.values()]
+            others += [(str(window[0][0]), before.shape[:2]) for before in frames[:1]]
+            for other, shape in others:
+                if shape != size:
+                    raise DatasetError(
+                        f"{image} is {size[0]}x{size[1]} (height x width) but {other} is {shape[0]}x{shape[1]}; "
+                        "bring the frames of a video and their masks to one size"
+                    )
+            absent = np.zeros(size, bool)
+            masks.append(np.stack([found.get(i, absent) for i in objects]))
+            frames.append(frame)
+        return dict(
+            frames=frames,
+            masks=np.stack(masks, axis=1),
+            frame_names=[image.stem for image, _ in window],
+            objects=objects,
+        )
+
+    def _draw(
+        self, annotated: Sequence[tuple[Path, str]], path: Path, source: MaskSource
+    ) -> tuple[list[tuple[Path, str]], Mapping[int, np.ndarray]]:
+        """Draw a window, and return the masks of its first frame with it."""
+        if len(annotated) < self.num_frames:
+            raise _NoClipError(f"{path} has {len(annotated)} frames with masks, and a clip takes {self.num_frames}")
+        for start in np.random.permutation(len(annotated) - self.num_frames + 1):
+            window = list(annotated[start : start + self.num_frames])
+            if np.random.rand() < self.reverse_prob:
+                window.reverse()
+            first = source.read(window[0][1])
+            if any(mask.any() for mask in first.values()):
+                return window, first
+        raise _NoClipError(f"{path} has no window of {self.num_frames} frames that begins with an object to be seen")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_frames={self.num_frames}, max_objects={self.max_objects}, "
+            f"reverse_prob={self.reverse_prob}, skip_broken={self.skip_broken})"
+        )
+
+
+class _NoClipError(DatasetError):
+    """Nothing is wrong with this video, but it has no clip of that length."""
+
+
+def _key(stem: str) -> int | str:
+    return int(stem) if stem.isdecimal() else stem

@@ -1,0 +1,191 @@
+"""How SAM 2 is trained on a clip: which frames get masks, boxes or clicks, and where clicks correct what it predicts.
+
+Shapes: T frames, N objects (of all clips of a batch), S the model's image size. The procedure and the order of its
+random draws are those of facebookresearch/sam2@2b90b9f:training/model/sam2.py (`SAM2Train`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pe_spatial.errors import ConfigError
+from pe_spatial.tracking.sam2.losses import Prediction
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
+
+
+class Plan(NamedTuple):
+    """The prompts of a clip."""
+
+    prompts: dict[int, str]  # 'mask', 'box' or 'click' by frame: the conditioning frames, the first one first
+    corrections: dict[int, tuple[bool, ...]]  # by frame: for each click whether it ignores what was predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """How prompts are drawn; the defaults are those of SAM 2.1 on MOSE (sam2.1_hiera_b+_MOSE_finetune.yaml).
+
+    Args:
+        clicks: probability that a clip is prompted by clicks or boxes; else by masks. Single frames always are.
+        boxes: probability that such a frame gets a box.
+        prompted_frames: the first frame, and at random up to so many.
+        corrected_frames: of a clip prompted by clicks: the prompted frames, and at random up to so many.
+        corrections: clicks on each of them, after the prompt.
+        from_truth: probability that such a click falls anywhere on the object, not where the prediction is wrong.
+    """
+
+    clicks: float = 0.5
+    boxes: float = 0.5
+    prompted_frames: int = 2
+    corrected_frames: int = 2
+    corrections: int = 7
+    from_truth: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompted_frames <= self.corrected_frames:
+            raise ConfigError(
+                f"prompted_frames is {self.prompted_frames} and corrected_frames {self.corrected_frames}; every "
+                "prompted frame is corrected, so 1 <= prompted_frames <= corrected_frames"
+            )
+
+    def draw(self, frames: int, rng: np.random.Generator) -> Plan:
+        """Draw the prompts of a clip; equal generators give equal plans, whatever the clip shows."""
+        single = frames == 1
+        clicks = rng.random() < (1.0 if single else self.clicks)
+        prompted = 1 if single else min(self.prompted_frames, frames - 1)  # one is left to be tracked
+        corrected = 1 if single else min(self.corrected_frames, frames)
+        if prompted > 1:
+            prompted = int(rng.integers(1, prompted, endpoint=True))
+        if clicks and corrected > prompted:
+            corrected = int(rng.integers(prompted, corrected, endpoint=True))
+        first = [0]
+        if prompted > 1:
+            first += rng.choice(range(1, frames), prompted - 1, replace=False).tolist()
+        if not clicks:
+            return Plan(dict.fromkeys(first, "mask"), {})
+        prompts = {t: "box" if rng.random() < self.boxes else "click" for t in first}
+        where = first
+        if corrected > prompted:
+            others = [t for t in range(frames) if t not in first]
+            where = first + rng.choice(others, corrected - prompted, replace=False).tolist()
+        order = [t for t in processing_order(frames, prompts) if t in where]
+        return Plan(prompts, {t: tuple(self._ignores(rng) for _ in range(self.corrections)) for t in order})
+
+    def most(self, frames: int) -> Plan:
+        """Return the plan that takes the most memory of those that `draw` may give."""
+        prompts = dict.fromkeys(range(min(self.prompted_frames, frames)), "click" if self.clicks else "mask")
+        corrected = dict.fromkeys(range(min(self.corrected_frames, frames)), (False,) * self.corrections)
+        return Plan(prompts, corrected if self.clicks else {})
+
+    def _ignores(self, rng: np.random.Generator) -> bool:
+        return self.from_truth > 0 and bool(rng.random() < self.from_truth)
+
+
+def processing_order(frames: int, prompts: Mapping[int, str]) -> list[int]:
+    """Return the prompted frames, then the others in time."""
+    return [*prompts, *(t for t in range(frames) if t not in prompts)]
+
+
+def predict_clip(
+    model: SAM2Base, images: Tensor, targets: Tensor, clip_of: Tensor, plan: Plan, *, recompute: bool = False
+) -> list[list[Prediction]]:
+    """Return for each frame the predictions that are trained: at the prompt, and after each correction.
+
+    A corrected frame becomes a conditioning frame of those that come after it.
+
+    Args:
+        model: in training mode it reads pointers of later frames too, and clicks fall anywhere on the object or on what
+            is wrong; in evaluation mode they fall into the middle.
+        images: (B, T, 3, S, S) of B clips, normalised with ImageNet's statistics.
+        targets: (T, N, S, S) bool.
+        clip_of: (N,) long, the clip of each object.
+        plan: for all clips.
+        recompute: decode corrections again in the backward pass, instead of keeping what it needs.
+    """
+    clip = _Clip(model, images, targets, clip_of, plan, recompute=recompute)
+    predictions = {t: clip.predict(t) for t in processing_order(len(targets), plan.prompts)}
+    return [predictions[t] for t in range(len(targets))]
+
+
+class _Clip:
+    """The clips of a batch while they are tracked."""
+
+    def __init__(
+        self, model: SAM2Base, images: Tensor, targets: Tensor, clip_of: Tensor, plan: Plan, *, recompute: bool
+    ) -> None:
+        self.model, self.targets, self.clip_of, self.plan, self.recompute = model, targets, clip_of, plan, recompute
+        encoded = model.forward_image(images.flatten(0, 1))
+        _, self.levels, self.positions, self.sizes = model._prepare_backbone_features(encoded)  # (hw, B T, C) each
+        self.history: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+        self.clicks = {t: self._prompt(kind, targets[t][:, None]) for t, kind in plan.prompts.items()}
+
+    def predict(self, t: int) -> list[Prediction]:
+        """Predict frame `t`, correct it as planned, and keep what later frames read of it."""
+        model, target, prompt = self.model, self.targets[t][:, None], self.plan.prompts.get(t)
+        picked = self.clip_of * len(self.targets) + t
+        levels = [level[:, picked] for level in self.levels]
+        clicks = self.clicks.get(t)
+        output, sam, high_res, features = model._track_step(
+            frame_idx=t,
+            is_init_cond_frame=prompt is not None,
+            current_vision_feats=levels,
+            current_vision_pos_embeds=[position[:, picked] for position in self.positions],
+            feat_sizes=self.sizes,
+            point_inputs=clicks,
+            mask_inputs=target if prompt == "mask" else None,
+            output_dict=self.history,
+            num_frames=len(self.targets),
+            track_in_reverse=False,
+            prev_sam_mask_logits=None,
+        )
+        predictions = [_prediction(sam)]
+        for from_truth in self.plan.corrections.get(t, ()):
+            clicks = self._correction(clicks, target, None if from_truth else sam[4] > 0)
+            sam = self._decode(
+                backbone_features=features,
+                point_inputs=clicks,
+                mask_inputs=sam[3],
+                high_res_features=high_res,
+                multimask_output=model._use_multimask(prompt is not None, clicks),
+            )
+            predictions.append(_prediction(sam))
+        output["obj_ptr"] = sam[5]
+        model._encode_memory_in_output(levels, self.sizes, clicks, True, sam[4], sam[6], output)
+        conditioning = prompt is not None or t in self.plan.corrections
+        self.history["cond_frame_outputs" if conditioning else "non_cond_frame_outputs"][t] = output
+        return predictions
+
+    def _prompt(self, kind: str, target: Tensor) -> dict[str, Tensor] | None:
+        from sam2.modeling.sam2_utils import sample_box_points
+
+        if kind == "box":
+            points, labels = sample_box_points(target)
+            return {"point_coords": points, "point_labels": labels}
+        return self._correction(None, target, None) if kind == "click" else None
+
+    def _correction(
+        self, clicks: dict[str, Tensor] | None, target: Tensor, predicted: Tensor | None
+    ) -> dict[str, Tensor]:
+        from sam2.modeling.sam2_utils import get_next_point
+        from sam2.utils.misc import concat_points
+
+        return concat_points(clicks, *get_next_point(target, predicted, "uniform" if self.model.training else "center"))
+
+    def _decode(self, **inputs: Any) -> tuple[Tensor, ...]:
+        if self.recompute:
+            return checkpoint(self.model._forward_sam_heads, use_reentrant=False, **inputs)
+        return self.model._forward_sam_heads(**inputs)
+
+
+def _prediction(sam: tuple[Tensor, ...]) -> Prediction:
+    """Return what is trained of what the mask decoder gives, which is: the candidates' low and high resolution logits
+    and IoUs, the low and high resolution logits of the best one, pointers, scores.
+    """
+    return Prediction(sam[1], sam[2], sam[6])

@@ -1,0 +1,1 @@
+"""Video object segmentation: masks, datasets, J&F and its evaluation."""

@@ -1,0 +1,365 @@
+"""Score folders of predicted masks against annotations in the layouts of DAVIS, YouTube-VOS, MOSE and SA-V.
+
+Two protocols. Both leave out the first and the last annotated frame, look predictions up by the annotations' file
+names, and give J = F = 1 to an object that is in neither mask.
+
+    davis            The objects are 1 .. the largest id of the first annotated frame. An id that is skipped there is an
+                     object as well; one that appears later is ignored. 255 is void, and counts as background.
+                     A predicted id above those is an error. A sequence whose first frame holds 0 and 255 alone is
+                     binary, as in DAVIS 2016: every pixel that is not 0 is the object, in both masks.
+                     (davisvideochallenge/davis2017-evaluation@ac7c43f, semi-supervised)
+    vos-benchmark    The objects are the ids that scored frames of the annotation hold, 255 too. Each counts from the
+                     frame on in which it is first seen in either mask.
+                     (hkchengrex/vos-benchmark@acb4733, which has neither recall nor decay)
+
+In SA-V's layout (<video>/<object>/<frame>.png) each object is scored by itself, over its own annotated frames
+(facebookresearch/sam2@2b90b9f, sav_dataset/utils/sav_benchmark.py).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pe_spatial.errors import DatasetError
+from pe_spatial.tracking.vos.jandf import boundary_f, boundary_radius, box_around, region_similarity, statistics
+from pe_spatial.tracking.vos.masks import VOID, read_binary_mask, read_mask_and_kind
+
+PROTOCOLS = ("davis", "vos-benchmark")
+COUNTS = {
+    "binary_sequences": "sequences annotated with 0 and 255 alone: every pixel that is not 0 is the object",
+    "skipped_ids": "ids that a first frame skips: objects all the same, which score 1 where nothing is predicted",
+    "late_objects": "objects that appear after the first frame: ignored by davis, scored by vos-benchmark",
+    "void_frames": "frames with void pixels (255): background",
+    "unpredicted_objects": "annotated objects that no scored frame predicts: empty masks",
+    "invented_objects": "ids that predictions alone hold: vos-benchmark leaves them out, davis refuses them",
+    "grey_masks": "masks without a palette: their grey values are the ids",
+}
+
+_CHUNK = 32  # frames of one job, so that a single long sequence keeps all workers busy
+_SPLITS = ("2017/val.txt", "2016/val.txt", "480p/val.txt")  # of a DAVIS root; the last is DAVIS 2016's own archive
+
+
+@dataclass(frozen=True)
+class Track:
+    """Annotated frames that are scored together: a sequence or, in SA-V's layout, one object of it."""
+
+    sequence: str
+    part: str | None  # the object's folder in SA-V's layout
+    folder: Path
+    frames: tuple[str, ...]  # all annotated ones, in order, without .png
+    first_ids: frozenset[int]  # of the first annotated frame
+    binary: bool
+    protocol: str
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The frames that count: without the first and the last."""
+        return self.frames[1:-1]
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """What one frame adds to the scores of its track."""
+
+    scores: Mapping[int, tuple[float, float]]  # J and F of the ids in either mask
+    annotated: frozenset[int]
+    predicted: frozenset[int]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores as fractions; objects are named `<sequence>_<id>` (in SA-V's layout `<video>_<folder of the object>`).
+
+    The keys of `global_results` and `per_object` are those of DAVIS's evaluator; the global values are means over all
+    objects. `per_sequence` has means over the objects of each sequence, `per_frame` each object's J and F and the
+    frames that they belong to, `counts` how often each rule of `COUNTS` was applied.
+    """
+
+    protocol: str
+    global_results: dict[str, float]
+    per_sequence: dict[str, dict[str, float]]
+    per_object: dict[str, dict[str, float]]
+    per_frame: dict[str, dict[str, list[str] | list[float]]]
+    counts: dict[str, int]
+
+
+def evaluate(
+    gt_dir: str | Path,
+    pred_dir: str | Path,
+    *,
+    sequences: Sequence[str] | None = None,
+    protocol: str = "davis",
+    workers: int = 1,
+    official_decay: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """Score the masks <pred_dir>/<sequence>/<frame>.png (SA-V: <video>/<object>/<frame>.png).
+
+    Args:
+        gt_dir: a root of DAVIS (Annotations/480p), SA-V (Annotations_6fps), YouTube-VOS or MOSE (Annotations), or a
+            folder of sequences.
+        sequences: which ones; None for ImageSets/2017/val.txt (or that of 2016) of a DAVIS root, else for all.
+        protocol: 'davis' or 'vos-benchmark', see the module.
+        workers: processes; the result does not depend on them.
+        official_decay: see `statistics`.
+        progress: show a bar on stderr.
+
+    Raises DatasetError, which names the file, for anything that cannot be scored.
+    """
+    tracks = find_tracks(gt_dir, sequences=sequences, protocol=protocol)
+    _check_predictions(tracks, Path(pred_dir))
+    jobs = [
+        (track, Path(pred_dir), track.scored[start : start + _CHUNK])
+        for track in tracks
+        for start in range(0, len(track.scored), _CHUNK)
+    ]
+    frames: dict[Track, list[FrameScores]] = {track: [] for track in tracks}
+    with tqdm(total=sum(len(names) for *_, names in jobs), unit="frame", disable=not progress) as bar:
+        for (track, _, names), scores in zip(jobs, _run(jobs, workers), strict=True):
+            frames[track] += scores
+            bar.update(len(names))
+    return summarise(frames, official_decay=official_decay)
+
+
+def read_sequences(path: str | Path) -> list[str]:
+    """Read names of sequences, one a line, or the lines of DAVIS 2016 (/JPEGImages/480p/<sequence>/00000.jpg ...)."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot read the list of sequences {path}: {error}") from error
+    names = [Path(line.split()[0]).parent.name if line.endswith((".jpg", ".png")) else line for line in lines if line]
+    if not names:
+        raise DatasetError(f"{path} names no sequence; write one name a line")
+    return list(dict.fromkeys(names))
+
+
+def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol: str) -> list[Track]:
+    """Find what is to be scored, see `evaluate`; only the first annotated frames are read."""
+    if protocol not in PROTOCOLS:
+        raise DatasetError(f"protocol is {protocol!r}; choose {' or '.join(PROTOCOLS)}")
+    root = Path(gt_dir)
+    inner = [root / name for name in ("Annotations/480p", "Annotations_6fps", "Annotations")]
+    folder = next((path for path in inner if path.is_dir()), root)
+    if sequences is None and folder == inner[0]:
+        lists = [path for name in _SPLITS if (path := root / "ImageSets" / name).is_file()]
+        if not lists:
+            raise DatasetError(f"{root} is a DAVIS root without ImageSets/{_SPLITS[0]}; give --sequences FILE")
+        sequences = read_sequences(lists[0])
+    present = [path.name for path in _folders(folder)]
+    if not present:
+        raise DatasetError(f"{folder} holds no folder of a sequence; give a dataset's root or a folder of sequences")
+    wanted = present if sequences is None else list(dict.fromkeys(sequences))
+    absent = [name for name in wanted if name not in present]
+    if absent:
+        raise DatasetError(f"{len(absent)} of {len(wanted)} sequences are not in {folder}, the first is {absent[0]}")
+    tracks = []
+    for name in wanted:
+        if _masks(folder / name):
+            tracks.append(_open_track(name, None, folder / name, protocol))
+        else:
+            parts = _folders(folder / name)
+            tracks += [_open_track(name, path.name, path, protocol) for path in parts]
+            if not parts:
+                raise DatasetError(f"{folder / name} holds no mask; give <frame>.png, or <object>/<frame>.png as SA-V")
+    return tracks
+
+
+def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Path, grey: bool = False) -> FrameScores:
+    """Score one predicted mask (H, W) uint8 by its annotation.
+
+    Args:
+        source: what errors call the prediction.
+        grey: whether it came from a file without a palette.
+    """
+    if pred.dtype != np.uint8:
+        raise TypeError(f"{source} is {pred.dtype}; a mask is uint8")
+    gt, gt_grey = _read(track, track.folder / f"{frame}.png")
+    if pred.shape != gt.shape:
+        raise DatasetError(
+            f"{source} is {'x'.join(map(str, pred.shape))} (height x width), but its annotation is "
+            f"{'x'.join(map(str, gt.shape))}; write predictions in the size of the annotation"
+        )
+    counts = {"grey_masks": gt_grey + grey}
+    if track.binary:
+        gt, pred = ((mask > 0).view(np.uint8) for mask in (gt, pred))
+    annotated, predicted = _ids(gt), _ids(pred)
+    if track.protocol == "davis":
+        highest = max(track.first_ids)
+        if max(predicted, default=0) > highest:
+            raise DatasetError(
+                f"{source} holds id {max(predicted)}, but the first annotated frame of {track.sequence} has ids up to "
+                f"{highest}; mend it, or score by --protocol vos-benchmark"
+            )
+        counts["void_frames"] = int(VOID in annotated)
+        annotated -= {VOID}
+    ids = sorted(annotated | predicted)
+    box = box_around(gt | pred)
+    masks = [mask[box] == np.array(ids, np.uint8)[:, None, None] for mask in (gt, pred)]  # (N, h, w) bool
+    j, f = region_similarity(*masks), boundary_f(*masks, bound=boundary_radius(gt.shape))
+    scores = dict(zip(ids, zip(j.tolist(), f.tolist(), strict=True), strict=True))
+    return FrameScores(scores, annotated, predicted, counts)
+
+
+def summarise(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: bool = False) -> Evaluation:
+    """Bring the scores of all scored frames of each track together."""
+    protocol = next(iter(frames)).protocol
+    counts = Counter(dict.fromkeys(COUNTS, 0))
+    per_frame: dict[str, dict[str, list[str] | list[float]]] = {}
+    per_object: dict[str, dict[str, float]] = {}
+    members: dict[str, list[dict[str, float]]] = {}
+    for track, scored in frames.items():
+        _count(counts, track, scored)
+        for i, start in _objects(track, scored).items():
+            name = f"{track.sequence}_{track.part or i}"
+            # an id that is in neither mask of a frame scores 1
+            values = np.array([frame.scores.get(i, (1.0, 1.0)) for frame in scored[start:]])  # (frames, 2)
+            j, f = (statistics(column, official_decay=official_decay) for column in values.T)
+            per_object[name] = {
+                "J-Mean": j.mean,
+                "J-Recall": j.recall,
+                "J-Decay": j.decay,
+                "F-Mean": f.mean,
+                "F-Recall": f.recall,
+                "F-Decay": f.decay,
+            }
+            per_frame[name] = {
+                "frames": list(track.scored[start:]),
+                "J": values[:, 0].tolist(),
+                "F": values[:, 1].tolist(),
+            }
+            members.setdefault(track.sequence, []).append(per_object[name])
+    if not per_object:
+        raise DatasetError("no scored frame of any sequence has an annotated object, so there is nothing to score")
+    per_sequence = {name: _means(objects, ("J-Mean", "F-Mean")) for name, objects in members.items()}
+    global_results = _means(per_object.values(), next(iter(per_object.values())))
+    return Evaluation(protocol, global_results, per_sequence, per_object, per_frame, dict(counts))
+
+
+def _objects(track: Track, scored: Sequence[FrameScores]) -> dict[int, int]:
+    """Return the objects of a track and the scored frame from which on each counts."""
+    if track.protocol == "davis":
+        return dict.fromkeys(range(1, max(track.first_ids) + 1), 0)
+    first: dict[int, int] = {}
+    for index, frame in enumerate(scored):
+        for i in frame.annotated | frame.predicted:
+            first.setdefault(i, index)
+    annotated = frozenset().union(*(frame.annotated for frame in scored))
+    return {i: first[i] for i in sorted(annotated)}
+
+
+def _count(counts: Counter[str], track: Track, scored: Sequence[FrameScores]) -> None:
+    annotated = frozenset().union(*(frame.annotated for frame in scored))
+    predicted = frozenset().union(*(frame.predicted for frame in scored))
+    for frame in scored:
+        counts.update(frame.counts)
+    counts["binary_sequences"] += track.binary and track.part is None
+    objects = _objects(track, scored)
+    expected = track.first_ids
+    if track.protocol == "davis":
+        expected = frozenset(objects)
+        counts["skipped_ids"] += len(expected - track.first_ids)
+    counts["late_objects"] += len(annotated - expected)
+    counts["unpredicted_objects"] += len(annotated.intersection(objects) - predicted)
+    counts["invented_objects"] += len(predicted - annotated - expected)
+
+
+def _means(objects: Iterable[Mapping[str, float]], keys: Iterable[str]) -> dict[str, float]:
+    objects = list(objects)
+    means = {key: float(np.mean([values[key] for values in objects])) for key in keys}
+    return {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2, **means}
+
+
+def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) -> Track:
+    frames = tuple(path.stem for path in _masks(folder))
+    if len(frames) < 3:
+        raise DatasetError(
+            f"{folder} has {len(frames)} annotated frames, and the first and the last are not scored; "
+            "leave it out of --sequences"
+        )
+    path = folder / f"{frames[0]}.png"
+    if part is not None:
+        return Track(sequence, part, folder, frames, frozenset({1}), True, protocol)
+    ids = _ids(read_mask_and_kind(path)[0])
+    binary = protocol == "davis" and ids == {VOID}
+    if binary:
+        ids = frozenset({1})
+    elif protocol == "davis":
+        ids -= {VOID}
+    if not ids and protocol == "davis":
+        raise DatasetError(
+            f"{path} is the first annotated frame and shows no object; score by --protocol vos-benchmark, or leave it "
+            "out of --sequences"
+        )
+    return Track(sequence, part, folder, frames, ids, binary, protocol)
+
+
+def _check_predictions(tracks: Sequence[Track], pred_dir: Path) -> None:
+    if not pred_dir.is_dir():
+        raise DatasetError(f"{pred_dir} is no folder of predictions")
+    missing, scored = [], 0
+    for track in tracks:
+        folder = _predictions(track, pred_dir)
+        present = {path.stem for path in _masks(folder)}
+        missing += [folder / f"{frame}.png" for frame in track.scored if frame not in present]
+        scored += len(track.scored)
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {scored} predicted masks are missing, the first is {missing[0]}; predict every "
+            "annotated frame (the first and the last may lack), or list the sequences to score (--sequences)"
+        )
+
+
+def _run(jobs: Sequence[tuple[Track, Path, Sequence[str]]], workers: int) -> Iterable[list[FrameScores]]:
+    workers = min(workers, len(jobs))
+    if workers == 1:
+        yield from map(_score_chunk, jobs)
+        return
+    # spawn: forking a process that runs torch's threads may hang
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_score_chunk, jobs)
+
+
+def _score_chunk(job: tuple[Track, Path, Sequence[str]]) -> list[FrameScores]:
+    track, pred_dir, frames = job
+    scores = []
+    for frame in frames:
+        path = _predictions(track, pred_dir) / f"{frame}.png"
+        pred, grey = _read(track, path)
+        scores.append(score_frame(track, frame, pred, source=path, grey=grey))
+    return scores
+
+
+def _read(track: Track, path: Path) -> tuple[np.ndarray, bool]:
+    """Read a mask (H, W) uint8, and whether a palette is missing, where there should be one."""
+    if track.part is not None:
+        return read_binary_mask(path).view(np.uint8), False
+    mask, has_palette = read_mask_and_kind(path)
+    return mask, not has_palette and not track.binary
+
+
+def _ids(mask: np.ndarray) -> frozenset[int]:
+    """Return the ids in a mask (H, W) uint8, without the background 0."""
+    data = mask.tobytes()  # searched for each id, which is far cheaper than np.unique
+    return frozenset(i for i in range(1, int(mask.max(initial=0)) + 1) if bytes((i,)) in data)
+
+
+def _predictions(track: Track, pred_dir: Path) -> Path:
+    return pred_dir / track.sequence / (track.part or "")
+
+
+def _folders(path: Path) -> list[Path]:
+    inner = path.iterdir() if path.is_dir() else ()
+    return sorted(entry for entry in inner if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _masks(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))

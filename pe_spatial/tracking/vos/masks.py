@@ -1,0 +1,98 @@
+"""Object masks as files: PNGs whose pixels are object ids, or one folder of binary PNGs for each object."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pe_spatial.atomic import atomic_write
+from pe_spatial.errors import DatasetError
+
+VOID = 255
+"""The id in index masks that belongs to no object, and is not background either."""
+
+_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}  # byte 25 of a PNG
+
+
+def _voc_palette() -> np.ndarray:
+    # Bits 0, 3, 6 of the index become the highest bits of red, bits 1, 4, 7 of green, bits 2, 5 of blue.
+    index, palette = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        palette[:, bit % 3] |= ((index >> bit & 1) << 7 - bit // 3).astype(np.uint8)
+    return palette
+
+
+PALETTE = _voc_palette()  # (256, 3) uint8 RGB, of PASCAL VOC and DAVIS
+PALETTE.setflags(write=False)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read an index mask as `read_mask_and_kind` does, (H, W) uint8."""
+    return read_mask_and_kind(path)[0]
+
+
+def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
+    """Read a PNG whose pixels are object ids: (H, W) uint8, and whether it has a palette.
+
+    Without a palette the grey values (8 bits or 1) are the ids. Everything else raises DatasetError: an image in
+    colours has lost its ids, and so has grey of 2, 4 or 16 bits once a reader has stretched it to 8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DatasetError(f"cannot open {path}: {error}") from error
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
+        raise DatasetError(f"{path} is no PNG; masks are PNGs whose pixels are object ids (mode P or 8-bit grey)")
+    bits, colour = data[24], _COLOUR_TYPES.get(data[25], "unknown")
+    if colour != "palette" and (colour, bits) not in {("grey", 1), ("grey", 8)}:
+        raise DatasetError(
+            f"{path} is a {bits}-bit {colour} image, not an index mask; write the object ids as a palette PNG "
+            "(mode P) or as 8-bit grey"
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+        return np.array(image, dtype=np.uint8), colour == "palette"
+    except MemoryError:
+        raise  # not the file's fault
+    except Exception as error:  # PIL's plugins raise almost anything on broken data
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"{path} cannot be decoded ({reason}); write or download it again") from error
+
+
+def split_ids(mask: np.ndarray) -> dict[int, np.ndarray]:
+    """Split an index mask (H, W) uint8 into (H, W) bool by id, without background and void."""
+    ids = np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1)).tolist()
+    return {i: mask == i for i in ids if 0 < i < VOID}
+
+
+def read_binary_mask(path: str | Path) -> np.ndarray:
+    """Read the mask of one object, (H, W) bool: the pixels that are not 0; DatasetError if they have several values."""
+    mask = read_mask(path)
+    binary, highest = mask > 0, mask.max(initial=0)
+    if np.count_nonzero(binary) != np.count_nonzero(mask == highest) and highest:
+        raise DatasetError(
+            f"{path} holds several ids, but lies in a folder of one object; give binary masks (0 and one other value)"
+        )
+    return binary
+
+
+def read_object_masks(video: str | Path, frame: str) -> dict[str, np.ndarray]:
+    """Read the masks of one frame from SA-V's layout, <video>/<object>/<frame>.png: object name -> (H, W) bool.
+
+    The masks may overlap. Objects that have no file for this frame are left out.
+    """
+    files = sorted(Path(video).glob(f"*/{frame}.png"))
+    return {path.parent.name: read_binary_mask(path) for path in files}
+
+
+def write_mask(path: str | Path, mask: np.ndarray) -> None:
+    """Write object ids (H, W) uint8 as a PNG with `PALETTE`; the file appears complete or not at all."""
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError(f"a mask must be (H, W) uint8, got {mask.shape} {mask.dtype}")
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE.tobytes())
+    with atomic_write(path) as unfinished:
+        image.save(unfinished, format="PNG")

@@ -1,0 +1,142 @@
+"""tools/plan.py: one row for each way to hold weights and activations, and numbers that follow from one another."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import REPO, TINY
+
+pytest.importorskip("mmseg")
+from mmengine.config import Config
+
+from pe_spatial.errors import ConfigError
+from pe_spatial.planning.planner import measure_weights
+
+pytestmark = pytest.mark.mmseg
+
+spec = importlib.util.spec_from_file_location("plan_tool", REPO / "tools" / "plan.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+CONFIG = str(REPO / "configs" / "pe_spatial_linear_ade20k.py")
+
+
+def plan(capsys, tmp_path, *options, config=CONFIG):
+    """What it prints, and the rows that it writes."""
+    out = tmp_path / "plan.json"
+    tool.main(tool.parser().parse_args([config, "--json", str(out), *options]))
+    return capsys.readouterr().out, json.loads(out.read_text())
+
+
+def test_rows_follow_from_one_another(capsys, tmp_path):
+    options = ["--gpus", "4", "--batch-size", "3", "--gpu-memory", "6", "--reserve", "1", "--images", "1000"]
+    options += ["--efficiency", "0.5", "--float32-rate", "10", "--variants", "t16,s16"]
+    out, rows = plan(capsys, tmp_path, *options)
+    assert [(row["variant"], row["weights"], row["recomputed"]) for row in rows] == [
+        (f"pe_spatial_{size}_512", weights, recomputed)
+        for size in ("t16", "s16")
+        for recomputed in (False, True)
+        for weights in ("DDP", "FSDP")
+    ]
+    for row in rows:
+        kept = sum(row[key] for key in ("parameters", "gradients", "optimizer", "extra"))
+        assert row["total"] == kept + max(row["activations"], row["update"])
+        assert row["hours"] == pytest.approx(1000 / 4 * row["step_flops"] / (10e12 * 0.5) / 3600)
+        assert not row["bfloat16"]
+        assert row["size"] == [512, 512]
+        fits = "yes" if row["total"] <= 5e9 else "no"
+        assert f"| {row['total'] / 1e9:.2f} | {fits} | {row['largest_batch']} |" in out
+        assert (row["largest_batch"] >= 3) == (fits == "yes")
+    assert "512 x 512 px, 3 images on each of 4 GPUs of 6 GB, float32" in out
+    assert "50% of 989 TFLOP/s in bfloat16 and of 10 TFLOP/s in float32" in out
+    assert "Counted: backbone, decode head and its loss." in out
+    assert len([line for line in out.splitlines() if line.startswith("| pe_")]) == 8
+
+
+def test_largest_batch_is_the_largest_that_fits(capsys, tmp_path):
+    memory = ["--gpus", "1", "--gpu-memory", "4", "--reserve", "0.5", "--variants", "l14"]  # 1.2 GB of weights
+    _, rows = plan(capsys, tmp_path, *memory)
+    largest = rows[0]["largest_batch"]
+    assert largest > 2
+    totals = [plan(capsys, tmp_path, *memory, "--batch-size", str(b))[1][0]["total"] for b in (largest, largest + 1)]
+    assert totals[0] <= 3.5e9 < totals[1]
+    assert {row["weights"] for row in rows} == {"DDP"}
+    assert rows[0]["extra"] == 0
+
+
+def test_what_the_optimizer_makes_in_passing_must_fit(capsys, tmp_path, monkeypatch):
+    def measure(*args, **options):
+        return dataclasses.replace(measure_weights(*args, **options), update=79 * 10**9)
+
+    monkeypatch.setattr(tool, "measure_weights", measure)
+    _, rows = plan(capsys, tmp_path, "--gpus", "1", "--variants", "t16")
+    assert rows[0]["total"] > 79e9 > rows[0]["activations"]
+    assert rows[0]["largest_batch"] == 0
+
+
+def test_a_loss_that_needs_numbers_is_one_sentence(capsys, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        return torch.empty(1, device="meta").numpy()
+
+    monkeypatch.setattr(tool, "measure_step", measure)
+    with pytest.raises(ConfigError, match="cannot be planned: LinearProbe or its losses need numbers"):
+        plan(capsys, tmp_path, "--variants", "t16")
+
+
+def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
+    config = tmp_path / "tiny.py"
+    config.write_text(f"_base_ = {CONFIG!r}\nmodel = dict(backbone=dict(variant=dict(_delete_=True, **{vars(TINY)})))")
+    options = ["--gpus", "2", "--batch-size", "1"]
+    _, rows = plan(capsys, tmp_path, *options, config=str(config))
+    assert rows[0]["extra"] == rows[0]["gradients"]
+    options += ["--cfg-options", "model_wrapper_cfg.gradient_as_bucket_view=True"]
+    options += ["optim_wrapper.type=BFloat16OptimWrapper"]
+    _, rows = plan(capsys, tmp_path, *options, config=str(config))
+    assert rows[0]["extra"] == 0
+    assert rows[0]["bfloat16"]
+    assert rows[0]["variant"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [("configs/pe_spatial_dpt_nyu.py", (416, 544)), ("projects/nyu_depth/overfit_nyu.py", (192, 256))],
+)
+def test_size_of_depth_images_comes_from_their_augmentation(config, size):
+    assert tool.image_size(tool.cli.read_config(str(REPO / config))) == size
+
+
+def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
+    pytest.importorskip("sam2")
+    options = ["--variants", "t16", "--gpus", "1", "--cfg-options", "model.tracker.grid=4"]
+    options += ["train_dataloader.dataset.pipeline.0.num_frames=3", "train_dataloader.dataset.pipeline.3.size=64"]
+    out, rows = plan(capsys, tmp_path, *options, config=str(REPO / "configs" / "pe_spatial_sam2_davis.py"))
+    assert "64 x 64 px, 1 clips of 3 frames on each of 1 GPUs" in out
+    assert [row["objects"] for row in rows] == [3, 3]
+    assert rows[0]["variant"] == "pe_spatial_t16_512"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--variants", "t16,x"], "--variants has 'x'"),
+        (["--cfg-options", "optim_wrapper=None"], "has no optim_wrapper"),
+        (["--cfg-options", "model.data_preprocessor.size=None"], "give --size HEIGHT WIDTH"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--cfg-options", "train_dataloader=None"], "has no train_dataloader"),
+    ],
+)
+def test_bad_input(options, words, capsys, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        plan(capsys, tmp_path, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_of_several_sets_are_those_of_the_first():
+    cfg = Config.fromfile(REPO / "projects" / "video_tracking" / "stage2_unfrozen.py")
+    assert tool.image_size(cfg) == (1024, 1024)
+    assert tool.annotated(cfg) == dict(frames=8, objects=3)
+    cfg.train_dataloader.dataset.datasets = []
+    with pytest.raises(ConfigError, match="does not say how large images are"):
+        tool.image_size(cfg)

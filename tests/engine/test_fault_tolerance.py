@@ -1,0 +1,306 @@
+"""Runs that are killed, stopped, or fed nonsense."""
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.runner import find_latest_checkpoint
+from tiny_run import build, losses, tiny_config
+from torch.testing import assert_close
+
+from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.fault_tolerance import EXIT_RETRY, AtomicLocalBackend, check_complete, find_checkpoint
+from pe_spatial.errors import TrainingError
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+class SignalAt(Hook):
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def after_train_iter(self, runner, **_):
+        if runner.iter + 1 == self.step:
+            processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+            subprocess.run(["kill", f"-{int(self.number)}", *(str(one.pid) for one in processes)], check=True)
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("epochs", "workers"), [(False, 0), (True, 0), (False, 2), (True, 2)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, epochs, workers, number):
+    """Also in the middle of an epoch: the same samples, as without the stop. All processes get the signal."""
+    whole = build(tiny_config(tmp_path / "whole", epochs=epochs))
+    drawn, seen = [], []
+    watch(whole, drawn)
+    whole.train()
+    stopped = build(tiny_config(tmp_path / "part", epochs=epochs, workers=workers))
+    watch(stopped, seen)
+    stopped.register_hook(SignalAt(6, number))
+    with pytest.raises(SystemExit) as end:
+        stopped.train()
+    assert end.value.code == EXIT_RETRY == 75
+    assert find_latest_checkpoint(str(tmp_path / "part")).endswith("iter_6.pth")
+    resumed = build(tiny_config(tmp_path / "part", epochs=epochs, resume=True))
+    watch(resumed, seen)
+    resumed.train()
+    assert seen == drawn
+    assert resumed.iter == whole.iter == (20 if epochs else 10)
+    assert resumed.optim_wrapper.optimizer.state_dict()["state"][0]["step"] == whole.iter
+
+
+def watch(runner, draws):
+    step = runner.model.train_step
+
+    def record(data, optim_wrapper):
+        draws.append([sample.img_path for sample in data["data_samples"]])
+        return step(data, optim_wrapper)
+
+    runner.model.train_step = record
+
+
+def test_signals_are_given_back_after_the_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    build(tiny_config(tmp_path)).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_old_checkpoints_go_only_after_the_new_one_has_its_name(tmp_path, monkeypatch):
+    """Whatever dies while the third is written, the two before it and the name of the second are there."""
+    runner = build(tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 2}))
+    put = AtomicLocalBackend.put
+
+    def fail(self, data, path):
+        if Path(path).name == "iter_6.pth":
+            assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_2.pth", "iter_4.pth"]
+            raise OSError("disk full")
+        put(self, data, path)
+
+    monkeypatch.setattr(AtomicLocalBackend, "put", fail)
+    with pytest.raises(OSError, match="disk full"):
+        runner.train()
+    assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_2.pth", "iter_4.pth"]
+    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_4.pth")
+
+
+def test_only_so_many_are_kept_and_leftovers_of_killed_writes_go(tmp_path):
+    (tmp_path / ".iter_4.pth.123").write_bytes(b"half a file")
+    (tmp_path / "mine.pth").write_bytes(b"not ours")
+    build(tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 2})).train()
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"iter_8.pth", "iter_10.pth", "mine.pth"}
+    assert not list(tmp_path.glob(".iter*"))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    backend = AtomicLocalBackend()
+    backend.put_text("old", tmp_path / "sub" / "file")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        backend.put(b"new", tmp_path / "sub" / "file")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "sub").iterdir()] == [("file", "old")]
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path):
+    cfg = tiny_config(tmp_path, **{"default_hooks.checkpoint.interval": 1})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    runner = build(cfg)
+    with pytest.raises(TrainingError, match=r"loss of step \d+ is nan; images: .*\b7\.png"):
+        runner.train()
+    saved = weights(find_latest_checkpoint(str(tmp_path)))
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_steps_are_skipped_and_counted(tmp_path):
+    cfg = tiny_config(tmp_path, **{"train_cfg.max_iters": 20})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    runner = build(cfg, non_finite_steps=0)
+    found = losses(runner)
+    runner.train()
+    bad = [step for step, loss in found.items() if loss != loss]
+    assert bad
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+    state = runner.optim_wrapper.optimizer.state_dict()["state"]
+    assert state[0]["step"] == 20 - len(bad)  # moments and their count stayed as they were
+    watch = next(hook for hook in runner.hooks if type(hook).__name__ == "NonFiniteLossHook")
+    assert watch.skipped == len(bad)
+
+
+def test_patience_counts_steps_in_a_row(tmp_path):
+    cfg = tiny_config(tmp_path, **{"train_cfg.max_iters": 20})
+    cfg.train_dataloader.dataset.pipeline = [dict(type="Jitter", poisoned=7)]
+    build(cfg, non_finite_steps=2).train()  # never two in a row
+    runner = build(tiny_config(tmp_path / "again"), non_finite_steps=2)
+    runner.model.linear.weight.data.fill_(float("inf"))
+    with pytest.raises(TrainingError, match="2 such steps in a row"):
+        runner.train()
+    assert runner.iter == 1
+
+
+def test_hooks_of_the_config_itself_are_kept(tmp_path):
+    cfg = tiny_config(tmp_path, custom_hooks=[dict(type="NonFiniteLossHook", patience=5)])
+    runner = build(cfg)
+    assert [hook.patience for hook in runner.hooks if type(hook).__name__ == "NonFiniteLossHook"] == [5]
+    assert cfg.train_dataloader.get("timeout") is None
+    assert build(tiny_config(tmp_path, workers=1)).cfg.train_dataloader.timeout == 600
+
+
+def flip(path, place):
+    """Change one bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+def a_weight(path):
+    """Where in the file a weight of the model lies."""
+    data = weights(path)["linear.weight"].numpy().tobytes()
+    place = path.read_bytes().index(data)
+    return place + len(data) // 2
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a run that kept iter_4.pth, iter_8.pth and iter_10.pth."""
+    build(tiny_config(tmp_path, **{"default_hooks.checkpoint.max_keep_ckpts": -1})).train()
+    for step in (4, 8, 10):  # the disk's clock may be too coarse to order files written in milliseconds
+        os.utime(tmp_path / f"iter_{step}.pth", (step, step))
+    return tmp_path
+
+
+def test_torch_loads_flipped_bits_and_the_check_does_not(trained):
+    path = trained / "iter_10.pth"
+    check_complete(path)
+    before = weights(path)["linear.weight"].clone()
+    flip(path, a_weight(path))
+    assert not weights(path)["linear.weight"].equal(before)
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*\(.*/data/\d+\); take an older") as error:
+        check_complete(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_without_checksums_pass_and_every_cut_is_seen(trained):
+    path = trained / "iter_10.pth"
+    torch.save({"x": torch.ones(3)}, trained / "old.pth", _use_new_zipfile_serialization=False)
+    check_complete(trained / "old.pth")
+    whole = path.read_bytes()
+    for length in (5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged"):
+            check_complete(path)
+
+
+def test_auto_goes_back_to_the_newest_whole_one_and_says_so(trained):
+    work_dir, warned = str(trained), []
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_10.pth")
+    assert find_checkpoint("auto", str(trained / "empty")) is None
+    flip(trained / "iter_10.pth", a_weight(trained / "iter_10.pth"))
+    (trained / "best_x_iter_9.pth").write_bytes((trained / "iter_8.pth").read_bytes())  # weights of another kind
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append((record.levelno, record.getMessage()))
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_8.pth")
+    (trained / "iter_8.pth").write_bytes(b"")
+    assert find_checkpoint("auto", work_dir) == str(trained / "iter_4.pth")
+    logger.removeHandler(handler)
+    assert [level for level, _ in warned] == [logging.WARNING] * 3
+    assert "iter_10.pth is damaged" in warned[0][1]
+    assert warned[0][1].endswith(f"goes on from {trained / 'iter_8.pth'}")
+    (trained / "iter_4.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*none of the 2 beside it is whole either"):
+        find_checkpoint("auto", work_dir)
+
+
+def test_a_named_checkpoint_is_not_replaced_by_another(trained):
+    path = trained / "iter_8.pth"
+    assert find_checkpoint(str(path), "nowhere") == str(path)
+    flip(path, a_weight(path))
+    with pytest.raises(CheckpointError, match=r"iter_8.pth is damaged"):
+        find_checkpoint(str(path), str(trained))
+    torch.save({"state_dict": {"x": torch.ones(1)}}, trained / "iter_3.pth")
+    with pytest.raises(CheckpointError, match="holds no state of a run"):
+        find_checkpoint(str(trained / "iter_3.pth"), str(trained))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_all_processes_take_the_checkpoint_of_the_first_or_fail_with_it(trained, damaged):
+    path = trained / "iter_10.pth"
+    if damaged:
+        flip(path, a_weight(path))
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.distributed.init_process_group(
+                    "gloo", init_method=f"file://{trained}/meet", rank=rank, world_size=2
+                )
+                own = {0: str(path), 1: str(trained / "iter_4.pth")}[rank]
+                found = find_checkpoint(own, str(trained))
+            except CheckpointError as error:
+                found = str(error)
+            finally:
+                (trained / f"found_{rank}").write_text(found)
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    found = [(trained / f"found_{rank}").read_text() for rank in range(2)]
+    assert found[0] == found[1]
+    assert (found[0] == str(path)) is not damaged
+    assert ("iter_10.pth is damaged" in found[0]) is damaged
+
+
+@pytest.mark.slow
+def test_200_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
+    """Forked processes write one checkpoint after the other; after every kill the latest one loads."""
+    monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)  # formatting it takes most of the time
+    runner = build(tiny_config(tmp_path, **{"model.width": 100_000, "default_hooks.checkpoint.max_keep_ckpts": 1}))
+    hook = next(hook for hook in runner.hooks if type(hook).__name__ == "AtomicCheckpointHook")
+    runner.train()
+    step, duration, unfinished = 10, 0.0, 0
+    for _ in range(200):
+        done, say = os.pipe()
+        start = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    step += 1
+                    hook._save_checkpoint_with_step(runner, step, meta=dict(epoch=0, iter=step))
+                    os.write(say, b".")
+            finally:
+                os._exit(1)
+        os.read(done, 1)  # its first one is written
+        duration = max(duration, time.perf_counter() - start)
+        time.sleep(random.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(done)
+        os.close(say)
+        leftovers = list(tmp_path.glob(".*"))
+        unfinished += bool(leftovers)
+        latest = find_latest_checkpoint(str(tmp_path))
+        content = torch.load(latest, weights_only=False)
+        assert_close(content["state_dict"], runner.model.state_dict())
+        assert content["meta"]["iter"] > step
+        step = content["meta"]["iter"]
+        hook.keep_ckpt_ids.clear()
+        hook.keep_ckpt_ids.append(step)
+        for leftover in leftovers:
+            leftover.unlink()
+    assert unfinished  # some kills did hit a write

@@ -1,0 +1,472 @@
+"""The layer sweep: cached maps train the same head as the encoder does, and the layer with the answer wins."""
+
+import copy
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+pytest.importorskip("mmseg")
+from command_line import tool
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from pe_spatial import EncoderConfig, PerceptionEncoder, layer_sweep
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.probing.sweep import LayerSweep, best_layer, choose_score, draw_scores
+
+pytestmark = pytest.mark.mmseg
+REPO = Path(__file__).resolve().parents[2]
+TINY = EncoderConfig(img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2)
+FIELDS = {name: getattr(TINY, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+CORNERS = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])  # red and green of a patch; the label is their XOR
+ANSWER = torch.tensor([0.0, 1, 1, 0])
+
+
+@torch.no_grad()
+def knows_at_layer_1():
+    """An encoder of which block 1 writes the XOR into a channel and block 2 takes it away again.
+
+    Block 0 leaves tokens that change their sign with the image's colours; XOR does not, so no linear map finds it.
+    """
+    encoder = PerceptionEncoder(TINY).eval()
+    torch.nn.init.zeros_(encoder.patch_embed.proj.weight)
+    for channel in (0, 1):
+        encoder.patch_embed.proj.weight[channel, channel] = 1 / 256
+    for parameter in (encoder.pos_embed, encoder.cls_token):
+        parameter.zero_()
+    for block in encoder.blocks:
+        for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+            parameter.zero_()
+    tokens = torch.zeros(4, 32)
+    tokens[:, :2] = CORNERS
+    tokens = encoder.norm_pre(tokens)
+    for block, sign in ((encoder.blocks[1], 1), (encoder.blocks[2], -1)):
+        wanted = torch.zeros(4, 32)
+        wanted[:, 5] = sign * 3 * ANSWER
+        hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(tokens)))
+        block.mlp.fc2.weight.copy_(torch.linalg.lstsq(hidden, wanted).solution.T)
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with a set in ADE20k's layout whose labels are the XOR of two colours, and an encoder's weights."""
+    root = tmp_path_factory.mktemp("project")
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / "data" / kind / split).mkdir(parents=True)
+        for i in range(6):
+            bits = rng.integers(0, 2, (4, 5, 2), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+            image = np.concatenate([bits * 255, np.zeros((64, 80, 1), np.uint8)], axis=2)
+            # JPEG by the folder's suffix, PNG by content: no loss in the colours
+            Image.fromarray(image).save(root / "data" / "images" / split / f"{i}.jpg", format="PNG")
+            Image.fromarray((bits[..., 0] ^ bits[..., 1]) + 1).save(root / "data" / "annotations" / split / f"{i}.png")
+    torch.save(knows_at_layer_1().state_dict(), root / "encoder.pt")
+    return root
+
+
+@pytest.fixture
+def config(project):
+    cfg = Config.fromfile(REPO / "configs" / "pe_spatial_linear_ade20k.py")
+    cfg.model.backbone.update(
+        variant=FIELDS, init_cfg=dict(type="Pretrained", checkpoint=str(project / "encoder.pt"))
+    )
+    cfg.model.data_preprocessor.size = cfg.model.test_cfg.crop_size = (64, 64)
+    cfg.model.test_cfg.stride = (43, 16)  # windows on the grid of the patches
+    cfg.model.decode_head.update(map_size=(64, 64), num_classes=2)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.update(data_root=str(project / "data"), metainfo=dict(classes=("wall", "building")))
+        for step in loader.dataset.pipeline:
+            if "scale" in step:
+                step.scale = (99999999, 64)
+            if "crop_size" in step:
+                step.crop_size = (64, 64)
+    cfg.train_cfg.update(max_iters=6, val_interval=6)
+    cfg.optim_wrapper.optimizer.lr = 0.03
+    cfg.param_scheduler = [dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=6)]
+    return cfg
+
+
+class Record(Hook):
+    """Keeps the losses, and the head before the first step, which it can also set."""
+
+    def __init__(self, head=None):
+        self.head, self.losses = head, []
+
+    def before_train(self, runner):
+        if self.head is None:
+            self.head = copy.deepcopy(runner.model.decode_head.state_dict())
+        runner.model.decode_head.load_state_dict(self.head)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):  # noqa: ARG002
+        self.losses.append(float(outputs["loss"].detach()))
+
+
+def swept(cfg, folder, **options):
+    sweep = LayerSweep(cfg, **{"layers": None, "folder": folder, **options})
+    sweep.fill()
+    for layer in sweep.layers:
+        sweep.train(layer)
+    return sweep
+
+
+def test_a_head_on_cached_maps_learns_what_it_learns_on_the_encoder(config, tmp_path):
+    # random weights: of the constructed ones most channels are constant, and the norm blows rounding up
+    torch.manual_seed(0)
+    torch.save(PerceptionEncoder(TINY).state_dict(), tmp_path / "random.pt")
+    config.model.backbone.init_cfg.checkpoint = str(tmp_path / "random.pt")
+    config.optim_wrapper.optimizer.lr = 0.003
+    sweep = LayerSweep(config, layers=[1], folder=tmp_path / "sweep")
+    sweep.fill()
+    cached = Record()
+    assert sweep.train(1, [cached])
+
+    config.model.backbone.out_indices = [1]
+    scale = dict(type="Resize", scale=(99999999, 64), keep_ratio=True)
+    crop = dict(type="mmcv.CenterCrop", crop_size=(64, 64))
+    load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+    config.train_dataloader.dataset.pipeline = [*load, scale, crop, dict(type="PackSegInputs")]
+    direct = Record(cached.head)
+    runner = Runner(
+        model=MODELS.build(config.model),
+        work_dir=str(tmp_path / "direct"),
+        train_dataloader=config.train_dataloader,
+        train_cfg=config.train_cfg,
+        optim_wrapper=config.optim_wrapper,
+        param_scheduler=config.param_scheduler,
+        default_hooks=dict(checkpoint=None),
+        custom_hooks=[direct],
+        log_level="WARNING",
+        randomness=dict(seed=0),
+        default_scope="mmseg",
+        experiment_name="direct",
+    )
+    model = runner.train()
+    assert len(direct.losses) == 6
+    assert_close(torch.tensor(cached.losses), torch.tensor(direct.losses), rtol=1e-5, atol=1e-6)
+    assert direct.losses[-1] < direct.losses[0]
+    assert_close(sweep._probes[1].decode_head.state_dict(), model.decode_head.state_dict(), rtol=1e-4, atol=1e-4)
+
+    scores = sweep.evaluate()[1]
+    loader = Runner.build_dataloader(config.val_dataloader)
+    evaluator = runner.build_evaluator(config.val_evaluator)
+    evaluator.dataset_meta = loader.dataset.metainfo
+    with torch.no_grad():
+        for batch in loader:
+            evaluator.process(model.eval().test_step(batch), batch)
+    assert scores == pytest.approx(evaluator.evaluate(len(loader.dataset)), abs=0.1)  # per cent
+
+
+def test_the_layer_that_holds_the_answer_wins(config, tmp_path):
+    sweep = swept(config, tmp_path, epochs=25)
+    metrics = sweep.evaluate()
+    assert sorted(metrics) == [0, 1, 2]
+    score, higher = choose_score(metrics[0])
+    assert (score, higher) == ("mIoU", True)
+    assert best_layer(metrics, score, higher) == 1
+    assert metrics[1]["mIoU"] > 90
+    assert max(metrics[0]["mIoU"], metrics[2]["mIoU"]) < 70
+    draw_scores(tmp_path / "scores.png", metrics, score, 1)
+    assert Image.open(tmp_path / "scores.png").size == (960, 600)
+
+
+def test_the_encoder_runs_once_a_image_and_goes_on_after_a_stop(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_sweep, "_FLUSH", 2)
+    whole = LayerSweep(config, layers=[0, 2], folder=tmp_path / "whole")
+    calls = []
+    whole.encoder.patch_embed.register_forward_hook(lambda _, images, __: calls.append(len(images[0])))
+    whole.fill()
+    assert calls == [1] * 6
+
+    def stop(rows):
+        for row in rows:
+            if row == 5:
+                raise KeyboardInterrupt
+            yield row
+
+    stopped = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
+    assert stopped.cache.bytes_missing == whole.cache.bytes_missing + 6 * (
+        64 * 64 * 2 + 2 * (16 * 32 + 32) * 4
+    )  # labels of two bytes, two layers of 16 patches and a class token of 32 numbers of four bytes
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fill(stop)
+    again = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
+    assert again.cache.first_missing == 4
+    rows = []
+    again.fill(lambda todo: [rows.append(row) or row for row in todo])
+    assert rows == [4, 5]
+    for name in whole.cache.shapes:
+        for row in range(6):
+            assert_close(again.cache.read(name, row), whole.cache.read(name, row), rtol=0, atol=0)
+    third = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
+    assert (third.cache.first_missing, third.cache.bytes_missing) == (6, 0)
+
+
+def test_the_cache_is_for_these_weights_these_images_and_this_reading(config, project, tmp_path):
+    def cache(**options):
+        return LayerSweep(config, **{"layers": [1], "folder": tmp_path, **options}).cache
+
+    first = LayerSweep(config, layers=[1], folder=tmp_path)
+    first.fill()
+    assert cache().bytes_missing == 0
+    assert sorted(cache(layers=[1, 2]).done.values()) == [0, 0, 6, 6, 6]  # maps, class tokens and the labels
+    assert cache(layers=[1, 2]).first_missing == 0
+    assert cache(limit=3).bytes_missing > 0
+    assert cache(dtype="bfloat16").bytes_missing > 0
+    config.model.backbone.pos_embed_mode = "bicubic"
+    assert cache().bytes_missing > 0
+    config.model.backbone.pop("pos_embed_mode")
+
+    image = project / "data" / "images" / "training" / "3.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content)
+    assert cache().bytes_missing > 0  # it may be another one
+
+    state = torch.load(project / "encoder.pt")
+    state["blocks.2.mlp.fc2.bias"] += 1
+    torch.save(state, tmp_path / "after.pt")
+    state["blocks.1.mlp.fc2.bias"] += 1
+    torch.save(state, tmp_path / "before.pt")
+    first = LayerSweep(config, layers=[1], folder=tmp_path)
+    first.fill()
+    config.model.backbone.init_cfg.checkpoint = str(tmp_path / "after.pt")
+    assert cache().bytes_missing == 0  # block 2 comes after the maps
+    config.model.backbone.init_cfg.checkpoint = str(tmp_path / "before.pt")
+    assert cache().bytes_missing > 0
+
+
+def test_a_damaged_cache_is_found(config, tmp_path):
+    sweep = LayerSweep(config, layers=[1], folder=tmp_path)
+    sweep.fill()
+    name = sweep._files[1]["maps"]
+    sweep.cache.write(name, 5, torch.zeros(sweep.cache.shapes[name][0]))
+    sweep.cache.flush(6)
+    with pytest.raises(ConfigError, match=r"row 5 of .*layer_01_.*_maps.npy is damaged"):
+        LayerSweep(config, layers=[1], folder=tmp_path).fill()
+    path = sweep.cache._path(name)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert LayerSweep(config, layers=[1], folder=tmp_path).cache.first_missing == 0
+
+
+def test_finished_heads_are_kept_for_the_same_recipe_alone(config, tmp_path):
+    first = swept(config, tmp_path, layers=[1, 2])
+    again = LayerSweep(config, layers=[1, 2], folder=tmp_path)
+    again.fill()
+    assert not again.train(1)
+    assert not again.train(2)
+    assert again.evaluate() == first.evaluate()
+    config.optim_wrapper.optimizer.lr = 0.02
+    other = LayerSweep(config, layers=[1], folder=tmp_path)
+    other.fill()
+    assert other.train(1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_the_space_is_almost_the_same(config, tmp_path, dtype):
+    exact, half = (LayerSweep(config, layers=[1], folder=tmp_path, dtype=name) for name in ("float32", dtype))
+    for sweep in (exact, half):
+        sweep.fill()
+    a, b = (sweep.cache.read(sweep._files[1]["maps"], 2) for sweep in (exact, half))
+    assert str(b.dtype) == f"torch.{dtype}"
+    assert_close(b.float(), a, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(b.float(), a)
+    sizes = [(sweep.cache.folder / f"{sweep._files[1]['maps']}.npy").stat().st_size for sweep in (exact, half)]
+    assert sizes == [128 + 6 * 32 * 16 * 4, 128 + 6 * 32 * 16 * 2]  # a header, and 6 images of 4 x 4 patches
+
+
+def test_labels_come_back_as_they_were(config, tmp_path):
+    sweep = LayerSweep(config, layers=[0], folder=tmp_path)
+    sweep.fill()
+    labels = sweep.cache.read("gt_sem_seg", 3)
+    image = np.asarray(Image.open(Path(config.train_dataloader.dataset.data_root) / "annotations/training/3.png"))
+    image = image.astype(int) - 1  # 0 is not labelled
+    assert np.array_equal(labels[0], image[:, 8:72])  # the middle
+
+    config.model.data_preprocessor.size = (32, 32)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        for step in loader.dataset.pipeline:
+            step.update({"scale": (99999999, 32)} if "scale" in step else {})
+            step.update({"crop_size": (32, 32)} if "crop_size" in step else {})
+    small = LayerSweep(config, layers=[0], folder=tmp_path)
+    small.fill()
+    assert np.array_equal(small.cache.read("gt_sem_seg", 3)[0], image[::2, ::2][:, 4:36])  # resized as the image
+
+
+def test_epochs_compress_the_schedule(config, tmp_path):
+    config.param_scheduler = [
+        dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=150),
+        dict(type="MultiStepLR", milestones=[600, 900], by_epoch=False, begin=150, end=1200),
+    ]
+    config.train_cfg.max_iters = 1200
+    cfg = LayerSweep(config, layers=[0], folder=tmp_path, limit=5, epochs=8).cfg
+    assert cfg.train_cfg.max_iters == 24  # 3 batches of 2
+    warm_up, steps = cfg.param_scheduler
+    assert (warm_up.begin, warm_up.end) == (0, 3)
+    assert (steps.begin, steps.end, steps.milestones) == (3, 24, [12, 18])
+
+
+def test_all_layers_negative_ones_and_wrong_ones(config, tmp_path):
+    assert LayerSweep(config, layers=[-1, 0, 2], folder=tmp_path).layers == (0, 2)
+    assert LayerSweep(config, layers=None, folder=tmp_path).layers == (0, 1, 2)
+    for layers in ([3], [-4], [0, 7], []):
+        with pytest.raises(ConfigError, match=r"blocks 0 to 2"):
+            LayerSweep(config, layers=layers, folder=tmp_path)
+
+
+def test_limit_spreads_over_the_list(config, tmp_path):
+    assert LayerSweep(config, layers=[0], folder=tmp_path, limit=3).images == [0, 2, 5]
+    assert LayerSweep(config, layers=[0], folder=tmp_path, limit=99).images == list(range(6))
+
+
+def test_what_cannot_be_cached_is_refused(config, tmp_path, monkeypatch):
+    def refused(match, **options):
+        with pytest.raises(ConfigError, match=match):
+            LayerSweep(config, **{"layers": [0], "folder": tmp_path, **options})
+
+    refused("dtype is 'int8'; allowed are float32, float16, bfloat16", dtype="int8")
+    refused("must be at least 1", limit=0)
+    refused("must be at least 1", epochs=0)
+    config.launcher = "pytorch"
+    refused("runs in one process")
+    config.launcher = "none"
+    monkeypatch.setattr(layer_sweep.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    refused(r"needs 0.0 GB more .* name fewer layers")
+    config.model.type = "EncoderDecoder"  # mmseg's own, which trains its backbone
+    config.model.decode_head = dict(type="FCNHead", in_channels=32, channels=8, num_classes=2)
+    refused("41 parameters of the encoder learn, .* freeze it")
+
+
+@pytest.fixture
+def depth_config(tmp_path):
+    """Return `depth_config(name)`: one of NYUv2's configs, small, on four generated pairs."""
+    rng = np.random.default_rng(1)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(500, 9000, (70, 90), dtype=np.uint16)).save(tmp_path / f"d{i}.png")
+    (tmp_path / "pairs.csv").write_text("rgb,depth\n" + "".join(f"{i}.png,d{i}.png\n" for i in range(4)))
+
+    def build(name):
+        cfg = Config.fromfile(REPO / "configs" / f"{name}.py")
+        cfg.model.backbone.update(variant=FIELDS, init_cfg=None)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            loader.update(num_workers=0, persistent_workers=False)
+            loader.dataset.update(data_root=str(tmp_path), ann_file="pairs.csv", expected=None)
+        cfg.train_cfg.max_iters = 4
+        return cfg
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["pe_spatial_lin1_nyu", "pe_spatial_lin1_dinov2_nyu", "pe_spatial_dpt_single_nyu"])
+def test_depth(depth_config, tmp_path, name):
+    """Heads with a batch norm, with the class token, and with one layer read four times; maps train as images do."""
+    cfg = depth_config(name)
+    for step in cfg.train_dataloader.dataset.pipeline:
+        if step.type == "DepthRandomCrop":
+            step.size = (64, 80)
+    cfg.model.backbone.out_indices = [0]
+    sweep = LayerSweep(cfg, layers=[1, 2], folder=tmp_path / "sweep", epochs=2)
+    assert sweep._size == (64, 80)
+    sweep.fill()
+    record = Record()
+    sweep.train(1, [record])
+    sweep.train(2)
+
+    cfg.model.backbone.out_indices = [1]
+    model = MODELS.build(cfg.model).train()
+    model.backbone.load_state_dict(
+        {k: v for k, v in sweep.encoder.state_dict().items() if not k.startswith("blocks.2.")}
+    )
+    model.decode_head.load_state_dict(record.head)
+    order = Runner.build_dataloader(dict(batch_size=2, sampler=cfg.train_dataloader.sampler, dataset=range(4)), seed=0)
+    rows = next(iter(order))
+    samples = [sweep.dataset[int(row)] for row in rows]
+    for sample in samples:
+        sample["inputs"] = sample["inputs"][:, 3:67, 5:85]
+        depth = sample["data_samples"].gt_depth_map.data[:, 3:67, 5:85]
+        sample["data_samples"].gt_depth_map = type(sample["data_samples"].gt_depth_map)(data=depth)
+    batch = dict(inputs=[s["inputs"] for s in samples], data_samples=[s["data_samples"] for s in samples])
+    losses = model(**model.data_preprocessor(batch, True), mode="loss")
+    assert float(sum(losses.values())) == pytest.approx(record.losses[0], rel=1e-5)
+
+    metrics = sweep.evaluate()
+    assert choose_score(metrics[1]) == ("rmse", False)
+    assert metrics[1]["rmse"] != metrics[2]["rmse"]
+    assert 0 < metrics[1]["rmse"] < 10
+
+
+def test_depth_of_an_encoder_that_learns_and_of_several_layers_is_refused(depth_config, tmp_path):
+    cfg = depth_config("pe_spatial_lin1_nyu")
+    cfg.model.frozen = False
+    with pytest.raises(ConfigError, match="parameters of the encoder learn"):
+        LayerSweep(cfg, layers=[1], folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"reads the layers \(0, 1, 2, 2\); a sweep needs one that reads one"):
+        LayerSweep(depth_config("pe_spatial_lin4_nyu"), layers=[1], folder=tmp_path)
+
+
+@pytest.mark.mmdet
+def test_detectors_are_refused(tmp_path):
+    pytest.importorskip("mmdet")
+    cfg = Config.fromfile(REPO / "configs" / "pe_spatial_cascade_coco_t16.py")
+    with pytest.raises(ConfigError, match=r"a CascadeRCNN is not swept: .* pyramid learns inside the backbone"):
+        LayerSweep(cfg, layers=[0], folder=tmp_path)
+
+
+def test_images_of_two_sizes_are_named(config, tmp_path):
+    config.model.data_preprocessor.update(size=None, size_divisor=16)
+    steps = config.train_dataloader.dataset.pipeline
+    config.train_dataloader.dataset.pipeline = [step for step in steps if step.type != "RandomCrop"]
+    assert LayerSweep(config, layers=[0], folder=tmp_path)._size == (64, 80)
+    path = Path(config.train_dataloader.dataset.data_root) / "images" / "training" / "4.jpg"
+    content = path.read_bytes()
+    try:
+        Image.new("RGB", (112, 64)).save(path, format="PNG")
+        with pytest.raises(DatasetError, match=r"training image 4 is 64x112 to the model and the first one is 64x80"):
+            LayerSweep(config, layers=[0], folder=tmp_path).fill()
+    finally:
+        path.write_bytes(content)
+
+
+def test_scores():
+    assert choose_score({"depth/d1": 0.5, "depth/rmse": 0.3}) == ("depth/rmse", False)
+    assert choose_score({"rmse": 0.3, "d1": 0.5}, "d1") == ("d1", True)
+    with pytest.raises(ConfigError, match="the score loss is not among those of the config: rmse"):
+        choose_score({"rmse": 0.3}, "loss")
+    with pytest.raises(ConfigError, match="none is known"):
+        choose_score({"loss": 0.3})
+    metrics = {0: {"rmse": 2.0}, 1: {"rmse": 1.0}, 2: {"rmse": float("nan")}, 3: {"rmse": 1.0}}
+    assert best_layer(metrics, "rmse", higher=False) == 3
+    assert best_layer(metrics, "rmse", higher=True) == 0
+
+
+@pytest.mark.slow
+def test_tool(config, tmp_path, monkeypatch):
+    config.dump(tmp_path / "probe.py")
+    options = ("--layers", "0,1", "--epochs", "4", "--limit", "4", "--work-dir", "out")
+    log = tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
+    assert "2 layers, 4 training images as in testing (no augmentation)" in log
+    assert re.search(r"\| 1 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| .*last \|", log)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(scores["metrics"]) == {"0", "1"}
+    assert scores["score"] == "mIoU"
+    assert scores["schedule"]["max_iters"] == 8
+    assert (tmp_path / "out" / "scores.png").is_file()
+    assert "layer 1: trained before" in tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", "--layers", "0,7"])
+    with pytest.raises(SystemExit, match=r"^error: layers are 0, 7; the encoder has blocks 0 to 2"):
+        runpy.run_path(str(REPO / "tools" / "sweep_layers.py"), run_name="__main__")
