@@ -1,0 +1,46 @@
+"""Scores of the layers of an encoder: the best one, a figure, and JSON files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pe_spatial.atomic import atomic_write
+
+
+def best_layer(scores: Mapping[int, float], *, higher_is_better: bool = True) -> int:
+    """Return the layer with the best score, the deepest one of equals; NaN never wins."""
+    sign = 1 if higher_is_better else -1
+    return max(scores, key=lambda layer: (np.nan_to_num(sign * scores[layer], nan=-np.inf), layer))
+
+
+def draw_scores(path: str | Path, scores: Mapping[int, float], *, name: str, best: int) -> None:
+    """Draw scores against layers into a PNG file; the best and the last layer are marked."""
+    layers, last = sorted(scores), max(scores)
+    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel="block of the encoder, 0-based", ylabel=name)
+    axes.plot(layers, [scores[layer] for layer in layers], "o-", color="0.5", markersize=4)
+    for label, layer, marker, fill in (("best", best, "*", "full"), ("last", last, "s", "none")):
+        text = f"{label}: {scores[layer]:.4g} (block {layer})"
+        axes.plot(layer, scores[layer], marker, markersize=12, fillstyle=fill, label=text)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(file.getvalue())
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON; the file is complete or absent."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1))
