@@ -20,7 +20,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-from pe_spatial import EncoderConfig, PerceptionEncoder, layer_sweep
+import pe_spatial.probing.sweep as sweeping
+from pe_spatial import EncoderConfig, PerceptionEncoder
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.probing.sweep import LayerSweep, best_layer, choose_score, draw_scores
 
@@ -184,7 +185,7 @@ def test_the_layer_that_holds_the_answer_wins(config, tmp_path):
 
 
 def test_the_encoder_runs_once_a_image_and_goes_on_after_a_stop(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_sweep, "_FLUSH", 2)
+    monkeypatch.setattr(sweeping, "_FLUSH", 2)
     whole = LayerSweep(config, layers=[0, 2], folder=tmp_path / "whole")
     calls = []
     whole.encoder.patch_embed.register_forward_hook(lambda _, images, __: calls.append(len(images[0])))
@@ -342,7 +343,7 @@ def test_what_cannot_be_cached_is_refused(config, tmp_path, monkeypatch):
     config.launcher = "pytorch"
     refused("runs in one process")
     config.launcher = "none"
-    monkeypatch.setattr(layer_sweep.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     refused(r"needs 0.0 GB more .* name fewer layers")
     config.model.type = "EncoderDecoder"  # mmseg's own, which trains its backbone
     config.model.decode_head = dict(type="FCNHead", in_channels=32, channels=8, num_classes=2)

@@ -15,7 +15,7 @@ from mmengine.dataset import pseudo_collate
 from pycocotools import mask as rle
 from torch.utils.data import DataLoader
 
-from pe_spatial.engine.determinism import Draw
+from pe_spatial.engine.determinism import SeededIndex
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.synthetic import write_dataset
 from pe_spatial.tracking.sam2 import clip_transforms
@@ -359,7 +359,7 @@ def test_equal_draws_give_equal_clips_in_data_workers(davis):
             dict(type="PackClip"),
         ],
     )
-    sampler = [Draw(0, 0, 0, number) for number in range(6)] + [Draw(1, 0, 0, 7), Draw(2, 0, 0, 8)]
+    sampler = [SeededIndex(0, 0, 0, number) for number in range(6)] + [SeededIndex(1, 0, 0, 7), SeededIndex(2, 0, 0, 8)]
     loader = DataLoader(videos, batch_size=2, sampler=sampler, num_workers=2, collate_fn=pseudo_collate)
     batches = list(loader)
     assert [len(batch["inputs"]) for batch in batches] == [2] * 4
