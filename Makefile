@@ -26,6 +26,6 @@ lint: setup
 	$(python) -m mypy
 
 bench: setup
-	$(python) tools/benchmark.py
-	$(python) tools/benchmark_vos.py
-	$(python) tools/benchmark_propagation.py
+	$(python) benchmarks/encoder.py
+	$(python) benchmarks/vos.py
+	$(python) benchmarks/propagation.py

@@ -13,11 +13,12 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from tqdm import tqdm
 
-from pe_spatial.cli import common as cli
+from pe_spatial.cli.arguments import add_config_arguments, load_config
+from pe_spatial.cli.main import errors_as_sentences
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = cli.load_config(args)
+    cfg = load_config(args)
     init_default_scope(cfg.default_scope)
     import_modules_from_strings(**cfg.custom_imports)
     load = [step for step in cfg.train_dataloader.dataset.pipeline if step.type in ("LoadCheckedImage", "LoadDepth")]
@@ -38,6 +39,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="take the mean over N of the training images")
-    cli.run(main, parser.parse_args())
+    with errors_as_sentences(traceback=False):
+        main(parser.parse_args())

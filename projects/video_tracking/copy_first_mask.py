@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pe_spatial.cli import common as cli
+from pe_spatial.cli.main import errors_as_sentences
 from pe_spatial.tracking.vos.evaluation import PROTOCOLS, evaluate, find_tracks
 
 
@@ -27,5 +27,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gt_dir", help="annotations, as tools/eval_vos.py takes them")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="davis")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    cli.run(main, parser.parse_args())
+    with errors_as_sentences(traceback=False):
+        main(parser.parse_args())

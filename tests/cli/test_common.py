@@ -7,30 +7,32 @@ pytest.importorskip("mmengine")
 from mmengine.config import Config
 from tiny_run import tiny_config
 
-from pe_spatial.cli import common as cli
+from pe_spatial.cli.main import build_parser
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.configs import config_in
+from pe_spatial.engine.runner import build_runner, explain_failure
 from pe_spatial.errors import TrainingError
 
 
 def test_options_given_twice_all_count():
     """A launch script sets some, its user others; of the same option the later one holds."""
-    args = cli.parser("").parse_args(["c.py", "--cfg-options", "a=1", "b.c=2", "--cfg-options", "b.c=3", "d=x"])
+    args = build_parser("train").parse_args(["c.py", "--cfg-options", "a=1", "b.c=2", "--cfg-options", "b.c=3", "d=x"])
     assert args.cfg_options == {"a": 1, "b.c": 3, "d": "x"}
-    assert cli.parser("").parse_args(["c.py"]).cfg_options == {}
+    assert build_parser("train").parse_args(["c.py"]).cfg_options == {}
 
 
 def test_a_config_without_a_launcher_builds_a_runner(tmp_path):
     """As the demo's, which no command line has been through."""
-    assert type(cli.build_runner(tiny_config(tmp_path))).__name__ == "Runner"
+    assert type(build_runner(tiny_config(tmp_path))).__name__ == "Runner"
 
 
 def test_config_comes_back_from_a_checkpoint(tmp_path):
     cfg = Config(dict(model=dict(type="Line", width=3), names=("a", "b")))
     torch.save({"meta": {"cfg": cfg.pretty_text}, "state_dict": {"x": torch.ones(1)}}, tmp_path / "run.pth")
-    assert cli.config_in(str(tmp_path / "run.pth")).to_dict() == cfg.to_dict()
+    assert config_in(str(tmp_path / "run.pth")).to_dict() == cfg.to_dict()
     torch.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="holds no config; name it with --config"):
-        cli.config_in(str(tmp_path / "weights.pth"))
+        config_in(str(tmp_path / "weights.pth"))
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_out_of_memory_names_the_step_and_the_knobs(training):
     with pytest.raises(RuntimeError) as cpu:
         torch.empty(1 << 60)
     for error in (cpu.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")):
-        explained = cli.explain_failure(training, 17, error)
+        explained = explain_failure(training, 17, error)
         assert isinstance(explained, TrainingError)
         for part in ("step 17", "batch_size (now 4", "model.detector.backbone.grad_checkpointing=True", "--amp"):
             assert part in str(explained)
@@ -64,8 +66,8 @@ def test_a_hanging_worker_is_named_and_other_errors_are_left_alone(training):
 
     with pytest.raises(RuntimeError) as error:
         next(iter(torch.utils.data.DataLoader(Hangs(), num_workers=1, timeout=1)))
-    explained = cli.explain_failure(training, 3, error.value)
+    explained = explain_failure(training, 3, error.value)
     assert isinstance(explained, TrainingError)
     assert "step 3 waited 600 s for a data worker" in str(explained)
     other = RuntimeError("shapes do not match")
-    assert cli.explain_failure(training, 3, other) is other
+    assert explain_failure(training, 3, other) is other

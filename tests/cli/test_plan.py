@@ -1,7 +1,6 @@
 """tools/plan.py: one row for each way to hold weights and activations, and numbers that follow from one another."""
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest
@@ -11,21 +10,21 @@ from conftest import REPO, TINY
 pytest.importorskip("mmseg")
 from mmengine.config import Config
 
+from pe_spatial.cli import plan as tool
+from pe_spatial.cli.main import build_parser
+from pe_spatial.engine.configs import read_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.planning.planner import measure_weights
 
 pytestmark = pytest.mark.mmseg
 
-spec = importlib.util.spec_from_file_location("plan_tool", REPO / "tools" / "plan.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 CONFIG = str(REPO / "configs" / "pe_spatial_linear_ade20k.py")
 
 
 def plan(capsys, tmp_path, *options, config=CONFIG):
     """What it prints, and the rows that it writes."""
     out = tmp_path / "plan.json"
-    tool.main(tool.parser().parse_args([config, "--json", str(out), *options]))
+    tool.run(build_parser("plan").parse_args([config, "--json", str(out), *options]))
     return capsys.readouterr().out, json.loads(out.read_text())
 
 
@@ -103,7 +102,7 @@ def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
     [("configs/pe_spatial_dpt_nyu.py", (416, 544)), ("projects/nyu_depth/overfit_nyu.py", (192, 256))],
 )
 def test_size_of_depth_images_comes_from_their_augmentation(config, size):
-    assert tool.image_size(tool.cli.read_config(str(REPO / config))) == size
+    assert tool.image_size(read_config(str(REPO / config))) == size
 
 
 def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):

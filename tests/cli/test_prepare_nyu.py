@@ -1,17 +1,15 @@
 """The check of a NYUv2 download: complete, incomplete, broken, and untouched."""
 
-import importlib.util
-from pathlib import Path
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 pytest.importorskip("mmseg")
-REPO = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("prepare_nyu", REPO / "tools/prepare_nyu.py")
-prepare_nyu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_nyu)
+from pe_spatial.cli import prepare_nyu
+from pe_spatial.errors import DatasetError
+
 pytestmark = pytest.mark.mmseg
 
 
@@ -38,9 +36,10 @@ def nyu(tmp_path, monkeypatch):
 
 def run(root, capsys, every=1):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    code = prepare_nyu.main(root, every=every)
+    with pytest.raises(SystemExit) as end:
+        prepare_nyu.run(Namespace(root=root, every=every))
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before  # nothing is touched
-    return code, capsys.readouterr().out
+    return end.value.code, capsys.readouterr().out
 
 
 def test_complete(nyu, capsys):
@@ -112,6 +111,6 @@ def test_missing_files_and_lists(nyu, capsys):
     assert "neither nyu_train.txt nor nyudepthv2_train_files_with_gt.txt in" in out
 
 
-def test_no_folder(tmp_path, capsys):
-    assert prepare_nyu.main(tmp_path / "absent", every=1) == 1
-    assert "no folder" in capsys.readouterr().err
+def test_no_folder(tmp_path):
+    with pytest.raises(DatasetError, match="no folder"):
+        prepare_nyu.run(Namespace(root=tmp_path / "absent", every=1))

@@ -1,7 +1,6 @@
 """tools/track.py: prompts from the command line, a video in and out, errors as one sentence."""
 
 import os
-import runpy
 import subprocess
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -13,6 +12,7 @@ import torch
 from command_line import REPO
 from PIL import Image
 
+from pe_spatial.cli import track
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
@@ -27,11 +27,6 @@ TRACKER = dict(
     layers=1,
     feedforward=32,
 )
-
-
-@pytest.fixture(scope="module")
-def track():
-    return runpy.run_path(str(REPO / "tools" / "track.py"))
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +66,10 @@ def frames_of(path):
     return frames, capture.get(cv2.CAP_PROP_FPS)
 
 
-def test_a_folder_from_masks_and_a_box_that_comes_later(track, folder, tmp_path, capsys):
+def test_a_folder_from_masks_and_a_box_that_comes_later(folder, tmp_path, capsys):
     out = tmp_path / "new" / "out.mp4"
     prompts = dict(mask=[str(folder / "first.png")], box=[(2, 4, [5, 5, 40, 30])], masks=tmp_path / "m")
-    track["main"](arguments(folder, "frames", out, **prompts))
+    track.run(arguments(folder, "frames", out, **prompts))
     assert "3 objects through 4 frames" in capsys.readouterr().out
     frames, fps = frames_of(out)
     assert (len(frames), frames[0].shape, fps) == (4, (48, 64, 3), 24)
@@ -84,9 +79,9 @@ def test_a_folder_from_masks_and_a_box_that_comes_later(track, folder, tmp_path,
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_file_from_clicks(track, folder, tmp_path):
+def test_a_file_from_clicks(folder, tmp_path):
     out = tmp_path / "out.mp4"
-    track["main"](arguments(folder, "clip.mp4", out, points=[(0, 1, [20, 20]), (0, 1, [50, 40, 0])]))
+    track.run(arguments(folder, "clip.mp4", out, points=[(0, 1, [20, 20]), (0, 1, [50, 40, 0])]))
     frames, fps = frames_of(out)
     assert (len(frames), fps) == (4, 10)
 
@@ -98,9 +93,9 @@ def test_a_file_from_clicks(track, folder, tmp_path):
         ([(0, 1, [20, 20]), (7, 1, [20, 20])], "has 4 frames, so there is no frame 7"),
     ],
 )
-def test_an_error_leaves_no_file(track, folder, tmp_path, points, message):
+def test_an_error_leaves_no_file(folder, tmp_path, points, message):
     with pytest.raises(DatasetError, match=message):
-        track["main"](arguments(folder, "frames", tmp_path / "out.mp4", points=points))
+        track.run(arguments(folder, "frames", tmp_path / "out.mp4", points=points))
     assert not list(tmp_path.iterdir())
 
 
@@ -117,14 +112,14 @@ def test_an_error_is_one_sentence_on_the_command_line(tmp_path):
     assert done.stderr.startswith("error: none.py cannot be used")
 
 
-def test_prompts_of_the_command_line(track, folder):
-    numbered = track["numbered"]
+def test_prompts_of_the_command_line(folder):
+    numbered = track.numbered
     args = Namespace(
         points=[numbered(text, (2, 3)) for text in ("1:20,30.5", "1:50,40,0", "2@7:1,2,1")],
         box=[numbered("2@7:1,2,30,40", (4,))],
         mask=[f"5:{folder / 'first.png'}"],
     )
-    prompts = track["read_prompts"](args)
+    prompts = track.read_prompts(args)
     assert {t: sorted(given) for t, given in prompts.items()} == {0: [1], 7: [2], 5: [3, 9]}
     assert (prompts[0][1].points, prompts[0][1].labels) == ([(20, 30.5), (50, 40)], [1, 0])
     assert (prompts[7][2].points, prompts[7][2].box) == ([(1, 2)], [1, 2, 30, 40])
@@ -132,25 +127,25 @@ def test_prompts_of_the_command_line(track, folder):
 
 
 @pytest.mark.parametrize("text", ["20,30", "1:20", "1:20,30,1,1", "0:1,2", "255:1,2", "1@:1,2", "a:1,2", "1:1,b"])
-def test_numbers_that_are_no_click(track, text):
+def test_numbers_that_are_no_click(text):
     with pytest.raises(ArgumentTypeError, match="is not ID"):
-        track["numbered"](text, (2, 3))
+        track.numbered(text, (2, 3))
 
 
-def test_prompts_that_contradict_or_lack(track, tmp_path):
+def test_prompts_that_contradict_or_lack(tmp_path):
     empty = Namespace(points=None, box=None, mask=None)
     with pytest.raises(ConfigError, match="no object to follow"):
-        track["read_prompts"](empty)
+        track.read_prompts(empty)
     twice = Namespace(points=None, box=[(0, 1, [1, 2, 3, 4])] * 2, mask=None)
     with pytest.raises(ConfigError, match="two prompts --box on frame 0"):
-        track["read_prompts"](twice)
+        track.read_prompts(twice)
     write_mask(tmp_path / "none.png", np.full((4, 4), 255, np.uint8))
     with pytest.raises(DatasetError, match=r"none\.png holds no object"):
-        track["read_prompts"](Namespace(points=None, box=None, mask=[str(tmp_path / "none.png")]))
+        track.read_prompts(Namespace(points=None, box=None, mask=[str(tmp_path / "none.png")]))
 
 
-def test_a_config_without_a_tracker(track, tmp_path):
+def test_a_config_without_a_tracker(tmp_path):
     (tmp_path / "config.py").write_text("model = dict()\n")
     args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, config=str(tmp_path / "config.py"))
     with pytest.raises(ConfigError, match=r"has no model\.tracker"):
-        track["main"](args)
+        track.run(args)

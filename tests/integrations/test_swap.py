@@ -15,7 +15,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from pe_spatial import VARIANTS
-from pe_spatial.cli.common import installed_config, read_config
+from pe_spatial.cli import check_swap
+from pe_spatial.engine.configs import installed_config, read_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.swap.policy import (
     Level,
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.mmdet
 REPO = Path(__file__).resolve().parents[2]
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)
 B16 = "pe_spatial_b16_512"
-check_swap = SimpleNamespace(**runpy.run_path(str(REPO / "tools" / "check_swap.py")))
 
 A = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
 # config -> maps, places that nobody reads, keys of the model that may differ
@@ -373,10 +373,10 @@ def test_tool_ends_in_one_sentence(tool, args, words):
 
 
 def test_train_swaps_on_the_fly(tool, monkeypatch):
-    from pe_spatial.cli import common as cli
+    from pe_spatial.cli import train
 
     seen = []
-    monkeypatch.setattr(cli, "build_runner", lambda cfg: seen.append(cfg) or SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(train, "build_runner", lambda cfg: seen.append(cfg) or SimpleNamespace(train=lambda: None))
     options = ("--cfg-options", "model.backbone.any_size=False")
     tool("train", ATSS, "--swap", "pe_spatial_s16_512", "--layers", "9", *options)
     assert seen[0].model.backbone.variant == "pe_spatial_s16_512"

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from pe_spatial import VARIANTS, PerceptionEncoder
-from pe_spatial.cli.common import move_data_root
+from pe_spatial.engine.configs import move_data_root
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
 from pe_spatial.tracking.vos.datasets import davis_clips

@@ -1,0 +1,96 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "preset", "checkpoint", "lr")
+
+
+class _Options(argparse.Action):
+    """KEY=VALUE pairs as mmengine reads them; given twice, both count: a script can set some and its user others."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        from mmengine.config import DictAction
+
+        given = argparse.Namespace()
+        DictAction(self.option_strings, self.dest, nargs="+")(parser, given, values, option_string)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **getattr(given, self.dest)})
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add --cfg-options."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=_Options,
+        default={},
+        metavar="KEY=VALUE",
+        help="options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512; a list is "
+        "KEY=1,2,3 or KEY=[1,2,3], without blanks",
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config and what changes it; `load_config` reads them."""
+    parser.add_argument("config", help="config file, or a config of an installed package: mmdet::folder/name.py")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
+    parser.add_argument(
+        "--data-root", help="folder of the data; replaces the config's data_root in every path that starts with it"
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="how processes were started"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
+
+
+def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:
+    """Read the config of `add_config_arguments`, or take `cfg` in its place, and apply the other arguments."""
+    from pe_spatial.engine.configs import as_config_error, move_data_root, read_config
+
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    with as_config_error(args.config):
+        cfg = cfg or read_config(args.config)
+        if args.data_root is not None:
+            move_data_root(cfg, args.data_root)
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    name = Path(args.config.rpartition("::")[2]).stem
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / name)
+    return cfg
+
+
+def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a swap."""
+    group = parser.add_argument_group("swap")
+    group.add_argument("--layers", type=comma_separated, metavar="5,8,11", help="encoder blocks to read, 0-based")
+    group.add_argument("--adapter", choices=["simple", "fused", "single"], help="how maps become levels (simple)")
+    group.add_argument(
+        "--strides", type=comma_separated, metavar="8,16,32", help="strides of the backbone's maps, if not detected"
+    )
+    group.add_argument(
+        "--channels", type=comma_separated, metavar="256,512,1024", help="channels of the maps, with --strides"
+    )
+    group.add_argument("--preset", choices=["vitdet", "release", "timm"], help="geometry of the encoder (vitdet)")
+    group.add_argument("--checkpoint", help="weights of the encoder (released); none: random weights")
+    group.add_argument("--lr", type=float, help="learning rate (the original's if it suits AdamW, or 1e-4)")
+
+
+def swap_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `plan_swap` that were given."""
+    options = {name: getattr(args, name) for name in SWAP_OPTIONS if getattr(args, name) is not None}
+    if options.get("checkpoint") == "none":
+        options["checkpoint"] = None
+    return options
+
+
+def comma_separated(text: str) -> list[int]:
+    """Parse '5,8,11'."""
+    return [int(number) for number in text.split(",")]

@@ -1,0 +1,119 @@
+"""The console command pe-spatial; tools/NAME.py calls the same function."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of help and the extras of setup.cfg that a command needs beside torch."""
+
+    help: str
+    extras: tuple[str, ...] = ("openmmlab",)
+
+    def missing_extras(self) -> list[str]:
+        """Return the extras that are not installed."""
+        return [extra for extra in self.extras if not all(map(importlib.util.find_spec, MODULES[extra]))]
+
+
+MODULES = {"openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg"), "sam2": ("sam2",)}
+"""The modules by which an installed extra is recognized."""
+
+COMMANDS = {
+    "train": Command("train a detector, a depth model, a segmenter or a tracker"),
+    "test": Command("evaluate a checkpoint; write or draw its predictions"),
+    "demo": Command("render a synthetic dataset, then train, evaluate and draw a small detector on it"),
+    "swap_backbone": Command("replace the backbone of an MMDetection or MMSegmentation config with PE"),
+    "check_swap": Command("try the swap on every model family of MMDetection and MMSegmentation"),
+    "convert_checkpoint": Command("convert a checkpoint between pe_spatial, OpenMMLab, Detectron2, timm and Meta", ()),
+    "consolidate_checkpoint": Command("merge a sharded checkpoint into one file"),
+    "plan": Command("estimate memory, arithmetic and time of a training before it starts"),
+    "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
+    "infer_depth": Command("predict the depth of images, folders and videos"),
+    "prepare_nyu": Command("check a download of NYU Depth v2"),
+    "eval_vos": Command("score video object masks (J&F)"),
+    "track_zero_shot": Command("track objects from a first mask with frozen features, without training"),
+    "track": Command("track objects in a video from clicks, boxes and masks", ("openmmlab", "sam2")),
+    "render_synthetic": Command("render the synthetic RGB-D dataset"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `COMMAND arguments...`; errors that the user can fix end in one sentence on stderr and exit code 1."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return
+    name = name.replace("-", "_")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"error: pe-spatial has no command {name!r}.{hint} See pe-spatial --help.", file=sys.stderr)
+        sys.exit(2)
+    missing = COMMANDS[name].missing_extras()
+    if missing and not {"-h", "--help"} & set(rest):
+        sys.exit(f"error: {name} {_how_to_install(missing)}")
+    args = build_parser(name).parse_args(rest)
+    with errors_as_sentences(traceback=args.traceback):
+        _module(name).run(args)
+
+
+@contextmanager
+def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
+    """End the process with one sentence and exit code 1 at an error that the user can fix."""
+    try:
+        yield
+    except Exception as error:
+        if traceback or not _is_users(error):
+            raise
+        # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.
+        kind = type(error)
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")
+        sys.exit(f"error: {sentence}")
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a command."""
+    module = _module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"pe-spatial {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"pe_spatial.cli.{name}")
+
+
+def _is_users(error: Exception) -> bool:
+    from pe_spatial.encoder.files import CheckpointError  # needs torch
+    from pe_spatial.errors import ConfigError, DatasetError, TrainingError
+
+    return isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError)
+
+
+def _how_to_install(extras: list[str]) -> str:
+    return f"needs pip install 'pe_spatial[{','.join(extras)}]'"
+
+
+def _overview() -> str:
+    lines = ["usage: pe-spatial COMMAND ...", "", "Meta's Perception Encoder for dense prediction.", ""]
+    width = max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        missing = command.missing_extras()
+        note = f" ({_how_to_install(missing)})" if missing else ""
+        lines.append(f"  {name:<{width}}  {command.help}{note}")
+    return "\n".join([*lines, "", "pe-spatial COMMAND --help shows the arguments of a command."])

@@ -1,0 +1,62 @@
+"""pe-spatial COMMAND and tools/COMMAND.py: one function, a fast --help, errors as one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+from command_line import REPO
+
+from pe_spatial.cli.main import COMMANDS, Command, build_parser, main
+
+
+def test_overview_lists_every_command_and_the_missing_extras(capsys, monkeypatch):
+    main(["--help"])
+    out = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in out
+        assert command.help in out
+    monkeypatch.setattr(Command, "missing_extras", lambda self: list(self.extras))
+    main([])
+    out = capsys.readouterr().out
+    assert "(needs pip install 'pe_spatial[openmmlab,sam2]')" in out
+    with pytest.raises(SystemExit, match=r"error: track needs pip install 'pe_spatial\[openmmlab,sam2\]'"):
+        main(["track", "cat.mp4"])
+
+
+def test_every_command_has_a_tool():
+    assert {path.stem for path in (REPO / "tools").glob("*.py")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name, capsys):
+    build_parser(name).print_help()
+    out = capsys.readouterr().out
+    assert f"usage: pe-spatial {name} " in out
+    assert "--traceback" in out
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys; from pe_spatial.cli.main import build_parser, main; main(['--help'])\n"
+        f"for name in {FAST}: build_parser(name).format_help()\n"
+        "heavy = {'torch', 'mmengine', 'mmcv', 'cv2', 'numpy', 'timm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True, capture_output=True, timeout=60)
+
+
+FAST = ["consolidate_checkpoint"]
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["swap-backbon"])
+    assert end.value.code == 2
+    assert "Did you mean swap_backbone?" in capsys.readouterr().err
+
+
+def test_dashes_and_underscores_are_the_same(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["swap-backbone", "--help"])
+    assert end.value.code == 0
+    assert "usage: pe-spatial swap_backbone" in capsys.readouterr().out
