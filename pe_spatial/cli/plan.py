@@ -17,9 +17,9 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from pe_spatial import VARIANTS
 from pe_spatial.atomic import atomic_write
 from pe_spatial.cli.arguments import add_cfg_options
+from pe_spatial.encoder.variants import VARIANTS
 from pe_spatial.engine.configs import read_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.planning.planner import Step, build_on_meta, measure_step, measure_weights, set_checkpointing
