@@ -13,7 +13,8 @@ from pe_spatial.cli.arguments import SWAP_OPTIONS, add_config_arguments, add_swa
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.configs import read_config
 from pe_spatial.engine.determinism import make_deterministic
-from pe_spatial.engine.fault_tolerance import add_fault_tolerance, check_complete, find_checkpoint, highest
+from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
+from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
 from pe_spatial.engine.runner import (
     build_runner,
     explain_failure,
@@ -52,7 +53,7 @@ def restarted() -> bool:
     Not every process knows: on nodes that lost none, torchrun starts them anew without counting it.
     """
     counts = [int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0) for launcher in ("TORCHELASTIC", "SLURM")]
-    return bool(highest(max(counts)))
+    return bool(max_across_ranks(max(counts)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,3 +101,5 @@ def run(args: argparse.Namespace) -> None:
         if explained is error:
             raise
         raise explained from error
+    finally:
+        end_workers()

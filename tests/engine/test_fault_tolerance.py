@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
+from conftest import REPO
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.runner import find_latest_checkpoint
@@ -20,7 +22,8 @@ from tiny_run import build, losses, tiny_config
 from torch.testing import assert_close
 
 from pe_spatial.encoder.files import CheckpointError
-from pe_spatial.engine.fault_tolerance import EXIT_RETRY, AtomicLocalBackend, check_complete, find_checkpoint
+from pe_spatial.engine.checkpoints import AtomicLocalBackend, check_complete, find_checkpoint
+from pe_spatial.engine.fault_tolerance import EXIT_RETRY
 from pe_spatial.errors import TrainingError
 
 
@@ -188,7 +191,7 @@ def test_torch_loads_flipped_bits_and_the_check_does_not(trained):
     before = weights(path)["linear.weight"].clone()
     flip(path, a_weight(path))
     assert not weights(path)["linear.weight"].equal(before)
-    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*\(.*/data/\d+\); take an older") as error:
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*\(.*/data/\d+\)\. Use an older") as error:
         check_complete(path)
     assert "\n" not in str(error.value)
 
@@ -220,9 +223,9 @@ def test_auto_goes_back_to_the_newest_whole_one_and_says_so(trained):
     logger.removeHandler(handler)
     assert [level for level, _ in warned] == [logging.WARNING] * 3
     assert "iter_10.pth is damaged" in warned[0][1]
-    assert warned[0][1].endswith(f"goes on from {trained / 'iter_8.pth'}")
+    assert warned[0][1].endswith(f"resumes from {trained / 'iter_8.pth'}.")
     (trained / "iter_4.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*none of the 2 beside it is whole either"):
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*The 2 others beside it are damaged"):
         find_checkpoint("auto", work_dir)
 
 
@@ -304,3 +307,34 @@ def test_200_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
         for leftover in leftovers:
             leftover.unlink()
     assert unfinished  # some kills did hit a write
+
+
+@pytest.mark.parametrize(("epochs", "when"), [(True, "end"), (False, "signal")])
+def test_workers_end_without_a_word(tmp_path, epochs, when):
+    """Persistent workers of training and validation: nothing on stderr, whether a run ends or is told to stop."""
+    script = (
+        "import os, signal, sys; from tiny_run import *\n"
+        "from mmengine.hooks import Hook\n"
+        "class Stop(Hook):\n"
+        "    def after_train_iter(self, runner, **_):\n"
+        "        if runner.iter == 5: os.killpg(0, signal.SIGTERM)\n"
+        f"cfg = tiny_config('run', epochs={epochs}, workers=2)\n"
+        "cfg.train_dataloader.persistent_workers = True\n"
+        "loader = dict(cfg.train_dataloader.to_dict(), sampler=dict(type='DefaultSampler', shuffle=False))\n"
+        "runner = build(cfg)\n"
+        f"if {when == 'signal'}: runner.register_hook(Stop())\n"
+        "workers = iter(Runner.build_dataloader({**loader, 'worker_init_fn': dict(type='init_worker', rank=0)}))\n"
+        "next(workers); runner.train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode == (0 if when == "end" else EXIT_RETRY)

@@ -22,7 +22,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
 from pe_spatial.encoder.files import CheckpointError
-from pe_spatial.engine.fault_tolerance import find_checkpoint
+from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.fsdp import ShardedRunner, consolidate, gather, write_parts
 from pe_spatial.errors import ConfigError
 
