@@ -40,8 +40,8 @@ from pe_spatial.depth.outputs import (
 from pe_spatial.depth.pointcloud import Intrinsics, encode_ply, exif_camera, given_camera, guessed_camera, without_edges
 from pe_spatial.depth.transforms import read_depth
 from pe_spatial.encoder.files import locate
-from pe_spatial.engine.configs import config_in, read_config
 from pe_spatial.engine.checkpoints import AtomicLocalBackend
+from pe_spatial.engine.configs import config_in, read_config
 from pe_spatial.errors import ConfigError, DatasetError
 
 put = AtomicLocalBackend().put

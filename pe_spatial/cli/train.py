@@ -11,9 +11,9 @@ import os
 
 from pe_spatial.cli.arguments import SWAP_OPTIONS, add_config_arguments, add_swap_arguments, load_config, swap_options
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
 from pe_spatial.engine.configs import read_config
 from pe_spatial.engine.determinism import make_deterministic
-from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
 from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
 from pe_spatial.engine.runner import (
     build_runner,

@@ -1,4 +1,4 @@
-"""What lets a run last for days: a signal that saves, finite losses, resuming within an epoch, workers that end cleanly.
+"""What lets a run last for days: signals that save, finite losses, resuming within an epoch, workers that end cleanly.
 
 `add_fault_tolerance` puts it into any config; complete checkpoints are the business of `checkpoints.py`.
 """

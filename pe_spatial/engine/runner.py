@@ -16,8 +16,8 @@ from mmengine.runner.checkpoint import load_state_dict
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.convert.converter import to_mmdet
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
-from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.checkpoints import check_complete
+from pe_spatial.engine.configs import as_config_error
 from pe_spatial.errors import ConfigError, TrainingError
 
 
