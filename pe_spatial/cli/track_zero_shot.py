@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pe_spatial.engine.report import draw_scores, write_json
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import build_encoder
-from pe_spatial.probing.sweep import draw_scores, write_json
 from pe_spatial.tracking.propagation import SHAPES
 from pe_spatial.tracking.vos.datasets import davis_clips
 from pe_spatial.tracking.vos.evaluation import COUNTS, evaluate, read_sequences
@@ -143,7 +143,7 @@ def sweep(scores, out):
     means = {layer: 100 * values["J&F-Mean"] for layer, values in scores.items()}
     best, last = max(means, key=means.get), max(means)
     write_json(out / "layers.json", dict(layers=scores, best=best, last=last))
-    draw_scores(out / "layers.png", {layer: {"J&F": mean} for layer, mean in means.items()}, "J&F", best)
+    draw_scores(out / "layers.png", means, name="J&F", best=best)
     print(f"best layer {best}: {means[best]:.1f}, last layer {last}: {means[last]:.1f}; {out / 'layers.png'}")
 
 

@@ -1,1 +1,1 @@
-"""Which layer is best: cached features, a probe for each layer, a report."""
+"""Which layer is best: a probe for each layer of a frozen encoder, on cached maps, and a report."""

@@ -20,10 +20,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-import pe_spatial.probing.sweep as sweeping
 from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial.engine.report import best_layer
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.probing.sweep import LayerSweep, best_layer, choose_score, draw_scores
+from pe_spatial.probing import sweep as sweep_module
+from pe_spatial.probing.report import choose_score, format_table, write_report
+from pe_spatial.probing.sweep import LayerSweep
 
 pytestmark = pytest.mark.mmseg
 REPO = Path(__file__).resolve().parents[2]
@@ -37,7 +39,7 @@ ANSWER = torch.tensor([0.0, 1, 1, 0])
 def knows_at_layer_1():
     """An encoder of which block 1 writes the XOR into a channel and block 2 takes it away again.
 
-    Block 0 leaves tokens that change their sign with the image's colours; XOR does not, so no linear map finds it.
+    Block 0 leaves tokens that change their sign with the image's colors; XOR does not, so no linear map finds it.
     """
     encoder = PerceptionEncoder(TINY).eval()
     torch.nn.init.zeros_(encoder.patch_embed.proj.weight)
@@ -62,7 +64,7 @@ def knows_at_layer_1():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with a set in ADE20k's layout whose labels are the XOR of two colours, and an encoder's weights."""
+    """A folder with a set in ADE20k's layout whose labels are the XOR of two colors, and an encoder's weights."""
     root = tmp_path_factory.mktemp("project")
     rng = np.random.default_rng(0)
     for split in ("training", "validation"):
@@ -71,7 +73,7 @@ def project(tmp_path_factory):
         for i in range(6):
             bits = rng.integers(0, 2, (4, 5, 2), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
             image = np.concatenate([bits * 255, np.zeros((64, 80, 1), np.uint8)], axis=2)
-            # JPEG by the folder's suffix, PNG by content: no loss in the colours
+            # JPEG by the folder's suffix, PNG by content: no loss in the colors
             Image.fromarray(image).save(root / "data" / "images" / split / f"{i}.jpg", format="PNG")
             Image.fromarray((bits[..., 0] ^ bits[..., 1]) + 1).save(root / "data" / "annotations" / split / f"{i}.png")
     torch.save(knows_at_layer_1().state_dict(), root / "encoder.pt")
@@ -175,17 +177,21 @@ def test_the_layer_that_holds_the_answer_wins(config, tmp_path):
     sweep = swept(config, tmp_path, epochs=25)
     metrics = sweep.evaluate()
     assert sorted(metrics) == [0, 1, 2]
-    score, higher = choose_score(metrics[0])
-    assert (score, higher) == ("mIoU", True)
-    assert best_layer(metrics, score, higher) == 1
     assert metrics[1]["mIoU"] > 90
     assert max(metrics[0]["mIoU"], metrics[2]["mIoU"]) < 70
-    draw_scores(tmp_path / "scores.png", metrics, score, 1)
+    report = write_report(sweep, metrics, score=None, config="probe.py")
+    assert (report["score"], report["best"], report["last"], report["higher_is_better"]) == ("mIoU", 1, 2, True)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in format_table(report).splitlines()]
+    assert [row[-1] for row in table] == ["", "---", "", "best", "last"]
+    assert [row[:2] for row in table[2:]] == [["0", "1"], ["1", "2"], ["2", "3"]]
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert {int(layer): values for layer, values in written.pop("metrics").items()} == metrics
+    assert written == {key: value for key, value in report.items() if key != "metrics"}
     assert Image.open(tmp_path / "scores.png").size == (960, 600)
 
 
-def test_the_encoder_runs_once_a_image_and_goes_on_after_a_stop(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "_FLUSH", 2)
+def test_the_encoder_runs_once_per_image_and_a_stopped_sweep_resumes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_FLUSH_INTERVAL", 2)
     whole = LayerSweep(config, layers=[0, 2], folder=tmp_path / "whole")
     calls = []
     whole.encoder.patch_embed.register_forward_hook(lambda _, images, __: calls.append(len(images[0])))
@@ -223,7 +229,7 @@ def test_the_cache_is_for_these_weights_these_images_and_this_reading(config, pr
     first = LayerSweep(config, layers=[1], folder=tmp_path)
     first.fill()
     assert cache().bytes_missing == 0
-    assert sorted(cache(layers=[1, 2]).done.values()) == [0, 0, 6, 6, 6]  # maps, class tokens and the labels
+    assert sorted(cache(layers=[1, 2]).finished.values()) == [0, 0, 6, 6, 6]  # maps, class tokens and the labels
     assert cache(layers=[1, 2]).first_missing == 0
     assert cache(limit=3).bytes_missing > 0
     assert cache(dtype="bfloat16").bytes_missing > 0
@@ -252,12 +258,12 @@ def test_the_cache_is_for_these_weights_these_images_and_this_reading(config, pr
 def test_a_damaged_cache_is_found(config, tmp_path):
     sweep = LayerSweep(config, layers=[1], folder=tmp_path)
     sweep.fill()
-    name = sweep._files[1]["maps"]
+    name = sweep._arrays[1]["maps"]
     sweep.cache.write(name, 5, torch.zeros(sweep.cache.shapes[name][0]))
     sweep.cache.flush(6)
-    with pytest.raises(ConfigError, match=r"row 5 of .*layer_01_.*_maps.npy is damaged"):
+    with pytest.raises(ConfigError, match=r"row 5 of .*layer_01_.*_maps.npy is damaged; delete .*cache"):
         LayerSweep(config, layers=[1], folder=tmp_path).fill()
-    path = sweep.cache._path(name)
+    path = sweep.cache.path(name)
     path.write_bytes(path.read_bytes()[:-8])
     assert LayerSweep(config, layers=[1], folder=tmp_path).cache.first_missing == 0
 
@@ -280,11 +286,11 @@ def test_half_the_space_is_almost_the_same(config, tmp_path, dtype):
     exact, half = (LayerSweep(config, layers=[1], folder=tmp_path, dtype=name) for name in ("float32", dtype))
     for sweep in (exact, half):
         sweep.fill()
-    a, b = (sweep.cache.read(sweep._files[1]["maps"], 2) for sweep in (exact, half))
+    a, b = (sweep.cache.read(sweep._arrays[1]["maps"], 2) for sweep in (exact, half))
     assert str(b.dtype) == f"torch.{dtype}"
     assert_close(b.float(), a, rtol=1e-2, atol=1e-2)
     assert not torch.equal(b.float(), a)
-    sizes = [(sweep.cache.folder / f"{sweep._files[1]['maps']}.npy").stat().st_size for sweep in (exact, half)]
+    sizes = [(sweep.cache.folder / f"{sweep._arrays[1]['maps']}.npy").stat().st_size for sweep in (exact, half)]
     assert sizes == [128 + 6 * 32 * 16 * 4, 128 + 6 * 32 * 16 * 2]  # a header, and 6 images of 4 x 4 patches
 
 
@@ -343,11 +349,11 @@ def test_what_cannot_be_cached_is_refused(config, tmp_path, monkeypatch):
     config.launcher = "pytorch"
     refused("runs in one process")
     config.launcher = "none"
-    monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    refused(r"needs 0.0 GB more .* name fewer layers")
+    monkeypatch.setattr(sweep_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    refused(r"needs 0.0 GB more, .* choose fewer layers")
     config.model.type = "EncoderDecoder"  # mmseg's own, which trains its backbone
     config.model.decode_head = dict(type="FCNHead", in_channels=32, channels=8, num_classes=2)
-    refused("41 parameters of the encoder learn, .* freeze it")
+    refused(r"41 parameters of the encoder are trained \(such as .*freeze the encoder")
 
 
 @pytest.fixture
@@ -412,9 +418,9 @@ def test_depth(depth_config, tmp_path, name):
 def test_depth_of_an_encoder_that_learns_and_of_several_layers_is_refused(depth_config, tmp_path):
     cfg = depth_config("pe_spatial_lin1_nyu")
     cfg.model.frozen = False
-    with pytest.raises(ConfigError, match="parameters of the encoder learn"):
+    with pytest.raises(ConfigError, match="parameters of the encoder are trained"):
         LayerSweep(cfg, layers=[1], folder=tmp_path)
-    with pytest.raises(ConfigError, match=r"reads the layers \(0, 1, 2, 2\); a sweep needs one that reads one"):
+    with pytest.raises(ConfigError, match=r"reads layers \(0, 1, 2, 2\); a sweep needs a head that reads one"):
         LayerSweep(depth_config("pe_spatial_lin4_nyu"), layers=[1], folder=tmp_path)
 
 
@@ -422,7 +428,7 @@ def test_depth_of_an_encoder_that_learns_and_of_several_layers_is_refused(depth_
 def test_detectors_are_refused(tmp_path):
     pytest.importorskip("mmdet")
     cfg = Config.fromfile(REPO / "configs" / "pe_spatial_cascade_coco_t16.py")
-    with pytest.raises(ConfigError, match=r"a CascadeRCNN is not swept: .* pyramid learns inside the backbone"):
+    with pytest.raises(ConfigError, match=r"a CascadeRCNN cannot be swept; .* pyramid is trained inside the backbone"):
         LayerSweep(cfg, layers=[0], folder=tmp_path)
 
 
@@ -435,7 +441,7 @@ def test_images_of_two_sizes_are_named(config, tmp_path):
     content = path.read_bytes()
     try:
         Image.new("RGB", (112, 64)).save(path, format="PNG")
-        with pytest.raises(DatasetError, match=r"training image 4 is 64x112 to the model and the first one is 64x80"):
+        with pytest.raises(DatasetError, match=r"image 4 reaches the model as 64x112 and the first one as 64x80"):
             LayerSweep(config, layers=[0], folder=tmp_path).fill()
     finally:
         path.write_bytes(content)
@@ -444,13 +450,13 @@ def test_images_of_two_sizes_are_named(config, tmp_path):
 def test_scores():
     assert choose_score({"depth/d1": 0.5, "depth/rmse": 0.3}) == ("depth/rmse", False)
     assert choose_score({"rmse": 0.3, "d1": 0.5}, "d1") == ("d1", True)
-    with pytest.raises(ConfigError, match="the score loss is not among those of the config: rmse"):
+    with pytest.raises(ConfigError, match="score is loss; the config's metrics allow rmse"):
         choose_score({"rmse": 0.3}, "loss")
-    with pytest.raises(ConfigError, match="none is known"):
+    with pytest.raises(ConfigError, match="allow none"):
         choose_score({"loss": 0.3})
-    metrics = {0: {"rmse": 2.0}, 1: {"rmse": 1.0}, 2: {"rmse": float("nan")}, 3: {"rmse": 1.0}}
-    assert best_layer(metrics, "rmse", higher=False) == 3
-    assert best_layer(metrics, "rmse", higher=True) == 0
+    scores = {0: 2.0, 1: 1.0, 2: float("nan"), 3: 1.0}
+    assert best_layer(scores, higher_is_better=False) == 3
+    assert best_layer(scores) == 0
 
 
 @pytest.mark.slow
@@ -465,7 +471,7 @@ def test_tool(config, tmp_path, monkeypatch):
     assert scores["score"] == "mIoU"
     assert scores["schedule"]["max_iters"] == 8
     assert (tmp_path / "out" / "scores.png").is_file()
-    assert "layer 1: trained before" in tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
+    assert "layer 1: already trained" in tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", "--layers", "0,7"])

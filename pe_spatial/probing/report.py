@@ -1,0 +1,77 @@
+"""What a layer sweep found: the score to compare layers by, the table, scores.json and scores.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pe_spatial.engine.report import best_layer, draw_scores, write_json
+from pe_spatial.errors import ConfigError
+from pe_spatial.probing.sweep import LayerSweep
+
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(("mIoU", "mDice", "mAcc", "aAcc"), True),
+    **dict.fromkeys(("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog", "mae"), False),
+    **dict.fromkeys(("d1", "d2", "d3"), True),
+}
+"""Scores that layers can be compared by; the default is the first one that the config's metrics contain."""
+
+
+def choose_score(metrics: Mapping[str, float], name: str | None = None) -> tuple[str, bool]:
+    """Return the key of the score to compare layers by, and whether higher is better.
+
+    Args:
+        metrics: those of one layer; keys may have a prefix that ends in a slash.
+        name: one of `HIGHER_IS_BETTER`; None takes the first that `metrics` contains.
+    """
+    keys = {key.rpartition("/")[2]: key for key in metrics}
+    allowed = [score for score in HIGHER_IS_BETTER if score in keys]
+    chosen = name or next(iter(allowed), None)
+    if chosen not in allowed:
+        raise ConfigError(f"score is {chosen}; the config's metrics allow {', '.join(allowed) or 'none'}")
+    return keys[chosen], HIGHER_IS_BETTER[chosen]
+
+
+def write_report(
+    sweep: LayerSweep, metrics: Mapping[int, Mapping[str, float]], *, score: str | None, config: str
+) -> dict[str, Any]:
+    """Write scores.json and scores.png into the folder of the sweep; return the content of scores.json.
+
+    Args:
+        sweep: the sweep that gave the metrics.
+        metrics: layer -> its metrics.
+        score: score to compare layers by, see `choose_score`.
+        config: name of the config, for the record.
+    """
+    score, higher_is_better = choose_score(next(iter(metrics.values())), score)
+    scores = {layer: values[score] for layer, values in metrics.items()}
+    backbone = sweep.cfg.model.backbone
+    report = dict(
+        config=config,
+        encoder=str(backbone.get("variant")),
+        checkpoint=str(backbone.get("init_cfg")),
+        depth=sweep.depth,
+        training_images=len(sweep.images),
+        augmentation=False,
+        maps=str(sweep.dtype).removeprefix("torch."),
+        schedule=dict(sweep.cfg.train_cfg),
+        score=score,
+        higher_is_better=higher_is_better,
+        best=best_layer(scores, higher_is_better=higher_is_better),
+        last=max(metrics),
+        metrics=metrics,
+    )
+    write_json(sweep.folder / "scores.json", report)
+    draw_scores(sweep.folder / "scores.png", scores, name=score, best=report["best"])
+    return report
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """Return the metrics of all layers as a Markdown table; the best and the last layer are marked."""
+    names = list(next(iter(report["metrics"].values())))
+    lines = [f"| layer (from 0) | of {report['depth']} (from 1) | {' | '.join(names)} | |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for layer, values in report["metrics"].items():
+        marks = ", ".join(word for word in ("best", "last") if layer == report[word])
+        lines.append(f"| {layer} | {layer + 1} | {' | '.join(f'{values[name]:.4g}' for name in names)} | {marks} |")
+    return "\n".join(lines)
