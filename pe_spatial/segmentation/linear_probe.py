@@ -1,6 +1,6 @@
-"""The linear probe of a frozen encoder under MMSegmentation's names: one layer, BatchNorm, one linear map.
+"""The linear probe of a frozen encoder for MMSegmentation: one layer, BatchNorm, one linear map.
 
-In a config: `custom_imports = dict(imports=['pe_spatial.segmentation.linear_probe'])`.
+In a config: `custom_imports = dict(imports=['pe_spatial.segmentation'])`.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from pe_spatial.errors import ConfigError, DatasetError
 class LinearProbe(EncoderDecoder):
     """A frozen encoder and a head on one of its layers; the width of the head follows from the encoder.
 
-    The encoder runs in evaluation mode and without autograd. Images whose sides are no multiples of its patch are
-    padded with zeros on all sides, as in dinov2@7c503b3's evaluation: 512 px are 518 px to an encoder of patch 14.
+    The encoder runs in evaluation mode and without autograd. If the sides of an image are not multiples of its patch,
+    the image is padded with zeros on all sides, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches of 14.
 
     Args:
-        options: those of `EncoderDecoder`; `backbone.out_indices` names one block, `decode_head` no `in_channels`.
+        options: options of `EncoderDecoder`; `backbone.out_indices` has one block, `decode_head` has no `in_channels`.
     """
 
     def _init_decode_head(self, decode_head: Mapping[str, Any]) -> None:
         layers = self.backbone.out_indices
         if len(layers) != 1:
-            raise ConfigError(f"a linear probe reads one layer but out_indices is {layers}; name one, such as [-1]")
+            raise ConfigError(f"a linear probe reads one layer but out_indices is {layers}; give one, such as [-1]")
         if "in_channels" in decode_head:
-            raise ConfigError("decode_head.in_channels follows from the encoder of a LinearProbe; leave it out")
+            raise ConfigError("decode_head.in_channels follows from the encoder of a LinearProbe; remove it")
         self.backbone.requires_grad_(False)
         super()._init_decode_head({**decode_head, "in_channels": self.backbone.embed_dim})
 
     def train(self, mode: bool = True) -> LinearProbe:
-        """Set training mode; the encoder stays in evaluation mode."""
+        """Set the mode; the encoder stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     @torch.no_grad()
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W), normalised -> the map of the layer (B, C, ceil(H / p), ceil(W / p)), in a tuple of one."""
+        """Normalized images (B, 3, H, W) -> a tuple of one map (B, C, ceil(H / p), ceil(W / p))."""
         h, w = (-side % self.backbone.patch_size for side in inputs.shape[-2:])
         return self.backbone(F.pad(inputs, (w // 2, w - w // 2, h // 2, h - h // 2)))
 
 
 @MODELS.register_module()
 class LinearProbeHead(BaseDecodeHead):
-    """BatchNorm and a 1x1 convolution, brought to a fixed size.
+    """BatchNorm and a 1x1 convolution, resized to a fixed size.
 
-    PE's appendix resizes the features; each pixel's logits are a linear function of them, so in evaluation that gives
-    the same, at a tenth of the memory. In training the norm's statistics are those of the tokens.
+    PE's appendix resizes the features. The logits are a linear function of them, so in evaluation resizing the logits
+    gives the same at a tenth of the memory; in training the norm's statistics are those of the tokens.
 
     Args:
         in_channels: channels of the map.
         map_size: (h, w) to which the logits are resized (bilinearly) before MMSegmentation resizes them to the labels.
-        options: those of `BaseDecodeHead`, such as `num_classes`.
+        options: options of `BaseDecodeHead`, such as `num_classes`.
     """
 
     def __init__(self, *, in_channels: int, map_size: Sequence[int] = (518, 518), **options: Any) -> None:
@@ -73,28 +73,28 @@ class LinearProbeHead(BaseDecodeHead):
         self.bn = nn.BatchNorm2d(in_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """A sequence of one (B, C, h, w) -> logits (B, classes, *map_size)."""
+        """A sequence of one map (B, C, h, w) -> logits (B, classes, *map_size)."""
         logits = self.cls_seg(self.bn(maps[0]))
         return F.interpolate(logits, self.map_size, mode="bilinear", align_corners=self.align_corners)
 
 
 @DATASETS.register_module()
 class CheckedADE20KDataset(ADE20KDataset):
-    """MMSegmentation's ADE20K, which says what is missing: DatasetError for absent folders, images or label maps."""
+    """MMSegmentation's ADE20K that raises DatasetError for missing folders, images or label maps."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """List the images, each with its label map."""
+        """Return the images, each with its label map."""
         folders = [Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path")]
         for folder in folders:
             if not folder.is_dir():
-                raise DatasetError(f"no folder {folder}; check data_root (--data-root), which holds the two")
+                raise DatasetError(f"there is no folder {folder}; check data_root (--data-root)")
         data = super().load_data_list()
         if not data:
-            raise DatasetError(f"{folders[0]} holds no images that end in {self.img_suffix}; check data_root")
-        absent = [entry["seg_map_path"] for entry in data if not Path(entry["seg_map_path"]).is_file()]
-        if absent:
+            raise DatasetError(f"{folders[0]} contains no {self.img_suffix} images; check data_root (--data-root)")
+        missing = [entry["seg_map_path"] for entry in data if not Path(entry["seg_map_path"]).is_file()]
+        if missing:
             raise DatasetError(
-                f"{len(absent)} of {len(data)} images in {folders[0]} have no label map, the first {absent[0]}; "
-                "unpack the annotations anew"
+                f"{len(missing)} of {len(data)} images in {folders[0]} have no label map (such as {missing[0]}); "
+                "unpack the annotations again"
             )
         return data

@@ -18,7 +18,7 @@ from command_line import tool
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
-import pe_spatial.segmentation.linear_probe  # noqa: F401  (registers)
+import pe_spatial.segmentation  # noqa: F401  (registers)
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.errors import ConfigError
 

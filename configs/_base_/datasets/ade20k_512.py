@@ -1,10 +1,10 @@
-# ADE20k (ADEChallengeData2016, 150 classes) as DINOv2's linear evaluation reads it: a short side of 512 px times 0.5 to
-# 2.0 and crops of 512 px in training, a short side of 512 px in testing, proportions kept. Label 0 (other) is ignored.
-# Another folder: --data-root FOLDER (holding images/{training,validation} and annotations/{training,validation}).
+# ADE20k (ADEChallengeData2016, 150 classes) as in DINOv2's linear evaluation: a short side of 512 px times 0.5 to 2.0
+# and crops of 512 px in training, a short side of 512 px in testing, aspect ratio kept. Label 0 (other) is ignored.
+# Another folder: --data-root FOLDER (with images/{training,validation} and annotations/{training,validation}).
 
 data_root = 'data/ade/ADEChallengeData2016/'
 crop_size = (512, 512)  # (h, w) in pixels
-scale = (99999999, 512)  # (long side, short side) in pixels: the long side is free
+scale = (99999999, 512)  # (long side, short side) in pixels: the long side is not limited
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -18,13 +18,13 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    # after Resize: the labels keep the size of the image, in which they are compared
+    # after Resize: labels keep the original size of the image, at which they are compared
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 
 train_dataloader = dict(
-    batch_size=2,  # a GPU; 8 GPUs make the 16 of the schedule
+    batch_size=2,  # per GPU; the schedule is for 8 GPUs
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
