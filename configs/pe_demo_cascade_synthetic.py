@@ -1,12 +1,12 @@
-# Cascade Mask R-CNN on the embedded synthetic world: the small stand-in of pe_spatial_cascade_coco.py.
+# Cascade Mask R-CNN on the embedded synthetic world: a small version of pe_spatial_cascade_coco.py.
 #
-#   command   make demo        (or: python tools/demo.py, which renders the world and runs this)
+#   command   make demo        (or python tools/demo.py, which renders the world and runs this config)
 #   hardware  two CPU cores, no GPU, about 2 GB of memory
 #   cost      6 minutes after set-up
 #   expected  box AP 0.51, mask AP 0.51 on 120 images of unseen scenes (measured here, docs/benchmarks.md)
 #
-# What is small: images of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same
-# world (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.
+# Small are: images of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same world
+# (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.
 
 _base_ = '_base_/detection_runtime.py'
 

@@ -1,7 +1,7 @@
-"""Analytic ray casting in numpy: colour, metric depth and instance ids of one frame.
+"""Analytic ray casting in numpy: color, metric depth and instance ids of one frame.
 
 Legend: N rays or points; vectors are (3, N) float32, components first, so that each component is contiguous.
-All rays of a pass share one origin (the camera, or the lamp for the shadows), which makes culling one product.
+All rays of a pass share one origin (the camera, or the lamp for shadows), so that culling is one product.
 """
 
 import math
@@ -11,8 +11,8 @@ import numpy as np
 
 from .scene import Camera, Material, Room, Scene, Solid
 
-_SHADOW_BIAS = 4e-3  # metres by which a blocker must be nearer to the lamp than the lit point
-_EDGE = 0.06  # colour step between neighbours (of 1) from which a pixel is antialiased
+_SHADOW_BIAS = 4e-3  # meters by which an occluder must be nearer to the lamp than the lit point
+_EDGE = 0.06  # difference between neighbors (of 1) above which a pixel is antialiased
 _TORUS_STEPS = 96
 
 
@@ -20,12 +20,12 @@ _TORUS_STEPS = 96
 class Frame:
     """One image and its ground truth, all of size (H, W), rows from the top.
 
-    Depth and instances are those of the ray through the pixel's centre; rgb is antialiased. The pixel in column u
-    and row v covers [u, u + 1] x [v, v + 1], its centre is (u + 0.5, v + 0.5): `intrinsics` and boxes both say so.
+    Depth and instances belong to the ray through the pixel's center; rgb is antialiased. The pixel in column u and row
+    v covers [u, u + 1] x [v, v + 1] and has its center at (u + 0.5, v + 0.5), in `intrinsics` and boxes alike.
     """
 
     rgb: np.ndarray  # (H, W, 3) uint8
-    depth: np.ndarray  # (H, W) float32, metres along the optical axis
+    depth: np.ndarray  # (H, W) float32, meters along the optical axis
     instances: np.ndarray  # (H, W) int32, 0 = room, else Solid.id
     intrinsics: np.ndarray  # (3, 3) float64, pixels
     camera_to_world: np.ndarray  # (4, 4) float64
@@ -39,7 +39,7 @@ class _Posed:
 
 
 def intrinsics(camera: Camera, size: tuple[int, int]) -> np.ndarray:
-    """Pinhole matrix (3, 3) in pixels for an image of `size` (H, W); the principal point is the image's centre."""
+    """Pinhole matrix (3, 3) in pixels for an image of `size` (H, W); the principal point is the image's center."""
     height, width = size
     focal = 0.5 * min(size) / math.tan(camera.fov / 2)
     return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
@@ -49,11 +49,11 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
     """Render `scene` at `time` seconds.
 
     Raises:
-        ValueError: if `size` (H, W) holds a side below 2 pixels.
+        ValueError: if a side of `size` (H, W) is below 2 pixels.
     """
     height, width = size
     if min(size) < 2:
-        raise ValueError(f"size {size} must be (H, W) with sides of at least 2 pixels")
+        raise ValueError(f"size is {size}; give (H, W) with sides of at least 2 pixels")
     pose, matrix = scene.camera.pose(time), intrinsics(scene.camera, size)
     rotation, origin = pose[:3, :3].astype(np.float32), pose[:3, 3].astype(np.float32)
     posed = []
@@ -62,7 +62,7 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
         posed.append(_Posed(solid, turn.astype(np.float32), position.astype(np.float32)))
 
     def shoot(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Colour (3, N) in [0, 1], depth (N,), owner (N,) along the rays through the image points (u, v)."""
+        """Return color (3, N) in [0, 1], depth (N,) and owner (N,) along the rays through image points (u, v)."""
         rays = np.stack([(u - matrix[0, 2]) / matrix[0, 0], (v - matrix[1, 2]) / matrix[1, 1], np.ones_like(u)])
         rays = rays.astype(np.float32)
         norms = np.sqrt((rays * rays).sum(0))
@@ -73,7 +73,7 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
     v, u = np.indices(size).reshape(2, -1) + 0.5
     rgb, depth, owner = shoot(u, v)
     edges = np.flatnonzero(_contrast(rgb.reshape(3, height, width)))
-    if edges.size:  # the mean of four rays at the centres of the pixel's quarters
+    if edges.size:  # the mean of four rays at the centers of the pixel's quarters
         du, dv = np.array([[-1, 1, -1, 1], [-1, -1, 1, 1]])[:, :, None] * 0.25
         finer = shoot((u[edges] + du).ravel(), (v[edges] + dv).ravel())[0]
         rgb[:, edges] = finer.reshape(3, 4, -1).mean(1)
@@ -88,7 +88,7 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
 
 
 def _contrast(rgb: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) that differ visibly from a neighbour; rgb (3, H, W)."""
+    """Return which pixels (H, W) differ visibly from a neighbor; rgb is (3, H, W)."""
     edge = np.zeros(rgb.shape[1:], dtype=bool)
     rows = np.abs(np.diff(rgb, axis=1)).max(0) > _EDGE
     columns = np.abs(np.diff(rgb, axis=2)).max(0) > _EDGE
@@ -100,9 +100,9 @@ def _contrast(rgb: np.ndarray) -> np.ndarray:
 
 
 def _trace(room: Room, posed: list[_Posed], origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest surface: distance (N,) along unit rays and owner (N,): 1 + index of the solid, or -face for the room.
+    """Return the distance (N,) to the nearest surface and its owner (N,): 1 + index of the solid, or -face of the room.
 
-    Faces count as in Room.materials: 0 ... 3 the walls, 4 the floor, 5 the ceiling.
+    Faces are numbered as in Room.materials: 0 ... 3 walls, 4 floor, 5 ceiling.
     """
     half = np.array([room.width / 2, room.length / 2, room.height / 2], dtype=np.float32)[:, None]
     middle = np.array([0, 0, room.height / 2], dtype=np.float32)[:, None]
@@ -121,9 +121,9 @@ def _trace(room: Room, posed: list[_Posed], origin: np.ndarray, rays: np.ndarray
 
 
 def _cast(item: _Posed, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (M,) of the rays that hit the solid, and the distances (M,); the origin lies outside of it."""
+    """Return the indices (M,) of the rays that hit the solid, and distances (M,); the origin is outside the solid."""
     offset = item.position - origin
-    along = offset @ rays  # to the point closest to the centre
+    along = offset @ rays  # to the point closest to the center
     near = np.flatnonzero((along > 0) & (offset @ offset - along * along < item.solid.radius**2))
     if not near.size:
         return near, np.empty(0, dtype=np.float32)
@@ -131,11 +131,11 @@ def _cast(item: _Posed, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarra
     o = along * d - (item.rotation.T @ offset)[:, None]  # starting at the closest point keeps float32 exact enough
     with np.errstate(divide="ignore", invalid="ignore"):
         t = _INTERSECT[item.solid.category](o, d, item.solid.half)
-    found = np.isfinite(t)
-    return near[found], t[found] + along[found]
+    hit = np.isfinite(t)
+    return near[hit], t[hit] + along[hit]
 
 
-# Intersections: local origins o (3, M), unit directions d (3, M) -> first crossing t (M,), of either sign; inf: none.
+# Intersections: local origins o (3, M), unit directions d (3, M) -> first crossing t (M,), of any sign; inf if none.
 
 
 def _sphere(o: np.ndarray, d: np.ndarray, half: tuple) -> np.ndarray:
@@ -154,7 +154,7 @@ def _cylinder(o: np.ndarray, d: np.ndarray, half: tuple) -> np.ndarray:
     b = (o[:2] * d[:2]).sum(0)
     root = _root(b * b - a * ((o[:2] * o[:2]).sum(0) - half[0] ** 2))
     enter, leave = _slab(o[2], d[2], half[2])
-    enter = np.maximum(enter, (-b - root) / a)  # an infinite root leaves nothing
+    enter = np.maximum(enter, (-b - root) / a)  # an infinite root leaves an empty interval
     leave = np.minimum(leave, (-b + root) / a)
     return np.where(np.isfinite(root) & (enter < leave), enter, np.inf)
 
@@ -176,9 +176,9 @@ def _cone(o: np.ndarray, d: np.ndarray, half: tuple) -> np.ndarray:
 
 
 def _torus(o: np.ndarray, d: np.ndarray, half: tuple) -> np.ndarray:
-    """Sphere tracing: the distance to a torus is exact and cheap, the roots of its quartic are neither in float32.
+    """Sphere tracing: the distance to a torus is exact and cheap, unlike the roots of its quartic in float32.
 
-    No step is shorter than `shortest`, so that grazing rays get on; the step that crosses is then cut by a secant.
+    No step is shorter than `shortest`, so that grazing rays advance; a secant shortens the step that crosses.
     """
     ring, tube = half[0] - half[2], half[2]
     shortest = 0.02 * tube
@@ -213,7 +213,7 @@ def _root(square: np.ndarray) -> np.ndarray:
 
 
 def _slab(o: np.ndarray, d: np.ndarray, half: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Where a ray enters and leaves |coordinate| <= half."""
+    """Return where a ray enters and leaves |coordinate| <= half."""
     middle, reach = -o / d, np.abs(half / d)
     return middle - reach, middle + reach
 
@@ -221,7 +221,7 @@ def _slab(o: np.ndarray, d: np.ndarray, half: np.ndarray | float) -> tuple[np.nd
 def _shade(
     scene: Scene, posed: list[_Posed], origin: np.ndarray, rays: np.ndarray, distance: np.ndarray, owner: np.ndarray
 ) -> np.ndarray:
-    """Displayed colour (3, N) in [0, 1]: sky-like ambient, one lamp with hard shadows, a faint light at the camera."""
+    """Return displayed colors (3, N) in [0, 1]: ambient light, a lamp with hard shadows, faint light at the camera."""
     points = origin[:, None] + distance * rays
     normals, albedo = np.zeros_like(points), np.empty_like(points)
     for face, material in enumerate(scene.room.materials):
@@ -229,7 +229,7 @@ def _shade(
         if at.size:
             normals[face // 2, at] = 1 - 2 * (face % 2)
             p = points[:, at]
-            p[face // 2] = 0.0  # exactly one value across the face: no flicker between two cells of a checker
+            p[face // 2] = 0.0  # the same value on all of the face, so that checkers do not flicker
             albedo[:, at] = _paint(material, p)
     for index, item in enumerate(posed):
         at = np.flatnonzero(owner == index + 1)
@@ -248,11 +248,11 @@ def _shade(
         direct[hit[t < far[hit] - _SHADOW_BIAS]] = 0
     facing = np.abs((normals * rays).sum(0))
     light = 0.20 + 0.10 * normals[2] + 0.20 * facing + direct
-    return np.sqrt(np.clip(albedo * albedo * light, 0, 1))  # colours are squared to linear light and back
+    return np.sqrt(np.clip(albedo * albedo * light, 0, 1))  # colors are squared to linear light and back
 
 
 def _normal(solid: Solid, p: np.ndarray) -> np.ndarray:
-    """Outward unit normals (3, M) at local surface points (3, M)."""
+    """Return outward unit normals (3, M) at local surface points (3, M)."""
     a, _, h = solid.half
     ring = np.hypot(p[0], p[1])
     if solid.category == "sphere":
@@ -273,7 +273,7 @@ def _normal(solid: Solid, p: np.ndarray) -> np.ndarray:
 
 
 def _paint(material: Material, p: np.ndarray) -> np.ndarray:
-    """Displayed colours (3, M) of the texture at local points (3, M)."""
+    """Return displayed colors (3, M) of the texture at local points (3, M)."""
     first, second = (np.array(color, dtype=np.float32)[:, None] for color in material.colors)
     axis = np.array(material.axis, dtype=np.float32)
     if material.texture == "plain":
@@ -291,7 +291,7 @@ def _paint(material: Material, p: np.ndarray) -> np.ndarray:
 
 
 def _value_noise(p: np.ndarray, seed: int) -> np.ndarray:
-    """Smooth noise (M,) in [0, 1] with one random value per unit cell, repeating every 16."""
+    """Return smooth noise (M,) in [0, 1] with one random value per unit cell, repeating every 16 cells."""
     table = np.random.default_rng(seed).random(4096, dtype=np.float32)
     cell = np.floor(p)
     x, y, z = (f := p - cell) * f * (3 - 2 * f)
@@ -305,4 +305,4 @@ def _value_noise(p: np.ndarray, seed: int) -> np.ndarray:
         edges.append(low + (table[base + k1] - low) * z)
     low, high = edges[0] + (edges[1] - edges[0]) * y, edges[2] + (edges[3] - edges[2]) * y
     mix = low + (high - low) * x
-    return np.clip(1.6 * mix - 0.3, 0, 1)  # spread: averages huddle around one half
+    return np.clip(1.6 * mix - 0.3, 0, 1)  # stretched: averages concentrate around one half

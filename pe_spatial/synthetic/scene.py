@@ -1,8 +1,8 @@
-"""What is in the world: a textured room, solids on simple paths, a light and a moving camera, all from one seed.
+"""The content of a scene: a textured room, solids on simple paths, a lamp and a moving camera, all from one seed.
 
-World axes: x and y span the floor, z points up, metres; the floor is z = 0 and the room is centred on x = y = 0.
-Camera axes (OpenCV): x right, y down, z forward. Angles in radians, time in seconds, colours in [0, 1] as displayed.
-Every dataclass holds plain numbers and tuples only, so that two equal scenes compare equal.
+World axes: x and y span the floor, z points up, meters; the floor is z = 0 and the room is centerd on x = y = 0.
+Camera axes (OpenCV): x right, y down, z forward. Angles in radians, time in seconds, colors in [0, 1] as displayed.
+Dataclasses contain plain numbers and tuples only, so that scenes can be compared.
 """
 
 import colorsys
@@ -17,25 +17,25 @@ Vector = tuple[float, float, float]
 CATEGORIES = ("sphere", "box", "cylinder", "cone", "torus")
 TEXTURES = ("plain", "gradient", "stripes", "checker", "noise")
 
-CLEARANCE = 0.02  # metres kept free between two solids, and between a solid and the room
-CAMERA_CLEARANCE = 0.45  # metres kept free between the camera and everything else
-_PATH_SAMPLES = 9  # instants of a path at which collisions and framing are checked
+CLEARANCE = 0.02  # meters kept free between two solids, and between a solid and the room
+CAMERA_CLEARANCE = 0.45  # meters kept free between the camera and everything else
+_PATH_SAMPLES = 9  # times at which collisions and framing are checked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """A solid texture (a function of the local 3D point), so that no surface needs a parametrisation."""
+    """A solid texture: a function of the local 3D point, so that surfaces need no texture coordinates."""
 
     texture: str = "plain"
     colors: tuple[Vector, Vector] = ((0.7, 0.7, 0.7), (0.3, 0.3, 0.3))
-    period: float = 0.3  # metres from one stripe, cell or blob to the next but one
+    period: float = 0.3  # meters from one stripe, cell or blob to the next but one
     axis: Vector = (1.0, 0.0, 0.0)  # direction of stripes and gradients
-    seed: int = 0  # of the value noise
+    seed: int = 0  # random seed of the noise texture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solid:
-    """One object. `half` holds the half extents of its local bounding box and with it the whole shape.
+    """One object; `half`, the half extents of its local bounding box, defines its shape.
 
     sphere (r, r, r); box (x, y, z); cylinder (r, r, h) around z; cone (r, r, h), apex at +h, base at -h;
     torus (R + r, R + r, r) around z, with tube radius r.
@@ -44,9 +44,9 @@ class Solid:
     id: int  # from 1; the value of its pixels in the instance map
     category: str
     half: Vector
-    position: Vector  # of the local origin at rest, metres
+    position: Vector  # of the local origin at rest, meters
     angles: Vector = (0.0, 0.0, 0.0)  # R = Rz(angles[2]) Ry(angles[1]) Rx(angles[0])
-    sway: Vector = (0.0, 0.0, 0.0)  # amplitude of the sinusoidal path, metres
+    sway: Vector = (0.0, 0.0, 0.0)  # amplitude of the sinusoidal path, meters
     sway_period: float = 4.0
     sway_phase: float = 0.0
     spin: float = 0.0  # around the vertical, radians per second
@@ -54,14 +54,14 @@ class Solid:
 
     @property
     def radius(self) -> float:
-        """Radius of the bounding sphere around the local origin, metres."""
+        """Radius of the bounding sphere around the local origin, meters."""
         x, y, z = self.half
         return {"sphere": x, "torus": x, "cylinder": math.hypot(x, z), "cone": math.hypot(x, z)}.get(
             self.category, math.hypot(x, y, z)
         )
 
     def pose(self, time: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rotation (3, 3) and translation (3,), local to world, at `time`."""
+        """Return rotation (3, 3) and translation (3,), local to world, at `time`."""
         swing = math.sin(2 * math.pi * time / self.sway_period + self.sway_phase)
         position = np.asarray(self.position) + np.asarray(self.sway) * swing
         return _rotation(self.angles[0], self.angles[1], self.angles[2] + self.spin * time), position
@@ -69,7 +69,7 @@ class Solid:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """An empty box seen from inside, `width` (x) by `length` (y) by `height` (z) metres."""
+    """An empty box seen from inside, `width` (x) by `length` (y) by `height` (z) meters."""
 
     width: float
     length: float
@@ -82,18 +82,18 @@ class Camera:
     """A pinhole camera that swings along an arc around `target` and keeps looking at it."""
 
     target: Vector
-    distance: float  # horizontal, from the target, metres
-    height: float  # of the camera above the floor, metres
-    azimuth: float = 0.0  # of the camera as seen from the target
+    distance: float  # horizontal, from the target, meters
+    height: float  # of the camera above the floor, meters
+    azimuth: float = 0.0  # direction of the camera from the target
     sweep: float = 0.0  # change of the azimuth over `duration`
-    rise: float = 0.0  # change of the height over `duration`, metres
-    approach: float = 0.0  # change of the distance over `duration`, metres
+    rise: float = 0.0  # change of the height over `duration`, meters
+    approach: float = 0.0  # change of the distance over `duration`, meters
     roll: float = 0.0
     duration: float = 2.0
     fov: float = math.radians(60)  # across the shorter image side
 
     def pose(self, time: float) -> np.ndarray:
-        """Camera to world (4, 4) at `time`."""
+        """Return the camera-to-world matrix (4, 4) at `time`."""
         s = time / self.duration - 0.5
         azimuth, distance = self.azimuth + self.sweep * s, self.distance + self.approach * s
         target = np.asarray(self.target)
@@ -111,46 +111,46 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The whole description; `pe_spatial.synthetic.render_frame` turns it into images."""
+    """The complete description of a scene; `render_frame` turns it into images."""
 
     room: Room
     solids: tuple[Solid, ...]
     camera: Camera
-    light: Vector  # position of the one lamp
-    duration: float = 2.0  # seconds for which paths are free of collisions
+    light: Vector  # position of the lamp
+    duration: float = 2.0  # seconds without collisions
 
 
 def sample_scene(seed: int | Sequence[int], *, num_solids: tuple[int, int] = (2, 6), duration: float = 2.0) -> Scene:
-    """Draw a scene: same seed, same scene.
+    """Return a random scene; the same seed gives the same scene.
 
     Solids never touch one another, the room, the lamp or the camera during [0, duration] (checked on bounding
     spheres along the paths), and at least two of them are in view at the start, in the middle and at the end.
 
     Args:
         seed: a non-negative integer, or several, as numpy.random.default_rng takes them.
-        num_solids: the fewest and the most solids, both included, within 2 ... 8.
-        duration: length of the film in seconds.
+        num_solids: smallest and largest number of solids, from 2 to 8.
+        duration: length of the video in seconds.
 
     Raises:
         ValueError: if `num_solids` or `duration` is out of range.
     """
     low, high = num_solids
     if not 2 <= low <= high <= 8:
-        raise ValueError(f"num_solids {num_solids} must be (fewest, most) with 2 <= fewest <= most <= 8")
+        raise ValueError(f"num_solids is {num_solids}; give (smallest, largest) with 2 <= smallest <= largest <= 8")
     if duration <= 0:
-        raise ValueError(f"duration {duration} must be a positive number of seconds")
+        raise ValueError(f"duration is {duration}; give a positive number of seconds")
     rng = np.random.default_rng(seed)
-    while True:  # a draw fails about every second time, mostly for framing
+    while True:  # about every second draw fails, mostly because of framing
         scene = _draw(rng, int(rng.integers(low, high + 1)), duration)
         if scene is not None:
             return scene
 
 
 def _draw(rng: np.random.Generator, count: int, duration: float) -> Scene | None:
-    """One try; None where the solids found no place or the camera sees too little of them."""
+    """Return a scene, or None if the solids do not fit or the camera sees too few of them."""
     width, length, height = rng.uniform(4.8, 7.5), rng.uniform(4.8, 7.5), rng.uniform(2.4, 3.2)
     room = Room(
-        width=width, length=length, height=height, materials=tuple(_material(rng, of_room=True) for _ in range(6))
+        width=width, length=length, height=height, materials=tuple(_material(rng, for_room=True) for _ in range(6))
     )
     center = rng.uniform(-0.4, 0.4, size=2)
     camera = Camera(
@@ -171,34 +171,34 @@ def _draw(rng: np.random.Generator, count: int, duration: float) -> Scene | None
     if not _inside(room, views[:, :3, 3], CAMERA_CLEARANCE):
         return None
 
-    # Obstacles: paths (T, 3) and the distance to keep from each.
-    taken = [(views[:, :3, 3], CAMERA_CLEARANCE), (np.broadcast_to(light, (_PATH_SAMPLES, 3)), 0.3)]
+    # paths (T, 3) and the distance to keep from each
+    obstacles = [(views[:, :3, 3], CAMERA_CLEARANCE), (np.broadcast_to(light, (_PATH_SAMPLES, 3)), 0.3)]
     solids: list[Solid] = []
-    for identity in range(1, count + 1):
-        category = str(rng.choice(CATEGORIES))  # outside of the retries: those favour the shapes that fit easily
+    for number in range(1, count + 1):
+        category = str(rng.choice(CATEGORIES))  # outside of the retries, which would favor shapes that fit easily
         for _ in range(40):
-            solid = _solid(rng, identity, category, center, duration)
+            solid = _solid(rng, number, category, center, duration)
             path = np.stack([solid.pose(t)[1] for t in times])
             if _inside(room, path, solid.radius, floor=False) and all(
-                np.linalg.norm(path - other, axis=1).min() > solid.radius + keep for other, keep in taken
+                np.linalg.norm(path - other, axis=1).min() > solid.radius + keep for other, keep in obstacles
             ):
                 solids.append(solid)
-                taken.append((path, solid.radius + CLEARANCE))
+                obstacles.append((path, solid.radius + CLEARANCE))
                 break
         else:
             return None
 
-    slope = 0.8 * math.tan(camera.fov / 2)  # centres within the middle 80 % of the image
+    slope = 0.8 * math.tan(camera.fov / 2)  # centers within the middle 80 % of the image
     for index in (0, _PATH_SAMPLES // 2, -1):
-        centers = np.stack([path[index] for path, _ in taken[2:]]) - views[index, :3, 3]
+        centers = np.stack([path[index] for path, _ in obstacles[2:]]) - views[index, :3, 3]
         x, y, z = (centers @ views[index, :3, :3]).T
         if (np.maximum(abs(x), abs(y)) < slope * z).sum() < 2:
             return None
     return Scene(room=room, solids=tuple(solids), camera=camera, light=light, duration=duration)
 
 
-def _solid(rng: np.random.Generator, identity: int, category: str, center: np.ndarray, duration: float) -> Solid:
-    """A solid near `center`, four in five resting on the floor; shape and look are drawn independently."""
+def _solid(rng: np.random.Generator, number: int, category: str, center: np.ndarray, duration: float) -> Solid:
+    """Return a solid near `center`, with probability 0.8 resting on the floor; look and shape are independent."""
     half = _half_extents(rng, category)
     floating = rng.random() < 0.2
     if floating or category == "sphere":
@@ -218,7 +218,7 @@ def _solid(rng: np.random.Generator, identity: int, category: str, center: np.nd
         sway[2] = np.clip(sway[2], -0.1, 0.1)
         spin = rng.uniform(-1.2, 1.2)
     return Solid(
-        id=identity,
+        id=number,
         category=category,
         half=_floats(half),
         position=_floats((*xy, z)),
@@ -232,7 +232,7 @@ def _solid(rng: np.random.Generator, identity: int, category: str, center: np.nd
 
 
 def _half_extents(rng: np.random.Generator, category: str) -> Vector:
-    """Metres; proportions keep the categories apart (no flat cone, no torus without a hole)."""
+    """Return half extents in meters; proportions keep categories apart (no flat cone, no torus without a hole)."""
     size = rng.uniform(0.24, 0.46)
     if category == "sphere":
         return (size * 0.95,) * 3
@@ -246,7 +246,7 @@ def _half_extents(rng: np.random.Generator, category: str) -> Vector:
 
 
 def _reach_down(category: str, half: Vector, rotation: np.ndarray) -> float:
-    """How far the turned solid reaches below its local origin: the support function towards -z."""
+    """Return how far the rotated solid reaches below its local origin: the support function towards -z."""
     x, y, z = -rotation[2]  # world -z in local axes
     ring, (a, b, c) = math.hypot(x, y), half
     if category == "sphere":
@@ -260,12 +260,12 @@ def _reach_down(category: str, half: Vector, rotation: np.ndarray) -> float:
     return ring * (a - c) + c
 
 
-def _material(rng: np.random.Generator, *, of_room: bool = False) -> Material:
+def _material(rng: np.random.Generator, *, for_room: bool = False) -> Material:
     hue, saturation, value = rng.random(), rng.uniform(0.35, 0.95), rng.uniform(0.5, 0.95)
-    if of_room:
+    if for_room:
         saturation, value = saturation * 0.45, rng.uniform(0.45, 0.85)
-    second = (hue + rng.normal(0, 0.05 if of_room else 0.2)) % 1.0
-    darker = value * rng.uniform(0.75, 0.95) if of_room else rng.uniform(0.25, 0.95)
+    second = (hue + rng.normal(0, 0.05 if for_room else 0.2)) % 1.0
+    darker = value * rng.uniform(0.75, 0.95) if for_room else rng.uniform(0.25, 0.95)
     axis = rng.normal(size=3)
     return Material(
         texture=str(rng.choice(TEXTURES)),
@@ -273,14 +273,14 @@ def _material(rng: np.random.Generator, *, of_room: bool = False) -> Material:
             _floats(colorsys.hsv_to_rgb(hue, saturation, value)),
             _floats(colorsys.hsv_to_rgb(second, saturation, darker)),
         ),
-        period=float(rng.uniform(0.4, 1.2) if of_room else rng.uniform(0.12, 0.35)),
+        period=float(rng.uniform(0.4, 1.2) if for_room else rng.uniform(0.12, 0.35)),
         axis=_floats(axis / np.linalg.norm(axis)),
         seed=int(rng.integers(2**31)),
     )
 
 
 def _inside(room: Room, points: np.ndarray, margin: float, *, floor: bool = True) -> bool:
-    """Whether all points (T, 3) keep `margin` metres from the room; with floor=False a solid may rest on z = 0."""
+    """Return whether points (T, 3) are `margin` meters inside the room; with floor=False a solid may rest on z = 0."""
     high = np.array([room.width / 2, room.length / 2, room.height]) - margin
     low = np.array([-high[0], -high[1], margin if floor else 0.0])
     return bool((points >= low).all() and (points <= high).all())

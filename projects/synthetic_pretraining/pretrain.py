@@ -22,8 +22,8 @@ from torchvision.ops import generalized_box_iou_loss
 from pe_spatial import EncoderConfig, PerceptionEncoder, SimpleFeaturePyramid
 from pe_spatial.synthetic import CATEGORIES, write_dataset
 
-SIZE = 192  # pixels, of a side
-STRIDE = 4  # of the predictions, in pixels
+SIZE = 192  # side of an image in pixels
+STRIDE = 4  # stride of the predictions in pixels
 CONFIG = EncoderConfig(img_size=SIZE, patch_size=8, embed_dim=192, depth=5, num_heads=3)
 BOX_UNIT = 16.0  # pixels: exp(prediction) times this is the distance to a side of the box
 
@@ -40,7 +40,7 @@ class DensePredictor(nn.Module):
         self.predict = nn.Conv2d(96, len(CATEGORIES) + 1 + 4 + 1, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) -> logits (B, 1 + categories, h, w), box sides (B, 4, h, w) in pixels, log metres (B, h, w)."""
+        """(B, 3, H, W) -> logits (B, 1 + categories, h, w), box sides (B, 4, h, w) in pixels, log meters (B, h, w)."""
         out = self.predict(F.gelu(self.pyramid(self.encoder(images))[0])).float()
         logits, sides, depth = out.split((len(CATEGORIES) + 1, 4, 1), dim=1)
         return logits, sides.clamp(-5, 5).exp() * BOX_UNIT, depth[:, 0]
@@ -48,7 +48,7 @@ class DensePredictor(nn.Module):
 
 def load(root: Path, split: str) -> tuple[Tensor, ...]:
     """Return images (n, 3, H, W) uint8, and at stride 4 categories (n, h, w) uint8, boxes (n, 4, h, w) int16 in pixels
-    (x1, y1, x2, y2) and log metres (n, h, w) float16."""
+    (x1, y1, x2, y2) and log meters (n, h, w) float16."""
     coco = json.loads((root / f"annotations/instances_{split}.json").read_text())
     objects: dict[int, list[dict]] = {}
     for annotation in coco["annotations"]:
@@ -72,7 +72,7 @@ def load(root: Path, split: str) -> tuple[Tensor, ...]:
 
 
 def batch(data: tuple[Tensor, ...], index: Tensor, *, augment: bool) -> tuple[Tensor, ...]:
-    """Normalise images to [-1, 1]; flip and recolour them at random."""
+    """Normalize images to [-1, 1]; flip them and change their colors at random."""
     rgb, category, boxes, depth = (column[index] for column in data)
     images, boxes = rgb.float() / 255, boxes.float()
     if augment:
@@ -88,8 +88,8 @@ def batch(data: tuple[Tensor, ...], index: Tensor, *, augment: bool) -> tuple[Te
 
 def losses(predictions: tuple[Tensor, ...], category: Tensor, boxes: Tensor, depth: Tensor) -> dict[str, Tensor]:
     logits, sides, log_depth = predictions
-    centre = torch.arange(sides.shape[-1], dtype=torch.float32) * STRIDE + STRIDE / 2 + 0.5
-    x, y = centre[None, None], centre[None, :, None]
+    center = torch.arange(sides.shape[-1], dtype=torch.float32) * STRIDE + STRIDE / 2 + 0.5
+    x, y = center[None, None], center[None, :, None]
     predicted = torch.stack((x - sides[:, 0], y - sides[:, 1], x + sides[:, 2], y + sides[:, 3]), dim=-1)
     on_object = category > 0
     return {
@@ -106,11 +106,11 @@ def evaluate(model: DensePredictor, data: tuple[Tensor, ...]) -> dict[str, float
     for index in torch.arange(len(data[0])).split(32):
         images, category, boxes, depth = batch(data, index, augment=False)
         predictions = model(images)
-        found = losses(predictions, category, boxes, depth)
+        values = losses(predictions, category, boxes, depth)
         mask = category > 0
         right += float((predictions[0].argmax(1) == category)[mask].sum())
         objects += float(mask.sum())
-        sums = {key: sums[key] + float(found[key]) * len(index) for key in sums}
+        sums = {key: sums[key] + float(values[key]) * len(index) for key in sums}
         n += len(index)
     model.train()
     return {"object_pixel_accuracy": right / objects, **{f"{key}_loss": value / n for key, value in sums.items()}}
@@ -152,14 +152,14 @@ def main() -> None:
         index, order = order[: args.batch_size], order[args.batch_size :]
         images, *targets = batch(data, index, augment=True)
         with torch.autocast("cpu", torch.bfloat16):
-            found = losses(model(images), *targets)
+            values = losses(model(images), *targets)
         optimizer.zero_grad()
-        (found["category"] + 0.5 * found["box"] + found["depth"]).backward()
+        (values["category"] + 0.5 * values["box"] + values["depth"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            figures = "  ".join(f"{key} {value.item():.3f}" for key, value in found.items())
+            figures = "  ".join(f"{key} {value.item():.3f}" for key, value in values.items())
             print(f"step {step}/{args.steps}  {time.time() - start:.0f} s  {figures}", flush=True)
         if step % 400 == 0 or step == args.steps:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def local_points(solid: Solid, points: np.ndarray, at: float) -> np.ndarray:
 
 
 def distance_to_surface(solid: Solid, p: np.ndarray) -> np.ndarray:
-    """Distance (N,) in metres, unsigned, of local points (N, 3) to the solid's surface; cones by their two parts."""
+    """Distance (N,) in meters, unsigned, of local points (N, 3) to the solid's surface; cones by their two parts."""
     a, _, h = solid.half
     ring = np.hypot(p[:, 0], p[:, 1])
     if solid.category == "sphere":
@@ -315,7 +315,7 @@ def test_shadow_falls_away_from_the_lamp():
     darkening = (lit.rgb.mean(-1) - frame.rgb.mean(-1))[on_floor]
     to, lamp_to_center = points[on_floor] - scene.light, np.array([0, 0, 1.0]) - scene.light
     along = to @ lamp_to_center / np.linalg.norm(to, axis=1)
-    missed = np.sqrt(lamp_to_center @ lamp_to_center - along**2)  # distance of the centre from the lamp's ray
+    missed = np.sqrt(lamp_to_center @ lamp_to_center - along**2)  # distance of the center from the lamp's ray
     assert (darkening[missed < 0.28] > 20).all()
     assert (darkening[missed > 0.33] == 0).all()
     assert (missed < 0.28).sum() > 30
