@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-import pe_spatial.detection  # noqa: F401  (registers)
+import pe_spatial.detection
+import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "_base_" / "models" / "deta_pe.py"
 SIDE, WIDTH = 64, 32

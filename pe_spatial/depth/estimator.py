@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError
+from pe_spatial.planning.registry import register_example, total_loss
 
 from .heads import one_of, resize
 
@@ -201,3 +203,9 @@ def _starts(size: int, window: int, stride: int) -> list[int]:
     """Return where windows begin along one side; the last one ends at its end, and a short side has one."""
     last = max(size - window, 0)
     return [*range(0, last, stride), last]
+
+
+@register_example(DepthEstimator, counted="backbone, depth head and losses")
+def _planned_loss(model: Any, images: Tensor, objects: int, replaced: ExitStack) -> Tensor:  # noqa: ARG001
+    samples = [SegDataSample(gt_depth_map=PixelData(data=image[:1])) for image in images]
+    return total_loss(model, inputs=images, data_samples=samples)

@@ -27,6 +27,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.planning.registry import register_step
 
 DEPTH = "gt_depth_map"
 _SCALES = {1000: "millimetres", 1: "metres", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimetres"}
@@ -441,3 +442,6 @@ class DepthPreprocessor(ImgDataPreprocessor):
                 f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changed one without the other"
             )
         return depth
+
+
+register_step("DepthRandomCrop", lambda step: dict(size=tuple(step["size"])))

@@ -1,11 +1,18 @@
 """Detection in MMDetection: checked input, two-stage heads, DETA, augmentation. Importing it registers."""
 
+import pe_spatial.detection.planning  # noqa: F401  (registers)
 from pe_spatial.detection.coco import CheckedCocoDataset
-from pe_spatial.detection.deta.head import DETAFirstStageAssigner, DETAHead, DETASecondStageAssigner
-from pe_spatial.detection.deta.model import DETA, CanvasPreprocessor
-from pe_spatial.detection.deta.start import StartFromStage
-from pe_spatial.detection.deta.transforms import DETAJitter, ShortSideResize
-from pe_spatial.detection.deta.tta import DETATTA
+from pe_spatial.detection.deta import (
+    DETA,
+    DETATTA,
+    CanvasPreprocessor,
+    DETAFirstStageAssigner,
+    DETAHead,
+    DETAJitter,
+    DETASecondStageAssigner,
+    LoadPreviousStage,
+    ShortSideResize,
+)
 from pe_spatial.detection.heads import (
     Detectron2BBoxHead,
     Detectron2BoxCoder,
@@ -46,8 +53,8 @@ __all__ = [
     "FastLVISMetric",
     "FederatedLoss",
     "Float32Linear",
+    "LoadPreviousStage",
     "RepeatFactorSampler",
     "SetClassWeights",
     "ShortSideResize",
-    "StartFromStage",
 ]

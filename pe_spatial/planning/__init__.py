@@ -1,1 +1,1 @@
-"""Memory and arithmetic of a training step, measured on the meta device."""
+"""What a training takes, before it runs: a ledger of memory and operations, the planner, searches and their report."""

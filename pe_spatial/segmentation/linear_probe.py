@@ -6,19 +6,23 @@ In a config: `custom_imports = dict(imports=['pe_spatial.segmentation'])`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import DATASETS, MODELS
+from mmengine.structures import PixelData
 from mmseg.datasets import ADE20KDataset
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.planning.registry import register_example, total_loss
 
 
 @MODELS.register_module()
@@ -98,3 +102,9 @@ class CheckedADE20KDataset(ADE20KDataset):
                 "unpack the annotations again"
             )
         return data
+
+
+@register_example(EncoderDecoder, counted="backbone, decode head and its loss")
+def _planned_loss(model: Any, images: Tensor, objects: int, replaced: ExitStack) -> Tensor:  # noqa: ARG001
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=image[:1].long())) for image in images]
+    return total_loss(model, inputs=images, data_samples=samples)

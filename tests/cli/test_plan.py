@@ -14,6 +14,7 @@ from pe_spatial.cli import plan as tool
 from pe_spatial.cli.main import build_parser
 from pe_spatial.engine.configs import read_config
 from pe_spatial.errors import ConfigError
+from pe_spatial.planning import search
 from pe_spatial.planning.planner import measure_weights
 
 pytestmark = pytest.mark.mmseg
@@ -68,18 +69,18 @@ def test_what_the_optimizer_makes_in_passing_must_fit(capsys, tmp_path, monkeypa
     def measure(*args, **options):
         return dataclasses.replace(measure_weights(*args, **options), update=79 * 10**9)
 
-    monkeypatch.setattr(tool, "measure_weights", measure)
+    monkeypatch.setattr(search, "measure_weights", measure)
     _, rows = plan(capsys, tmp_path, "--gpus", "1", "--variants", "t16")
     assert rows[0]["total"] > 79e9 > rows[0]["activations"]
     assert rows[0]["largest_batch"] == 0
 
 
-def test_a_loss_that_needs_numbers_is_one_sentence(capsys, tmp_path, monkeypatch):
+def test_a_loss_that_needs_values_is_one_sentence(capsys, tmp_path, monkeypatch):
     def measure(*_, **__):
         return torch.empty(1, device="meta").numpy()
 
-    monkeypatch.setattr(tool, "measure_step", measure)
-    with pytest.raises(ConfigError, match="cannot be planned: LinearProbe or its losses need numbers"):
+    monkeypatch.setattr(search, "measure_step", measure)
+    with pytest.raises(ConfigError, match="cannot be planned: LinearProbe or its losses need values"):
         plan(capsys, tmp_path, "--variants", "t16")
 
 
@@ -102,7 +103,7 @@ def test_buckets_and_bfloat16_come_from_the_config(capsys, tmp_path):
     [("configs/pe_spatial_dpt_nyu.py", (416, 544)), ("projects/nyu_depth/overfit_nyu.py", (192, 256))],
 )
 def test_size_of_depth_images_comes_from_their_augmentation(config, size):
-    assert tool.image_size(read_config(str(REPO / config))) == size
+    assert search.batch_shape(read_config(str(REPO / config))) == dict(size=size)
 
 
 def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
@@ -118,7 +119,7 @@ def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--variants", "t16,x"], "--variants has 'x'"),
+        (["--variants", "t16,x"], "unknown variant 'x'"),
         (["--cfg-options", "optim_wrapper=None"], "has no optim_wrapper"),
         (["--cfg-options", "model.data_preprocessor.size=None"], "give --size HEIGHT WIDTH"),
         (["--batch-size", "0"], "--batch-size is 0"),
@@ -134,8 +135,14 @@ def test_bad_input(options, words, capsys, tmp_path):
 
 def test_clips_of_several_sets_are_those_of_the_first():
     cfg = Config.fromfile(REPO / "projects" / "video_tracking" / "stage2_unfrozen.py")
-    assert tool.image_size(cfg) == (1024, 1024)
-    assert tool.annotated(cfg) == dict(frames=8, objects=3)
+    assert search.batch_shape(cfg) == dict(size=(1024, 1024), frames=8, objects=3)
     cfg.train_dataloader.dataset.datasets = []
-    with pytest.raises(ConfigError, match="does not say how large images are"):
-        tool.image_size(cfg)
+    assert search.batch_shape(cfg) == {}
+
+
+@pytest.mark.mmdet
+def test_plain_detectors_are_planned_with_their_losses(capsys, tmp_path):
+    pytest.importorskip("mmdet")
+    options = ["--size", "64", "64", "--gpus", "1", "--batch-size", "1"]
+    out, _ = plan(capsys, tmp_path, *options, config="mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py")
+    assert "Counted: backbone, neck, proposals, RoI heads and losses with 20 objects" in out

@@ -23,7 +23,8 @@ from PIL import Image
 from test_configs import CONFIGS, load
 
 from pe_spatial.detection import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
-from pe_spatial.detection.lvis import CLASSES, repeat_factors
+from pe_spatial.detection.lvis.dataset import CLASSES
+from pe_spatial.detection.lvis.sampler import repeat_factors
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet

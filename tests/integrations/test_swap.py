@@ -1,4 +1,4 @@
-"""The swap: contracts, what is left alone, what follows the new backbone, what is refused, and files that say so."""
+"""The swap: feature specs, what stays, what follows the new backbone, what is refused, and written configs."""
 
 import copy
 import runpy
@@ -15,17 +15,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from pe_spatial import VARIANTS
-from pe_spatial.cli import check_swap
 from pe_spatial.engine.configs import installed_config, read_config
 from pe_spatial.errors import ConfigError
-from pe_spatial.integrations.swap.policy import (
-    Level,
-    difference,
-    plan_swap,
-    probe_backbone,
-    swap_backbone,
-    write_swapped,
-)
+from pe_spatial.integrations.swap.check import changed_keys, check_family
+from pe_spatial.integrations.swap.policy import plan_swap, swap_backbone
+from pe_spatial.integrations.swap.probe import Level, probe_backbone
+from pe_spatial.integrations.swap.write import difference, write_swapped
 
 pytestmark = pytest.mark.mmdet
 REPO = Path(__file__).resolve().parents[2]
@@ -33,8 +28,8 @@ SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)
 B16 = "pe_spatial_b16_512"
 
 A = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
-# config -> maps, places that nobody reads, keys of the model that may differ
-CONTRACTS = {
+# config -> maps, and the indices of those that nobody reads
+FEATURE_SPECS = {
     "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": (A, ()),
     "mmdet::atss/atss_r50_fpn_1x_coco.py": (A, (0,)),
     "mmdet::detr/detr_r50_8xb2-150e_coco.py": ([(2048, 32)], ()),
@@ -87,9 +82,9 @@ def core(model):
     return model
 
 
-@pytest.mark.parametrize("name", CONTRACTS, ids=lambda name: name.split("/")[1][:30])
-def test_feature_specs_is_found_and_kept(name):
-    feature_specs, unused = CONTRACTS[name]
+@pytest.mark.parametrize("name", FEATURE_SPECS, ids=lambda name: name.split("/")[1][:30])
+def test_feature_specs_are_found_and_kept(name):
+    feature_specs, unused = FEATURE_SPECS[name]
     cfg = config(name)
     before = copy.deepcopy(cfg.to_dict())
     plan = plan_swap(cfg, SMALL, checkpoint=None)
@@ -97,7 +92,7 @@ def test_feature_specs_is_found_and_kept(name):
     assert list(plan.feature_specs) == [Level(*level) for level in feature_specs]
     assert plan.unused == unused
     differs = ["neck"] if "detectors" in name else []
-    assert check_swap.same_neck_and_heads(cfg, plan.cfg) == differs
+    assert changed_keys(cfg, plan.cfg) == differs
 
     backbone = MODELS.build(core(plan.cfg.model).backbone)
     out = backbone(torch.randn(1, 3, 70, 100))
@@ -130,7 +125,7 @@ def test_other_encoders_come_with_their_own_statistics_and_patch():
 @pytest.mark.parametrize(("scope", "family"), [(scope, family) for scope, names in STEPS.items() for family in names])
 def test_family_trains_a_step_and_predicts(scope, family):
     pytest.importorskip(scope)
-    row = check_swap.check(scope, family)
+    row = check_family(scope, family)
     assert row["original"] == "runs"
     assert row["swapped"] == "runs"
     assert row["different"] == (["neck"] if family == "detectors" else [])
@@ -164,7 +159,7 @@ ATSS = "mmdet::atss/atss_r50_fpn_1x_coco.py"
         (dict(layers=[3, 7]), "reads one layer but layers is.*use 'fused' or 'single'"),
         (dict(layers=[3, 7], adapter="single"), "one for each of 4 levels"),
         (dict(adapter="sfp"), "allowed are 'simple', 'fused', 'single'"),
-        (dict(preset="deta"), "known are release, timm, vitdet"),
+        (dict(preset="deta"), "supported are release, timm, vitdet"),
         (dict(strides=[4, 8]), "belong together"),
         (dict(strides=[4, 8], channels=[256]), "differ in length"),
         (dict(strides=[8, 12], channels=[256, 256]), "times powers of two"),
@@ -178,7 +173,7 @@ def test_bad_options_are_named(options, words):
 def test_bad_configs_are_named():
     with pytest.raises(ConfigError, match="has no model"):
         swap_backbone(Config(dict(default_scope="mmdet")), B16)
-    with pytest.raises(ConfigError, match="has no backbone to swap; it has type, head"):
+    with pytest.raises(ConfigError, match="has no backbone to swap; its keys are type, head"):
         swap_backbone(Config(dict(model=dict(type="Mine", head=dict(type="X")))), B16)
     cfg = config(ATSS)
     cfg.model.backbone = ConfigDict(type="NobodyKnowsIt")
@@ -345,7 +340,7 @@ def test_tool_writes_or_shows(tool, tmp_path):
     assert f"_base_ = '{ATSS}'" in shown
     tool("swap_backbone", ATSS, "--variant", B16, "--out", tmp_path / "configs" / "mine.py")
     assert (tmp_path / "configs" / "mine.py").read_text() == shown
-    with pytest.raises(SystemExit, match="is there already; give another --out, or --force"):
+    with pytest.raises(SystemExit, match="already exists; give another --out, or --force"):
         tool("swap_backbone", ATSS, "--variant", B16, "--out", tmp_path / "configs" / "mine.py")
     # a file of one's own is inherited by its relative path
     tool("swap_backbone", ATSS, "--variant", B16, "--out", "b16.py", "--layers", "7", "--lr", "3e-5")

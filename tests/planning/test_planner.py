@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pe_spatial import PerceptionEncoder
 from pe_spatial.encoder.variants import preset_options
-from pe_spatial.planning.planner import Ledger, build_on_meta, measure_step, measure_weights, set_checkpointing
+from pe_spatial.planning.ledger import Ledger
+from pe_spatial.planning.planner import build_on_meta, measure_step, measure_weights, set_checkpointing
 
 WINDOWS = dict(window_size=3, global_attn_indexes=(1, 3))  # that do not divide a grid of 4 or 8
 
@@ -363,7 +364,6 @@ def test_two_stage_detector_keeps_what_was_planned_losses_too(variant):
 def test_tracker_keeps_what_was_planned():
     """Of a clip with all the clicks that can be drawn."""
     pytest.importorskip("sam2")
-    from pe_spatial.planning.planner import _most_clicks
     from pe_spatial.tracking.sam2.tracker import PESAM2
     from pe_spatial.tracking.sam2.training import Prompting
 
@@ -373,7 +373,7 @@ def test_tracker_keeps_what_was_planned():
 
     inputs = [torch.randint(0, 255, (3, 3, 64, 64), dtype=torch.uint8)]
     masks = [torch.rand(2, 3, 64, 64) > 0.5]
-    with mock.patch.object(Prompting, "draw", _most_clicks):
+    with mock.patch.object(Prompting, "draw", lambda self, frames, _: self.most(frames)):
         saved, highest = train_step(build(), dict(inputs=inputs, masks=masks))
     plan = measure_step(on_meta(build), 1, (64, 64), bfloat16=False, frames=3, objects=2)
     assert_close(plan.saved, saved, rtol=0.15, atol=0)

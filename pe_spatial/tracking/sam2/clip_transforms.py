@@ -20,6 +20,8 @@ from mmengine.registry import TRANSFORMS
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageEnhance
 
+from pe_spatial.planning.registry import register_step
+
 _FILL = (123, 116, 103)  # RGB, of pixels from outside the image
 
 
@@ -222,3 +224,6 @@ class PackClip(BaseTransform):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+register_step("ClipResize", lambda step: dict(size=(step["size"], step["size"])))

@@ -23,6 +23,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
+from pe_spatial.planning.registry import register_step
 from pe_spatial.tracking.vos.evaluation import read_sequences
 from pe_spatial.tracking.vos.masks import VOID, read_mask, read_object_masks, split_ids
 from pe_spatial.tracking.vos.video import list_frames, object_id
@@ -411,3 +412,6 @@ class _NoClipError(DatasetError):
 
 def _key(stem: str) -> int | str:
     return int(stem) if stem.isdecimal() else stem
+
+
+register_step("LoadClip", lambda step: dict(frames=step["num_frames"], objects=step["max_objects"]))

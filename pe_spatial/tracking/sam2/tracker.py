@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers optimizers and hooks)
 from pe_spatial.encoder.checkpoint import load_checkpoint
 from pe_spatial.errors import ConfigError
+from pe_spatial.planning.registry import register_example, total_loss
 from pe_spatial.tracking.sam2.losses import MultiStepLoss
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD, build_pe_sam2, load_sam2_weights
 from pe_spatial.tracking.sam2.streaming import Prompt, StreamingTracker
@@ -181,3 +184,15 @@ def _index_mask(masks: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.nd
     for i, mask in masks.items():
         index[mask] = i
     return index
+
+
+@register_example(
+    PESAM2,
+    counted="encoder, tracker and losses with {objects} objects in a clip, and as many prompts and clicks as can be "
+    "drawn",
+)
+def _planned_loss(model: PESAM2, clips: Tensor, objects: int, replaced: ExitStack) -> Tensor:
+    replaced.enter_context(mock.patch.object(Prompting, "draw", lambda self, frames, _: self.most(frames)))
+    batch_size, frames, _, h, w = clips.shape
+    masks = torch.empty(batch_size, objects, frames, h, w, dtype=torch.bool, device=clips.device)
+    return total_loss(model, inputs=list(clips.to(torch.uint8)), masks=list(masks))

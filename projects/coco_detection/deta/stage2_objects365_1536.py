@@ -8,7 +8,7 @@
 #
 # The rate drops after epoch 4, as in the released script; the paper says 5: param_scheduler.0.milestones=[5].
 # The class heads start anew, as in the script, which keeps them in stage 4 alone (the paper does not say), though the
-# classes are the same: custom_hooks.1.new=[] keeps them. Both options go behind --cfg-options.
+# classes are the same: custom_hooks.1.skip=[] keeps them. Both options go behind --cfg-options.
 # Float32 as in the script; --amp: the encoder in bfloat16.
 
 _base_ = 'stage1_objects365_1024.py'
@@ -17,7 +17,7 @@ canvas = 1536
 epochs = 6
 side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage1_objects365_1024/epoch_12.pth'
-custom_hooks = [*_base_.custom_hooks, dict(type='StartFromStage', new=['bbox_head.cls_branches'])]
+custom_hooks = [*_base_.custom_hooks, dict(type='LoadPreviousStage', skip=['bbox_head.cls_branches'])]
 
 model = dict(data_preprocessor=dict(pad_size_divisor=canvas), backbone=dict(init_cfg=None))
 train_pipeline = [*_base_.load, dict(type='DETAJitter', canvas=canvas), dict(type='PackDetInputs')]

@@ -17,7 +17,7 @@ canvas = 1728
 epochs = 12
 side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage2_objects365_1536/epoch_6.pth'
-custom_hooks = [*_base_.custom_hooks, dict(type='StartFromStage', new=['bbox_head.cls_branches'])]
+custom_hooks = [*_base_.custom_hooks, dict(type='LoadPreviousStage', skip=['bbox_head.cls_branches'])]
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=canvas), backbone=dict(drop_path_rate=0.4, init_cfg=None))

@@ -16,7 +16,7 @@ canvas = 1824
 epochs = 3
 side = canvas - 32  # of images, at most
 load_from = 'work_dirs/stage3_coco_1728/epoch_12.pth'
-custom_hooks = [*_base_.custom_hooks[:-1], dict(type='StartFromStage')]
+custom_hooks = [*_base_.custom_hooks[:-1], dict(type='LoadPreviousStage')]
 
 model = dict(data_preprocessor=dict(pad_size_divisor=canvas), backbone=dict(drop_path_rate=0.0))
 train_pipeline = [*_base_.load, dict(type='DETAJitter', canvas=canvas), dict(type='PackDetInputs')]

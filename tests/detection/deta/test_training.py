@@ -22,11 +22,11 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from mmengine.utils import import_modules_from_strings
 from PIL import Image
-from test_model import Fixture
+from test_detector import Fixture
 from torch.testing import assert_close
 
 from pe_spatial.convert.converter import convert
-from pe_spatial.detection.deta.start import StartFromStage
+from pe_spatial.detection.deta.stages import LoadPreviousStage
 from pe_spatial.detection.deta.transforms import DETAJitter, short_side_size
 from pe_spatial.detection.objects365 import CheckedObjects365Dataset
 from pe_spatial.encoder.files import CheckpointFile, read_checkpoint
@@ -76,10 +76,10 @@ def test_stage_is_the_released_one(name):
     assert (cfg.auto_scale_lr.base_batch_size, cfg.train_dataloader.batch_size) == (expected["batch"], expected["each"])
     assert not cfg.train_dataloader.dataset.filter_cfg.filter_empty_gt
 
-    before, start = expected["before"], [hook for hook in cfg.custom_hooks if hook.type == "StartFromStage"]
+    before, start = expected["before"], [hook for hook in cfg.custom_hooks if hook.type == "LoadPreviousStage"]
     assert cfg.load_from == (before and f"work_dirs/{before}.pth")
     assert [hook.get("new", []) for hook in start] == ([expected["new"]] if before else [])
-    assert HOOKS.get("StartFromStage") is StartFromStage
+    assert HOOKS.get("LoadPreviousStage") is LoadPreviousStage
     assert cfg.model.backbone.init_cfg == (None if before else dict(type="Pretrained", checkpoint="released"))
 
     image, boxes, flip, jitter, _ = cfg.train_dataloader.dataset.pipeline
@@ -359,10 +359,10 @@ def test_a_stage_starts_from_the_one_before_with_new_class_heads(project, tool):
     bias = after["bbox_head.cls_branches.2.bias"]  # the objectness of the proposals
     assert_close(bias, torch.full((2,), -np.log(99), dtype=torch.float32))
 
-    keep = ("--cfg-options", "custom_hooks.1.new=[]")
+    keep = ("--cfg-options", "custom_hooks.1.skip=[]")
     error = tool("train", "tiny.py", "--work-dir", "kept", *keep)
     assert re.match(r"error: .*stage2.pth does not fit this stage: 6 weights .*cls_branches.0.bias", error)
-    some = ("custom_hooks.1.new=[bbox_head.cls_branches.2.weight]", "load_from=still/epoch_1.pth")
+    some = ("custom_hooks.1.skip=[bbox_head.cls_branches.2.weight]", "load_from=still/epoch_1.pth")
     assert tool("train", "tiny.py", "--work-dir", "some", *still, *some) is None
     some = state(project / "some" / "epoch_1.pth")["state_dict"]
     assert [name for name in some if not torch.equal(some[name], after[name])] == ["bbox_head.cls_branches.2.weight"]
@@ -370,7 +370,7 @@ def test_a_stage_starts_from_the_one_before_with_new_class_heads(project, tool):
 
 def test_a_stage_needs_the_one_before(tool):
     missing = tool("train", "tiny.py", "--work-dir", "none", "--cfg-options", "load_from=gone.pth")
-    assert missing.startswith("error: load_from is gone.pth, which is no file; train the stage before this one")
+    assert missing.startswith("error: load_from is gone.pth, which is not a file; train the previous stage")
 
 
 def test_images_without_objects_train_every_parameter(project):

@@ -14,7 +14,7 @@ from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
-from test_model import Fixture
+from test_detector import Fixture
 from torchvision.ops import box_iou
 
 from pe_spatial.detection.deta.postprocess import postprocess

@@ -20,7 +20,7 @@ from torchvision.ops import box_convert, box_iou
 
 from pe_spatial.convert.converter import convert
 from pe_spatial.convert.layouts import COCO_CATEGORY_IDS
-from pe_spatial.detection.deta.model import select_proposals
+from pe_spatial.detection.deta.detector import select_proposals
 from pe_spatial.encoder.files import read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
 

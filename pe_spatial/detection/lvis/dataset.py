@@ -1,0 +1,64 @@
+"""LVIS v1 annotations, checked as COCO's are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from mmdet.datasets import LVISV1Dataset
+from mmengine.registry import DATASETS
+
+from pe_spatial.detection.coco import COCO_FIELDS, CheckedCocoDataset, is_size, read_coco
+
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in 1 to 10, 11 to 100, or more training images
+# As the files spell them; mmdet corrects one.
+CLASSES = tuple(name.replace("stereo_equipment", "stero_equipment") for name in LVISV1Dataset.METAINFO["classes"])
+LVIS_FIELDS = {
+    "images": {
+        "id": lambda value: isinstance(value, int),
+        "coco_url": lambda value: isinstance(value, str) and value.count("/") > 0,
+        "height": is_size,
+        "width": is_size,
+        "neg_category_ids": lambda value: isinstance(value, list),
+        "not_exhaustive_category_ids": lambda value: isinstance(value, list),
+    },
+    "categories": {**COCO_FIELDS["categories"], "frequency": FREQUENCIES.__contains__},
+    "annotations": {
+        **COCO_FIELDS["annotations"],
+        "image_id": lambda value: isinstance(value, int),
+        "area": lambda value: isinstance(value, int | float),
+        "segmentation": lambda value: isinstance(value, list),
+    },
+}
+
+
+def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read an LVIS v1 json and bring it into COCO's form.
+
+    Images get the `file_name` that their address ends with ('train2017/000000000030.jpg'): those of LVIS's val are in
+    both folders. Categories are ordered by id, as Detectron2 numbers them. Args and errors as in `read_coco`.
+    """
+    content = read_coco(path, annotated=annotated, backend_args=backend_args, fields=LVIS_FIELDS)
+    for image in content["images"]:
+        image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
+    content["categories"].sort(key=lambda category: category["id"])
+    return content
+
+
+@DATASETS.register_module()
+class CheckedLVISDataset(CheckedCocoDataset):
+    """LVIS v1 instances, checked as COCO's are; args as there.
+
+    `metainfo['image_count']` is the number of images of each class, in the order of the labels, if the file says it.
+    """
+
+    METAINFO: ClassVar[dict[str, Any]] = {**LVISV1Dataset.METAINFO, "classes": CLASSES}
+
+    def read_annotations(self) -> dict[str, Any]:
+        """Read the annotation file, and keep its counts of images."""
+        content = read_lvis(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
+        classes = set(self.metainfo["classes"])
+        counts = tuple(c.get("image_count") for c in content["categories"] if c["name"] in classes)
+        if all(isinstance(count, int) for count in counts):
+            self._metainfo["image_count"] = counts
+        return content

@@ -1,0 +1,73 @@
+"""What the planner must know of models and pipelines. The task packages register it here when they are imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Example = Callable[[Any, Tensor, int, ExitStack], Tensor]
+
+_examples: dict[type, tuple[Example, str]] = {}
+_steps: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
+
+
+def register_example(model_class: type, *, counted: str) -> Callable[[Example], Example]:
+    """Register how models of a class and its subclasses compute their loss without values.
+
+    The decorated function gets the model, images (B, 3, H, W) or clips (B, T, 3, H, W) on the meta device, a number of
+    objects and an ExitStack, and returns the loss. Functions that need values are replaced in the ExitStack: it is
+    closed after the backward pass, in which checkpointed blocks run again. `torch.autocast('meta')` acts as on CUDA.
+
+    Args:
+        model_class: a class of models.
+        counted: what the loss covers, for the report; `{objects}` becomes the number of objects.
+    """
+
+    def register(example: Example) -> Example:
+        _examples[model_class] = example, counted
+        return example
+
+    return register
+
+
+def find_example(model: nn.Module) -> tuple[Example, str] | None:
+    """Return the example of the nearest class of `model`, and what it counts."""
+    return next((_examples[kind] for kind in type(model).__mro__ if kind in _examples), None)
+
+
+def total_loss(model: Any, **batch: Any) -> Tensor:
+    """Return the sum of the losses that an mmengine model computes under autocast."""
+    with torch.autocast("meta"):
+        return model.parse_losses(model(**batch, mode="loss"))[0]
+
+
+def sum_outputs(outputs: Any) -> Tensor:
+    """Return the sum of all values in nested outputs: a scalar that a backward pass can start from."""
+    return torch.stack([x.float().sum() for x in tree_leaves(outputs) if isinstance(x, Tensor)]).sum()
+
+
+def register_step(name: str, shape: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    """Register a step of training pipelines that decides the shape of a batch.
+
+    Args:
+        name: the step's type.
+        shape: from the step's config to any of size (h, w in pixels), frames and objects (in a clip).
+    """
+    _steps[name] = shape
+
+
+def read_shape(pipeline: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the steps of a pipeline say about the shape of a batch; of several the last one counts."""
+    shape: dict[str, Any] = {}
+    for step in pipeline:
+        if step["type"] in _steps:
+            shape.update(_steps[step["type"]](step))
+    return shape
+
+
+register_step("Resize", lambda step: {} if step.get("keep_ratio") else dict(size=tuple(step["scale"][::-1])))
