@@ -1,4 +1,4 @@
-"""COCO annotations and images, checked: an error that names the file and the remedy, or a counted skip."""
+"""COCO annotations and images, checked: errors name the file and the fix; unusable boxes are skipped and counted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS
 from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
 from pe_spatial.errors import DatasetError
 
-_NAMED = 5  # how many offenders an error names before it says 'and so many more'
+_NAMED = 5  # how many items an error lists before 'and N more'
 _ROUNDING = 0.5  # pixels by which a box may leave its image without being counted as clipped
 
 
@@ -28,13 +28,13 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
     """COCO instances, checked once when they are loaded.
 
     Boxes that leave their image are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
-    finite are skipped; one log line counts them. Anything that cannot be read as COCO, classes that the file does not
-    have, and missing images raise DatasetError.
+    finite are skipped; one log line counts them. Files that are not COCO, classes that the file does not have, and
+    missing images raise DatasetError.
 
     Args:
-        skip_missing: leave out, and count, images that are not there, instead of raising; only for training, because
-            the evaluation would count their objects as missed.
-        options: those of mmdet's `CocoDataset`.
+        skip_missing: omit and count missing images instead of raising; only in training, because an evaluation would
+            count their objects as missed.
+        options: options of mmdet's `CocoDataset`.
     """
 
     def __init__(self, *args: Any, skip_missing: bool = False, **options: Any) -> None:
@@ -42,8 +42,8 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         super().__init__(*args, **options)
         if self.test_mode and any(getattr(step, "skip_broken", False) for step in self.pipeline.transforms):
             raise DatasetError(
-                f"LoadCheckedImage(skip_broken=True) in the test pipeline of {self.ann_file}: a test cannot draw "
-                "another image; set skip_broken=False there"
+                f"LoadCheckedImage(skip_broken=True) in the test pipeline of {self.ann_file}: a test cannot "
+                "replace an image by another one; set skip_broken=False there"
             )
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         coco.dataset = content
         coco.createIndex()
         coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs
-        self.COCOAPI = _Prepared(coco)  # what mmdet calls with the file's path
+        self.COCOAPI = _LoadedCoco(coco)  # mmdet calls it with the path of the file
         try:
             data_list = super().load_data_list()
         finally:
@@ -66,46 +66,46 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         return data_list
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file and check its form; other formats become COCO's here."""
+        """Read the annotation file and check its structure; subclasses convert other formats to COCO's here."""
         return read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
 
     def filter_data(self) -> list[dict[str, Any]]:
-        """Filter as mmdet does; nothing left is an error."""
+        """Filter as mmdet does; DatasetError if nothing is left."""
         kept = super().filter_data()
         if not kept:
             raise DatasetError(
-                f"no image of {self.ann_file} is left: filter_cfg={self.filter_cfg} and the classes "
-                f"{_some(list(self.metainfo['classes']))} leave none with a usable box; see the counts logged above"
+                f"no image of {self.ann_file} has a usable box of the classes "
+                f"{_listed(list(self.metainfo['classes']))} (filter_cfg={self.filter_cfg}); see the counts logged above"
             )
         return kept
 
     def _check_classes(self, content: Mapping[str, Any]) -> None:
-        # mmdet would leave unknown classes out, and thereby silently renumber the others.
+        # mmdet would drop unknown classes, and thereby silently renumber the others.
         classes = list(self.metainfo["classes"])
         names = [category["name"] for category in content["categories"]]
         absent = [name for name in classes if name not in names]
         if absent:
             raise DatasetError(
-                f"{self.ann_file} has no categories {_some(absent)}; it has {_some(names, 20)}. "
+                f"{self.ann_file} has no categories {_listed(absent)}; it has {_listed(names, 20)}. "
                 "Set metainfo=dict(classes=(...)) of the datasets, and num_classes of the heads, to those"
             )
         # mmdet numbers the labels as the file orders its categories, and names them as `classes` does.
         order = [name for name in names if name in classes]
         if order != classes:
             raise DatasetError(
-                f"{self.ann_file} has its categories in the order {_some(order, 20)}, the classes are "
-                f"{_some(classes, 20)}; set metainfo=dict(classes=(...)) in the file's order, "
+                f"{self.ann_file} has its categories in the order {_listed(order, 20)}, the classes are "
+                f"{_listed(classes, 20)}; set metainfo=dict(classes=(...)) in the file's order, "
                 "and name each category once"
             )
 
     def _check_images(self, images: list[dict[str, Any]]) -> int:
-        """Remove or report images that are not there; how many there were."""
+        """Remove or report missing images; return their number."""
         folder = self.data_prefix.get("img", "")
         steps = [step for step in self.pipeline.transforms if isinstance(step, LoadCheckedImage | LoadImageFromFile)]
         backend_args = (steps and steps[0].backend_args) or self.backend_args
         if not isinstance(fileio.get_file_backend(folder, backend_args=backend_args), LocalBackend):
             return 0
-        listed: dict[str, set[str]] = {}  # one listing for each folder is far cheaper than one look for each image
+        listed: dict[str, set[str]] = {}  # to list each folder once is far cheaper than to look for each image
 
         def exists(image: Mapping[str, Any]) -> bool:
             parent, name = os.path.split(os.path.join(folder, image["file_name"]))
@@ -115,29 +115,29 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
 
         missing = [image for image in images if not exists(image)]
         if missing and (self.test_mode or not self.skip_missing):
-            files = _some([os.path.join(folder, image["file_name"]) for image in missing])
+            files = _listed([os.path.join(folder, image["file_name"]) for image in missing])
             remedy = "" if self.test_mode else ", or set skip_missing=True of the dataset to train without them"
             raise DatasetError(
-                f"{len(missing)} of the {len(images)} images that {self.ann_file} lists are not there: {files}; "
+                f"{len(missing)} of the {len(images)} images in {self.ann_file} are missing: {files}; "
                 f"check data_root (--data-root) and data_prefix{remedy}"
             )
-        gone = {image["id"] for image in missing}
-        images[:] = [image for image in images if image["id"] not in gone]
+        ids = {image["id"] for image in missing}
+        images[:] = [image for image in images if image["id"] not in ids]
         return len(missing)
 
     def _check_masks(self, content: Mapping[str, Any]) -> None:
         loaders = [step for step in self.pipeline.transforms if getattr(step, "with_mask", False)]
-        real = [a for a in content.get("annotations", ()) if not a.get("iscrowd")] if loaders else []
-        without = [a["id"] for a in real if not a.get("segmentation")]
+        objects = [a for a in content.get("annotations", ()) if not a.get("iscrowd")] if loaders else []
+        without = [a["id"] for a in objects if not a.get("segmentation")]
         if without:
             raise DatasetError(
-                f"{len(without)} annotations of {self.ann_file} have no segmentation (ids {_some(without)}) but masks "
-                "are to be loaded; add them, or train a detector without masks (with_mask=False, no mask head)"
+                f"{len(without)} annotations of {self.ann_file} have no segmentation (ids {_listed(without)}), but the "
+                "pipeline loads masks; add them, or train a detector without masks (with_mask=False, no mask head)"
             )
-        encoded = [a["id"] for a in real if isinstance(a["segmentation"], Mapping)]
+        encoded = [a["id"] for a in objects if isinstance(a["segmentation"], Mapping)]
         if encoded and not all(getattr(step, "poly2mask", True) for step in loaders):
             raise DatasetError(
-                f"{len(encoded)} annotations of {self.ann_file} hold run-length masks (ids {_some(encoded)}), which "
+                f"{len(encoded)} annotations of {self.ann_file} hold run-length masks (ids {_listed(encoded)}), which "
                 "LoadAnnotations(poly2mask=False) would drop; set poly2mask=True"
             )
 
@@ -152,8 +152,8 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         )
 
 
-class _Prepared:
-    """Stands for the COCO class where mmdet reads the file: calling it gives what was read and cleaned already."""
+class _LoadedCoco:
+    """Takes the place of the COCO class: calling it returns the annotations that are already read and cleaned."""
 
     def __init__(self, coco: Any) -> None:
         self.coco = coco
@@ -163,17 +163,17 @@ class _Prepared:
 
 
 def is_id(value: Any) -> bool:
-    """Whether `value` can identify an entry."""
+    """Return whether `value` can identify an entry."""
     return isinstance(value, int | str)
 
 
 def is_size(value: Any) -> bool:
-    """Whether `value` can be a height or width in pixels."""
+    """Return whether `value` can be a height or width in pixels."""
     return _is_number(value) and value > 0
 
 
 def is_name(value: Any) -> bool:
-    """Whether `value` is a text that is not empty."""
+    """Return whether `value` is a string that is not empty."""
     return isinstance(value, str) and bool(value)
 
 
@@ -191,15 +191,15 @@ def read_coco(
     backend_args: Mapping[str, Any] | None = None,
     fields: Mapping[str, Mapping[str, Callable[[Any], bool]]] = COCO_FIELDS,
 ) -> dict[str, Any]:
-    """Read a COCO json and check its form.
+    """Read a COCO json and check its structure.
 
     Args:
-        path: the file, or what mmengine's file backends take.
+        path: a file, or an address of mmengine's file backends.
         annotated: whether it must hold annotations (a test set need not).
-        backend_args: of mmengine's file backend.
-        fields: the lists that the file must hold, and for each key of their entries what its value must satisfy.
+        backend_args: options of mmengine's file backend.
+        fields: the lists that the file must hold, and for each key of their entries a check of its value.
 
-    Raises DatasetError if it is missing, no json, or not COCO.
+    Raises DatasetError if the file is missing or is not COCO json.
     """
     try:
         content = json.loads(fileio.get_text(path, backend_args=backend_args))
@@ -208,29 +208,29 @@ def read_coco(
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read as text ({error}); give a COCO json") from error
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{path} is truncated or no json ({error}); download or write it again") from error
+        raise DatasetError(f"{path} is not valid json ({error}); download or write it again") from error
     for name, keys in fields.items():
         if name == "annotations" and not annotated and name not in content:
             continue
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise DatasetError(
-                f"{path} is no COCO instance file: it has no list {name!r}; give an instances_*.json "
-                "(of LVIS, an lvis_v1_*.json)"
+                f"{path} is not a COCO instance file: it has no list {name!r}; give an instances_*.json "
+                "(for LVIS, an lvis_v1_*.json)"
             )
         for i, entry in enumerate(content[name]):
             absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if absent:
-                raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; mend or remove it")
+                raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; fix or remove it")
         for i, entry in enumerate(content[name]):
             wrong = [key for key, holds in keys.items() if not holds(entry[key])]
             if wrong:
-                raise DatasetError(f"{path}: {name}[{i}] has {wrong[0]} {entry[wrong[0]]!r}; mend or remove it")
+                raise DatasetError(f"{path}: {name}[{i}] has {wrong[0]} {entry[wrong[0]]!r}; fix or remove it")
         twice = [key for key, count in Counter(entry["id"] for entry in content[name]).items() if count > 1]
         if twice:
-            raise DatasetError(f"{path}: {name} holds ids more than once ({_some(twice)}); number them uniquely")
+            raise DatasetError(f"{path}: {name} contains ids more than once ({_listed(twice)}); make them unique")
     if not content["images"] or (annotated and not content["annotations"]):
         what = "images" if not content["images"] else "annotations, so there is nothing to learn from it"
-        raise DatasetError(f"{path} holds no {what}; give the file of an annotated set")
+        raise DatasetError(f"{path} contains no {what}; give the file of an annotated set")
     return content
 
 
@@ -238,19 +238,19 @@ _SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown images"
 
 
 def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
-    """Clip boxes to their images and remove those that are unusable, in place.
+    """Clip boxes to their images and remove unusable ones, in place.
 
-    Returns how many were 'clipped' (by more than rounding) and how many skipped, by kind. Raises DatasetError for
+    Returns the numbers of boxes 'clipped' (by more than rounding) and skipped, by reason. Raises DatasetError for
     category ids that the file does not define.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    known = {category["id"] for category in content["categories"]}
+    defined = {category["id"] for category in content["categories"]}
     annotations = content.get("annotations", [])
-    unknown = Counter(a["category_id"] for a in annotations if a["category_id"] not in known)
+    unknown = Counter(a["category_id"] for a in annotations if a["category_id"] not in defined)
     if unknown:
         raise DatasetError(
             f"{path}: {unknown.total()} annotations have category ids that the file does not define "
-            f"({_some(sorted(unknown, key=str))}); add these categories or remove the annotations"
+            f"({_listed(sorted(unknown, key=str))}); add these categories or remove the annotations"
         )
     counts: Counter[str] = Counter()
     kept = []
@@ -274,7 +274,7 @@ def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
 
 
 def _clip(box: Any, width: float, height: float) -> tuple[list[float] | None, str]:
-    """Return the part of `box` (x, y, w, h) inside the image, None if unusable, and the kind to count it under."""
+    """Return the part of `box` (x, y, w, h) inside the image, None if unusable, and the reason to count it under."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return None, "not finite"
     x, y, w, h = box
@@ -284,13 +284,13 @@ def _clip(box: Any, width: float, height: float) -> tuple[list[float] | None, st
     if right - left < 1 or bottom - top < 1:
         return None, "smaller than a pixel"
     moved = max(left - x, top - y, x + w - right, y + h - bottom)
-    return [left, top, right - left, bottom - top], "clipped" if moved > _ROUNDING else "whole"
+    return [left, top, right - left, bottom - top], "clipped" if moved > _ROUNDING else "unchanged"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _some(values: list[Any], limit: int = _NAMED) -> str:
+def _listed(values: list[Any], limit: int = _NAMED) -> str:
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more

@@ -1,7 +1,7 @@
-"""Two-stage detection as Detectron2 computes it, in MMDetection's parts: the released detectors give the same boxes.
+"""Two-stage detection in MMDetection as Detectron2 computes it, so that the released detectors give the same boxes.
 
-Each class changes what differs, and nothing else; the source of every rule is detectron2@02b5c4e:detectron2/modeling.
-Rules that MMDetection has as options (RoIAlign, thresholds) are set in configs/_base_/models/.
+Each class changes only what differs. Source of every rule: detectron2@02b5c4e:detectron2/modeling. Rules that are
+options of MMDetection (RoIAlign, thresholds) are set in configs/_base_/models/.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Float32Linear(nn.Linear):
 class Detectron2BoxCoder(DeltaXYWHBBoxCoder):
     """DeltaXYWHBBoxCoder whose logarithm of a size is clamped from above only (box_regression.py).
 
-    MMDetection clamps it from below too, unless it also clamps centres: here to infinity.
+    MMDetection clamps it from below too, unless it also clamps centers: here to infinity.
 
     Args:
-        target_stds: of dx, dy, dw, dh: the inverse of Detectron2's weights.
+        target_stds: standard deviations of dx, dy, dw, dh: the inverse of Detectron2's weights.
     """
 
     def __init__(self, *, target_stds: Sequence[float]) -> None:
@@ -52,9 +52,9 @@ class Detectron2BoxCoder(DeltaXYWHBBoxCoder):
 
 @TASK_UTILS.register_module()
 class Detectron2MaxIoUAssigner(MaxIoUAssigner):
-    """MaxIoUAssigner whose low-quality matches make an anchor positive but leave it its own best object.
+    """MaxIoUAssigner in which a low-quality match makes an anchor positive, for the object that it overlaps most.
 
-    MMDetection gives the anchor to the object that has no better one (matcher.py).
+    MMDetection gives the anchor to the object that has no better anchor (matcher.py).
     """
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
@@ -70,11 +70,11 @@ class Detectron2MaxIoUAssigner(MaxIoUAssigner):
 
 @MODELS.register_module()
 class Detectron2RPNHead(RPNHead):
-    """RPNHead that ranks by logits, and divides its losses by the number of anchors to sample rather than sampled.
+    """RPNHead that ranks by logits, and divides its losses by the sampler's quota, not by the number of samples.
 
     Ranking by probability, as MMDetection does, ties all logits above 17 (proposal_generator/{rpn,proposal_utils}.py).
-    The two predictors compute in float32 under autocast: in bfloat16 the scores of neighbouring anchors tie, and mmcv's
-    NMS on CPUs takes float32 only. The convolutions before them, which are all of the cost, stay in the low precision.
+    The two predictors compute in float32 under autocast: in bfloat16 the scores of neighboring anchors tie, and mmcv's
+    NMS on CPUs takes float32 only. The convolutions before them, nearly all of the cost, stay in the low precision.
     """
 
     def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class Detectron2RPNHead(RPNHead):
 
 @MODELS.register_module()
 class Detectron2RoIExtractor(SingleRoIExtractor):
-    """SingleRoIExtractor that rounds at the borders between levels as Detectron2 does (poolers.py)."""
+    """SingleRoIExtractor that rounds at the boundaries between levels as Detectron2 does (poolers.py)."""
 
     def map_roi_levels(self, rois: Tensor, num_levels: int) -> Tensor:
         """RoIs (N, 5) as (image, x1, y1, x2, y2) in pixels -> the level (N,) of each."""
@@ -134,7 +134,7 @@ def _not_empty(boxes: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
-    """Box head that drops rows with a non-finite number before it selects, and empty boxes after (fast_rcnn.py)."""
+    """Box head that drops non-finite rows before it selects boxes, and empty boxes afterwards (fast_rcnn.py)."""
 
     def probabilities(self, cls_score: Tensor) -> Tensor:
         """Logits (N, C + 1) -> probabilities in [0, 1], the background in the last column."""
@@ -162,7 +162,7 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
             roi: (N, 5) as (image, x1, y1, x2, y2), in pixels of the input.
             scores: probabilities (N, C + 1).
             bbox_pred: deltas (N, 4 C) or (N, 4).
-            img_meta: of the image: img_shape (h, w), scale_factor (w, h).
+            img_meta: img_shape (h, w) and scale_factor (w, h) of the image.
             rescale: return boxes in pixels of the original image.
             cfg: score_thr, nms and max_per_img.
         """
@@ -174,8 +174,8 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
         boxes[:, 1::2].clamp_(0, height)
         boxes = boxes.reshape(-1, bbox_pred.shape[1])
         best, labels = multiclass_nms(boxes, scores[finite], cfg.score_thr, cfg.nms, cfg.max_per_img)
-        seen = _not_empty(best)
-        best, labels = best[seen], labels[seen]
+        keep = _not_empty(best)
+        best, labels = best[keep], labels[keep]
         scale = best.new_tensor(img_meta["scale_factor"]).repeat(2) if rescale else 1
         return InstanceData(bboxes=best[:, :4] / scale, scores=best[:, 4], labels=labels)
 
@@ -185,7 +185,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
     """Cascade R-CNN with one mask head, on the final boxes (roi_heads/cascade_rcnn.py).
 
     - The gradient of each stage into the shared features is scaled by 1 / stages; the losses keep their weights.
-    - Stages after the first train on all boxes of the stage before, relabelled: give them a PseudoSampler.
+    - Stages after the first train on all boxes of the previous stage, assigned anew: give them a PseudoSampler.
     - Scores are the mean of the stages' probabilities (MMDetection averages logits).
     - The mask head trains on the samples of the first stage.
 
@@ -258,7 +258,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
     def forward(
         self, x: tuple[Tensor, ...], rpn_results_list: list[InstanceData], batch_data_samples: Any
     ) -> tuple[Any, ...]:
-        """Return, for each image, mean probabilities and last deltas, and the mask logits of the last RoIs."""
+        """Return mean probabilities, last deltas, and the mask logits of the last RoIs, of each image."""
         metas = [sample.metainfo for sample in batch_data_samples]
         rois, scores, deltas = self._stages(x, metas, [results.bboxes for results in rpn_results_list])
         return scores, deltas, self._mask_forward(x, torch.cat(rois))["mask_preds"].split([len(r) for r in rois])
@@ -274,7 +274,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
     def _stages(
         self, x: tuple[Tensor, ...], metas: list[dict[str, Any]], boxes: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the RoIs, the mean probabilities and the deltas of the last stage, for each image."""
+        """Return the RoIs, the mean probabilities and the deltas of the last stage, of each image."""
         sizes = [len(b) for b in boxes]  # empty boxes stay, so that rows remain aligned
         probabilities = []
         for stage, head in enumerate(self.bbox_head):

@@ -1,4 +1,4 @@
-"""Test on the first images of a set only: what takes hours on all of them, tried in minutes."""
+"""Test on the first images of a dataset only, in minutes instead of hours."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pe_spatial.errors import ConfigError
 
 
 def limit_test(cfg: Config, number: int) -> None:
-    """Have the test of `cfg` read and evaluate the first `number` images of its annotation file.
+    """Limit the test of `cfg` to the first `number` images of its annotation file.
 
-    They are written as a COCO file of their own to the work folder, since a metric counts every image of its file.
-    ConfigError if the dataset or a metric reads no such file.
+    They are written to the work folder as a COCO file, since a metric counts every image of its file. Raises
+    ConfigError if the dataset or a metric does not read a COCO file.
     """
     dataset = cfg.test_dataloader.dataset
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if number < 1 or "ann_file" not in dataset:
-        raise ConfigError(f"the first {number} images of {dataset.get('type')}: give 1 or more, of a COCO dataset")
-    whole = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
-    wanting = [metric for metric in evaluators if "ann_file" in metric]
-    others = [metric.ann_file for metric in wanting if os.path.abspath(metric.ann_file or "") != os.path.abspath(whole)]
-    if others or not wanting:
+        raise ConfigError(f"first {number} images of {dataset.get('type')}: give at least 1, and a COCO dataset")
+    full = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
+    metrics = [metric for metric in evaluators if "ann_file" in metric]
+    others = [metric.ann_file for metric in metrics if os.path.abspath(metric.ann_file or "") != os.path.abspath(full)]
+    if others or not metrics:
         raise ConfigError(
-            f"the test reads {whole} and is evaluated with {', '.join(map(str, others)) or 'no annotation file'}; "
+            f"the test reads {full} and is evaluated with {', '.join(map(str, others)) or 'no annotation file'}; "
             "set ann_file of test_evaluator to the same file to limit both"
         )
-    part = Path(cfg.work_dir).resolve() / f"first_{number}_{Path(whole).name}"
-    write_first(read_coco(whole, annotated=False), number, part)
+    part = Path(cfg.work_dir).resolve() / f"first_{number}_{Path(full).name}"
+    write_first(read_coco(full, annotated=False), number, part)
     dataset.ann_file = str(part)
-    for metric in wanting:
+    for metric in metrics:
         metric.ann_file = str(part)
 
 

@@ -12,19 +12,19 @@ from pe_spatial.errors import DatasetError
 
 @DATASETS.register_module()
 class CheckedObjects365Dataset(CheckedCocoDataset):
-    """Objects365 v2 instances; args as of `CheckedCocoDataset`, but the classes are the file's.
+    """Objects365 v2 instances; args as in `CheckedCocoDataset`, but the classes are those of the file.
 
-    There are files with the published names of the classes and with mended ones; the ids 1 to 365 are the same.
-    Images are looked for in the folder of their part, `patch8/objects365_v1_00420917.jpg`, where the archives unpack
-    to, though some files say `images/v1/patch8/...`.
+    There are files with the published names of the classes and with corrected ones; the ids 1 to 365 are the same.
+    Images are expected where the archives unpack to, `patch8/objects365_v1_00420917.jpg`, though some files say
+    `images/v1/patch8/...`.
     """
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file, take its names of the classes, and shorten its paths."""
+        """Read the annotation file, adopt its class names, and shorten its paths."""
         content = super().read_annotations()
         if [category["id"] for category in content["categories"]] != list(range(1, 366)):
             raise DatasetError(
-                f"{self.ann_file} has not the categories 1 to 365 of Objects365 v2, in this order; give a "
+                f"{self.ann_file} does not have the categories 1 to 365 of Objects365 v2, in this order; give a "
                 "zhiyuan_objv2_*.json, or use CheckedCocoDataset for another set"
             )
         self._metainfo["classes"] = tuple(category["name"] for category in content["categories"])

@@ -1,9 +1,8 @@
 """Soft-NMS in rounds of independent boxes instead of one box at a time: the same result in tens of steps.
 
-A box whose overlapping rivals all score less can be picked without knowing the rest: scores only fall, so its own is
-final and it decays theirs. Each round picks all such boxes at once. The decays, the score at which a box is dropped
-and the shift that separates classes are those of perception_models@3e352cc:apps/detection/DETA_pe/models/
-utils_softnms.py.
+Scores only fall, so the score of a box is final once all boxes that overlap it score less. Each round picks all such
+boxes at once and decays the others. The decays, the score at which a box is dropped and the shift that separates
+classes are those of perception_models@3e352cc:apps/detection/DETA_pe/models/utils_softnms.py.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """Decay the scores of boxes that overlap a better one of their class; return kept (indices, scores), best first.
 
-    Classes are kept apart by adding label * (largest coordinate + 1) to the boxes. That rounds them, by 0.004 pixels
-    for label 90 in 640 pixels, which can carry an IoU over the threshold; other labels round otherwise.
+    Classes are separated by adding label * (largest coordinate + 1) to the boxes. This rounds them, by 0.004 pixels for
+    label 90 in 640 pixels, which can lift an IoU over the threshold; the rounding depends on the label.
 
     Args:
         boxes: (N, 4) as x1, y1, x2, y2; computed in float32.
         scores: (N,).
         labels: (N,), integers >= 0.
-        method: the factor of a rival's score: 'quad' (1 - IoU)^quad_scale and 'linear' 1 - IoU, both where IoU is above
-            iou_threshold; 'hard' 0 where it is not below; 'gaussian' exp(-IoU^2 / sigma) everywhere.
-        options: the ones of the method in `METHODS`; None for the value there. ConfigError for others.
+        method: the factor of an overlapping box's score: 'quad' (1 - IoU)^quad_scale and 'linear' 1 - IoU, both where
+            IoU is above iou_threshold; 'hard' 0 where it is not below; 'gaussian' exp(-IoU^2 / sigma) everywhere.
+        options: options of the method in `METHODS`; None for the value there. ConfigError for others.
     """
     chosen = method_options(method, options, METHODS)
     scores = scores.float()
@@ -53,13 +52,13 @@ def soft_nms(
     boxes = boxes + (labels.to(boxes) * (boxes.max() + 1))[:, None]
     alive = scores > PRUNE
     alive[scores.nan_to_num(nan=-1).argmax()] = True
-    index = alive.nonzero()[:, 0]  # of the boxes below in the ones given
+    index = alive.nonzero()[:, 0]  # of the remaining boxes, in the given ones
     boxes, scores, alive = boxes[index], scores[index], alive[index]
     first, second, decay = _pairs(boxes, method, chosen)
 
     kept = torch.zeros_like(alive)
     while len(first):
-        swap = scores[first] < scores[second]  # among equals the first in the list wins, as argmax has it
+        swap = scores[first] < scores[second]  # the first of equal scores wins, as in argmax
         winner, loser = torch.where(swap, second, first), torch.where(swap, first, second)
         blocked = torch.zeros_like(alive)
         blocked[loser] = True
@@ -86,22 +85,22 @@ def method_options(
     unknown = given.keys() - methods[method].keys()
     if unknown:
         allowed = ", ".join(methods[method]) or "none"
-        raise ConfigError(f"method {method!r} has no {', '.join(sorted(unknown))}; leave it out (allowed: {allowed})")
+        raise ConfigError(f"method {method!r} has no {', '.join(sorted(unknown))}; remove it (allowed: {allowed})")
     return {**methods[method], **given}
 
 
 def _pairs(boxes: Tensor, method: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pairs (i, j), i < j, of which one box decays the other, and the factors: three times (P,)."""
+    """Return the pairs i, j (P,), i < j, of boxes of which one decays the other, and the factors (P,)."""
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     rows = max(1, _BLOCK // len(boxes))
     parts = []
     for start in range(0, len(boxes), rows):
-        some = boxes[start : start + rows, None]  # (R, 1, 4) against (M, 4): those before `start` had their turn
+        chunk = boxes[start : start + rows, None]  # (R, 1, 4) against (M, 4): earlier boxes are done
         others = boxes[start:]
-        sides = (torch.min(some[..., 2:], others[:, 2:]) - torch.max(some[..., :2], others[:, :2])).clamp_(min=0)
+        sides = (torch.min(chunk[..., 2:], others[:, 2:]) - torch.max(chunk[..., :2], others[:, :2])).clamp_(min=0)
         overlap = sides[..., 0] * sides[..., 1]  # (R, M)
         union = areas[start : start + rows, None] + areas[start:] - overlap
-        iou = overlap / union  # not a number for two empty boxes, which then do not touch
+        iou = overlap / union  # NaN for two empty boxes, which then do not touch
         if "iou_threshold" in options:
             threshold = options["iou_threshold"]
             touching = iou >= threshold if method == "hard" else iou > threshold

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 
 @MODELS.register_module()
 class BoxTTA(DetTTAModel):
-    """Merge the boxes of several views of an image; masks, which mmdet cannot merge, are not predicted."""
+    """Merge the boxes of several views of an image. Masks are not predicted, because mmdet cannot merge them."""
 
     def test_step(self, data: Any) -> list[DetDataSample]:
         """Predict the boxes of all views and merge them."""

@@ -42,7 +42,7 @@ def edit(coco):
 def log(monkeypatch):
     """What was logged, as (message, level)."""
     lines = []
-    for module in ("detection.coco", "integrations.loading"):
+    for module in ("detection.coco", "engine.loading"):
         monkeypatch.setattr(
             f"pe_spatial.{module}.print_log",
             lambda message, *, level=logging.INFO, **_: lines.append((message, level)),
@@ -128,9 +128,9 @@ def test_errors_name_file_and_remedy(edit, change, message):
 
 
 @pytest.mark.parametrize("text", ['{"images": [', "", "[1, 2]", "\x00\x01"])
-def test_file_that_is_no_coco(coco, text):
+def test_file_that_is_not_coco(coco, text):
     coco.write_text(text)
-    with pytest.raises(DatasetError, match=r"no json|no COCO"):
+    with pytest.raises(DatasetError, match=r"not valid json|not a COCO"):
         build(coco)
 
 
@@ -144,7 +144,7 @@ def test_missing_images_can_be_skipped_in_training_only(coco, log):
     (coco.parents[1] / "train2017" / "3.png").unlink()
     assert [item["img_id"] for item in build(coco, skip_missing=True)] == [1, 2, 4]
     assert "1 missing" in log[-1][0]
-    with pytest.raises(DatasetError, match="are not there"):
+    with pytest.raises(DatasetError, match="are missing"):
         build(coco, skip_missing=True, test_mode=True)
 
 
@@ -256,7 +256,7 @@ def test_nothing_usable_is_one_clear_error(coco, edit):
     with pytest.raises(DatasetError, match="skip_broken=False"):
         build(coco, pipeline=[LoadCheckedImage(skip_broken=True)], test_mode=True)
     path = edit(lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]])
-    with pytest.raises(DatasetError, match=r"no image of .* is left"):
+    with pytest.raises(DatasetError, match=r"no image of .* has a usable box"):
         build(path, filter_cfg=dict(filter_empty_gt=True))
 
 

@@ -120,12 +120,12 @@ def as_mmdet_calls(loss, logits, labels):
 def test_federated_loss_equals_the_reference(federated, monkeypatch):
     logits, labels = federated["fed_logits"], federated["fed_gt_classes"].long()
     loss = filled(federated["fed_weights"], num_sample_classes=20)
-    drawn = loss.draw(labels)
+    drawn = loss.sample_classes(labels)
     reference = federated["fed_classes"].long()
     present = len(labels.unique())
     assert_close(drawn[:present], reference[:present])
     assert drawn.shape == reference.shape
-    monkeypatch.setattr(loss, "draw", lambda _: reference)
+    monkeypatch.setattr(loss, "sample_classes", lambda _: reference)
     assert_close(as_mmdet_calls(loss, logits, labels), federated["fed_loss"][0], rtol=1e-6, atol=0)
 
 
@@ -141,8 +141,8 @@ def test_loss_and_gradient_equal_a_slow_reference(background):
     labels = torch.tensor([2, 0, 2, 5 if background else 4])
     logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     loss = filled(torch.ones(5), num_sample_classes=4, loss_weight=0.5)
-    classes = loss.draw(labels).tolist()
-    loss.draw = lambda _: torch.tensor(classes)
+    classes = loss.sample_classes(labels).tolist()
+    loss.sample_classes = lambda _: torch.tensor(classes)
     expected = 0.0
     for row, label in zip(logits, labels, strict=True):
         for c in range(5):
@@ -168,14 +168,14 @@ def test_draw_keeps_those_present_and_follows_the_weights():
     weights = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     loss = filled(weights, num_sample_classes=3)
     torch.manual_seed(0)
-    draws = [loss.draw(torch.tensor([6, 5, 5])) for _ in range(4000)]
+    draws = [loss.sample_classes(torch.tensor([6, 5, 5])) for _ in range(4000)]
     assert all(draw[:2].tolist() == [5, 6] and len(draw) == 3 for draw in draws)
     share = torch.stack(draws)[:, 2].bincount(minlength=7) / len(draws)
     assert_close(share[:5], weights[:5] / weights[:5].sum(), rtol=0, atol=0.03)
-    assert loss.draw(torch.tensor([0, 1, 2, 3])).tolist() == [0, 1, 2, 3]  # more present than asked for
+    assert loss.sample_classes(torch.tensor([0, 1, 2, 3])).tolist() == [0, 1, 2, 3]  # more present than asked for
     loss.num_sample_classes = 50
-    assert sorted(loss.draw(torch.tensor([2])).tolist()) == [1, 2, 3, 4, 5]  # never the background, nor weight 0
-    assert len(filled(torch.ones(100)).draw(torch.tensor([100, 3]))) == 50
+    assert sorted(loss.sample_classes(torch.tensor([2])).tolist()) == [1, 2, 3, 4, 5]  # no background, no weight 0
+    assert len(filled(torch.ones(100)).sample_classes(torch.tensor([100, 3]))) == 50
 
 
 def test_zero_weights_are_an_error():
@@ -442,7 +442,7 @@ def test_results_do_not_depend_on_the_parts(tmp_path, monkeypatch):
     path = write(tmp_path / "lvis.json", content([image(1)], objects(1, 1, 2, 3)))
     rows = [(GRID[i], i, 0.5) for i in range(3)] + [(GRID[7], 1, 0.9)]
     whole = evaluate(path, {1: rows})
-    monkeypatch.setattr(FastLVISMetric, "_AT_ONCE", 2)
+    monkeypatch.setattr(FastLVISMetric, "_CHUNK", 2)
     assert evaluate(path, {1: rows}) == pytest.approx(whole, nan_ok=True)
     assert whole["lvis/bbox_AP"] == pytest.approx((1 + 0.5 + 1) / 3)
     rows = [(GRID[i], k, 0.5) for k, i in enumerate((0, 2))]

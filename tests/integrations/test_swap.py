@@ -354,8 +354,8 @@ def test_tool_writes_or_shows(tool, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("mmdet::atss/atss_r51_fpn_1x_coco.py", "--variant", B16), "brings no config.*it has atss_r50_fpn_1x_coco"),
-        (("nothing::a/b.py", "--variant", B16), "is in no installed package"),
+        (("mmdet::atss/atss_r51_fpn_1x_coco.py", "--variant", B16), "has no config.*similar names: atss_r50_fpn_1x"),
+        (("nothing::a/b.py", "--variant", B16), "'nothing' is not installed"),
         (("gone.py", "--variant", B16), "gone.py cannot be used"),
         ((ATSS, "--variant", "b16"), "unknown variant 'b16'"),
         ((ATSS, "--variant", B16, "--layers", "12"), "out of range for 12 blocks"),

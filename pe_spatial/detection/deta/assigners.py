@@ -17,15 +17,15 @@ Match = tuple[Tensor, Tensor]  # indices (M,) of boxes, and (M,) of the object t
 
 
 class DETAAssigner:
-    """Match each object with the boxes of highest IoU, as many as the random choice of positives gave it.
+    """Match each object with the boxes of highest IoU, as many as a random choice of positives gives it.
 
-    A box is positive if it overlaps some object enough, or if no other overlaps some object more; it counts for the
-    object that it overlaps most. Of an object's c chosen positives only the number matters: the min(c, topk) boxes of
-    highest IoU are matched, whichever object they count for, so one box may predict two objects.
+    A box is positive if it overlaps an object enough, or if it overlaps an object most; it counts for the object that
+    it overlaps most. Only the number c of an object's chosen positives matters: the min(c, topk) boxes of highest IoU
+    are matched, whichever object they count for, so one box may predict two objects.
 
     Args:
-        pos_iou: IoU, in (0, 1], from which on a box is positive.
-        topk: most boxes that one object gets.
+        pos_iou: least IoU of a positive box, in (0, 1].
+        topk: largest number of boxes for one object.
     """
 
     def __init__(self, *, pos_iou: float, topk: int) -> None:
@@ -35,13 +35,13 @@ class DETAAssigner:
         self.topk = topk
 
     def max_positives(self, num_boxes: int) -> int:
-        """Return how many positives are chosen at random from `num_boxes` boxes."""
+        """Return the number of positives to choose from `num_boxes` boxes."""
         raise NotImplementedError
 
     def positives(self, iou: Tensor) -> tuple[Tensor, Tensor]:
         """IoU (G, N) of at least one object -> the best object (N,) of each box, and whether it is positive (N,).
 
-        An object that nothing overlaps makes each box positive that does not overlap it.
+        If no box overlaps an object, its highest IoU is 0 and every box is positive.
         """
         highest, best = iou.max(dim=0)
         is_best = (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
@@ -49,17 +49,17 @@ class DETAAssigner:
 
     @torch.no_grad()
     def assign(self, boxes: Tensor, objects: Tensor, *, permutation: Tensor | None = None) -> Match:
-        """Boxes (N, 4) and objects (G, 4) -> the matches, ordered by object and then by falling IoU.
+        """Boxes (N, 4) and objects (G, 4) -> the matches, ordered by object and then by decreasing IoU.
 
         Args:
             boxes: anchors or proposals.
-            objects: an object without area overlaps nothing.
+            objects: ground truth; an object without area overlaps nothing.
             permutation: (P,), the order in which the P positives are chosen; random by default.
         """
         if not len(objects):
-            nothing = boxes.new_zeros(0, dtype=torch.long)
-            return nothing, nothing
-        # 0 / 0 where neither has an area
+            empty = boxes.new_zeros(0, dtype=torch.long)
+            return empty, empty
+        # NaN where neither has an area
         iou = box_iou(bbox_cxcywh_to_xyxy(objects), bbox_cxcywh_to_xyxy(boxes)).nan_to_num(nan=0)
         best, positive = self.positives(iou)
         index = positive.nonzero().squeeze(1)
@@ -74,11 +74,11 @@ class DETAAssigner:
 
 @TASK_UTILS.register_module()
 class DETAFirstStageAssigner(DETAAssigner):
-    """Match anchors with objects, to train the proposals of the encoder.
+    """Match anchors with objects to train the proposals of the encoder.
 
     Args:
         pos_iou, topk: see `DETAAssigner`.
-        num_positives: most positives of an image.
+        num_positives: largest number of positives in an image.
     """
 
     def __init__(self, *, pos_iou: float = 0.7, topk: int = 4, num_positives: int = 128) -> None:
@@ -86,17 +86,17 @@ class DETAFirstStageAssigner(DETAAssigner):
         self.num_positives = num_positives
 
     def max_positives(self, num_boxes: int) -> int:  # noqa: ARG002  (the second stage needs it)
-        """Return the number of positives, whatever the number of anchors."""
+        """Return the number of positives, which does not depend on the number of anchors."""
         return self.num_positives
 
 
 @TASK_UTILS.register_module()
 class DETASecondStageAssigner(DETAAssigner):
-    """Match the proposals that the decoder starts from with objects; one matching serves all of its layers.
+    """Match the proposals that the decoder starts from with objects, once for all of its layers.
 
     Args:
         pos_iou, topk: see `DETAAssigner`.
-        pos_fraction: of the proposals, in [0, 1], that may be positive.
+        pos_fraction: largest fraction of positive proposals, in [0, 1].
     """
 
     def __init__(self, *, pos_iou: float = 0.6, topk: int = 4, pos_fraction: float = 0.25) -> None:

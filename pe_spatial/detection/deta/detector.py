@@ -1,6 +1,6 @@
-"""DETA: Deformable DETR whose proposals pass an NMS within each level and bring their tokens into the decoder.
+"""DETA: Deformable DETR that applies NMS to the proposals of each level and starts queries from their tokens.
 
-On MMDetection's `DeformableDETR`; the source of every rule that differs from it is
+Based on MMDetection's `DeformableDETR`. Source of every rule that differs from it:
 perception_models@3e352cc:apps/detection/DETA_pe/models/deformable_transformer.py.
 B images, N tokens of all levels, L levels, Q queries, C channels. Boxes are (cx, cy, w, h) in 0..1 of the image
 without padding.
@@ -28,13 +28,13 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 @MODELS.register_module()
 class CanvasPreprocessor(DetDataPreprocessor):
-    """DetDataPreprocessor with one square canvas: `pad_size_divisor`, in pixels, is its side.
+    """DetDataPreprocessor with one square canvas, whose side in pixels is `pad_size_divisor`.
 
-    Raises DatasetError for an image that is larger, which MMDetection would put on a canvas of twice the side.
+    Raises DatasetError for a larger image, which MMDetection would put on a canvas of twice the side.
     """
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Normalise the images, put them in the upper left of the canvas, and fill it with zeros."""
+        """Normalize the images and pad them with zeros on the right and at the bottom to the canvas."""
         side = self.pad_size_divisor
         for index, image in enumerate(data["inputs"]):
             h, w = image.shape[-2:]
@@ -43,7 +43,7 @@ class CanvasPreprocessor(DetDataPreprocessor):
                 path = samples[index].get("img_path") if index < len(samples) else None
                 raise DatasetError(
                     f"{path or f'image {index} of the batch'} is {w} x {h} px when it reaches the model, and its "
-                    f"canvas {side} px; resize it to at most {side} px in the pipeline, or raise "
+                    f"canvas has {side} px; resize it to at most {side} px in the pipeline, or increase "
                     "model.data_preprocessor.pad_size_divisor"
                 )
         return super().forward(data, training)
@@ -51,24 +51,24 @@ class CanvasPreprocessor(DetDataPreprocessor):
 
 @MODELS.register_module()
 class DETA(DeformableDETR):
-    """Two-stage Deformable DETR with box refinement, whose proposals are chosen by `select_proposals`.
+    """Two-stage Deformable DETR with box refinement; `select_proposals` chooses the proposals.
 
-    Each query starts from its proposal's box and from the token that proposed it (`pix_trans_fc`), and no query is
-    learned: `num_queries` may change after training. Everything but the backbone computes in float32 under autocast.
-    `bbox_head` is a `DETAHead`; its `loss` gets, beside the decoder's outputs, `proposals`, a dict of
+    Each query starts from the box of its proposal and the token that proposed it (`pix_trans_fc`). No query is learned,
+    so `num_queries` may change after training. Everything but the backbone computes in float32 under autocast.
+    `bbox_head` is a `DETAHead`; its `loss` gets the decoder's outputs and `proposals`, a dict of
 
-    - anchors (B, N, 4): of every token; (1, 1, 1, 1) for tokens of the padding or too near to a border;
+    - anchors (B, N, 4): boxes of all tokens; (1, 1, 1, 1) for tokens in the padding or too close to a border;
     - init_reference (B, Q, 4): the boxes of the chosen proposals, best first;
-    - enc_logits (B, N, classes) and enc_boxes (B, N, 4): what every token predicts; column 0 is the objectness.
+    - enc_logits (B, N, classes) and enc_boxes (B, N, 4): predictions of all tokens; column 0 is the objectness.
 
     Args:
-        num_queries: proposals that reach the decoder.
-        num_feature_levels: maps that the neck returns.
-        neck: as in `DeformableDETR`, but without `in_channels` it gets those of the backbone's pyramid.
-        nms_pre: proposals of each level that enter the NMS.
-        nms_iou_threshold: above which the NMS drops the lower of two proposals of one level.
+        num_queries: number of proposals that reach the decoder.
+        num_feature_levels: number of maps that the neck returns.
+        neck: as in `DeformableDETR`, but `in_channels` defaults to those of the backbone's pyramid.
+        nms_pre: number of proposals of each level that enter the NMS.
+        nms_iou_threshold: IoU above which the NMS drops the lower of two proposals of one level.
         grad_checkpointing: recompute the activations of the deformable encoder's layers in the backward pass.
-        options: those of `DeformableDETR`.
+        options: options of `DeformableDETR`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class DETA(DeformableDETR):
         self.pix_trans_norm = nn.LayerNorm(self.embed_dims)
 
     def init_weights(self) -> None:
-        """Initialise as the released training does."""
+        """Initialize as the released training does."""
         super().init_weights()
         nn.init.xavier_uniform_(self.pix_trans_fc.weight)
 
@@ -116,7 +116,7 @@ class DETA(DeformableDETR):
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample], rescale: bool = True
     ) -> list[DetDataSample]:
-        """Images (B, 3, H, W) -> the samples with `pred_instances`, in pixels of the original with `rescale`."""
+        """Images (B, 3, H, W) -> the samples with `pred_instances`; with `rescale` in pixels of the original image."""
         levels = self.extract_feat(batch_inputs)
         with _float32(batch_inputs):
             outputs = self.forward_transformer(levels, batch_data_samples)
@@ -160,11 +160,11 @@ class DETA(DeformableDETR):
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Choose the proposals and make the queries of them.
+        """Choose the proposals and make queries from them.
 
         Args:
-            memory: of the encoder (B, N, C).
-            memory_mask: True on padding (B, N); None where nothing is padded.
+            memory: output of the encoder (B, N, C).
+            memory_mask: True on padding (B, N); None without padding.
             spatial_shapes: (h, w) of each level (L, 2).
         """
         states, anchors = self.gen_encoder_output_proposals(memory, memory_mask, spatial_shapes)
@@ -202,17 +202,17 @@ def select_proposals(
 ) -> Tensor:
     """Return the tokens (number,) whose proposals become queries, best first.
 
-    The best of each level pass an NMS within it; each level then gets the same share of the queries, and the best of
-    what is left fill up. If fewer than `number` survive the NMS, the best of all are taken without it.
+    NMS is applied to the best proposals of each level. Each level then gets an equal number of queries, and the best of
+    the others fill the rest. If fewer than `number` survive the NMS, the best of all are taken without it.
 
-    A level with fewer than `nms_pre` tokens enters with all of them. The reference tops it up with arbitrary tokens of
-    other levels, which only matters where fewer than `number` better ones survive.
+    A level with fewer than `nms_pre` tokens enters with all of them. The reference adds arbitrary tokens of other
+    levels, which only matters where fewer than `number` better ones survive.
 
     Args:
-        boxes: of all tokens of an image (N, 4).
+        boxes: boxes of all tokens of an image (N, 4).
         logits: their objectness (N,).
         sizes: number of tokens in each level.
-        number: of queries; ConfigError if there are fewer tokens.
+        number: number of queries; ConfigError if there are fewer tokens.
         nms_pre: as in `DETA`.
         iou_threshold: as `nms_iou_threshold` in `DETA`.
     """
@@ -232,12 +232,12 @@ def select_proposals(
     kept = best[batched_nms(corners, logits[best].float(), level_of[best], iou_threshold)]
     if len(kept) < number:
         return logits.topk(number).indices
-    ranks = F.one_hot(level_of[kept], len(sizes)).cumsum(0)  # (K, L): how many of each level up to here
+    ranks = F.one_hot(level_of[kept], len(sizes)).cumsum(0)  # (K, L): rank of each within its level
     within = ranks.gather(1, level_of[kept, None])[:, 0] <= number // len(sizes)
     fill = ~within & ((~within).cumsum(0) <= number - within.sum())
     return kept[within | fill]
 
 
 def _float32(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast: deformable attention's kernel and NMS on CPUs know no bfloat16."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta knows no autocast
+    """Return a context without autocast: neither deformable attention's kernel nor NMS on CPUs supports bfloat16."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # which has no autocast

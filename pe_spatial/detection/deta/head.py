@@ -26,12 +26,12 @@ from pe_spatial.errors import ConfigError
 class DETAHead(DeformableDETRHead):
     """Class and box heads of DETA: one pair for each decoder layer, and the last pair for the encoder's proposals.
 
-    All losses are divided by the number of objects in the batch, its mean over ranks, at least 1. All proposals train,
-    padded and invalid ones too, and their class 0 is "object".
+    All losses are divided by the number of objects in the batch (mean over ranks, at least 1). All proposals train,
+    also padded and invalid ones; their class 0 is "object".
 
-    Args as in DeformableDETRHead; differently:
-        sync_cls_avg_factor: the mean over ranks cannot be switched off; ConfigError if False.
-        loss_cls: must use the sigmoid; ConfigError if not.
+    Args as in DeformableDETRHead, except:
+        sync_cls_avg_factor: the mean over ranks cannot be disabled; ConfigError if False.
+        loss_cls: must use the sigmoid; ConfigError otherwise.
         train_cfg: `proposal_assigner`, a DETAFirstStageAssigner, and `assigner`, a DETASecondStageAssigner.
         test_cfg: options of `postprocess`.
     """
@@ -45,10 +45,10 @@ class DETAHead(DeformableDETRHead):
         **options: Any,
     ) -> None:
         if not sync_cls_avg_factor:
-            raise ConfigError("sync_cls_avg_factor=False: DETAHead always divides by the mean over ranks; leave it out")
+            raise ConfigError("sync_cls_avg_factor=False: DETAHead always divides by the mean over ranks; remove it")
         super().__init__(*args, sync_cls_avg_factor=True, train_cfg=train_cfg, test_cfg=test_cfg or {}, **options)
         if not self.loss_cls.use_sigmoid:
-            raise ConfigError("loss_cls has use_sigmoid=False: DETAHead needs one score per class, such as FocalLoss")
+            raise ConfigError("loss_cls has use_sigmoid=False: DETAHead needs one score per class, as in FocalLoss")
         if train_cfg:
             if "proposal_assigner" not in train_cfg:
                 raise ConfigError(f"train_cfg has {sorted(train_cfg)}: add proposal_assigner, a DETAFirstStageAssigner")
@@ -64,9 +64,9 @@ class DETAHead(DeformableDETRHead):
         """Return the losses of all layers, weighted.
 
         Args:
-            hidden_states: of each decoder layer, (L, B, Q, dim).
-            references: L + 1 times (B, Q, 4): where each layer starts, and where the last one ended.
-            proposals: `init_reference` (B, Q, 4), and of all N tokens of the encoder `anchors` (B, N, 4),
+            hidden_states: outputs of the decoder layers (L, B, Q, dim).
+            references: L + 1 boxes (B, Q, 4): the start of each layer, and the result of the last one.
+            proposals: `init_reference` (B, Q, 4), and for all N tokens of the encoder `anchors` (B, N, 4),
                 `enc_logits` (B, N, C) and `enc_boxes` (B, N, 4).
             batch_data_samples: images with objects in pixels of the input.
         """
@@ -82,7 +82,7 @@ class DETAHead(DeformableDETRHead):
         batch_gt_instances: Sequence[InstanceData],
         batch_img_metas: Sequence[Mapping[str, Any]],
     ) -> dict[str, Tensor]:
-        """Logits (L, B, Q, C) and boxes (L, B, Q, 4), else as in `loss` -> `[d{layer}.|enc_]loss_{cls,bbox,iou}`."""
+        """Logits (L, B, Q, C), boxes (L, B, Q, 4), and more as in `loss` -> `[d{layer}.|enc_]loss_{cls,bbox,iou}`."""
         sizes = [_size(meta["img_shape"], all_layers_bbox_preds) for meta in batch_img_metas]
         objects = [bbox_xyxy_to_cxcywh(gt.bboxes / size) for gt, size in zip(batch_gt_instances, sizes, strict=True)]
         labels = [gt.labels for gt in batch_gt_instances]
@@ -117,22 +117,22 @@ class DETAHead(DeformableDETRHead):
         Args:
             cls_scores: logits (B, N, C).
             bbox_preds: (B, N, 4).
-            matches: of each image.
+            matches: matches of each image.
             objects: boxes (G, 4) of each image.
             labels: classes (G,) of each image.
             sizes: (w, h, w, h) of each image, in pixels.
-            divisor: of all three.
+            divisor: divisor of all three losses.
         """
-        targets = [_class_targets(cls_scores.shape[1:], m, label) for m, label in zip(matches, labels, strict=True)]
-        loss_cls = self.loss_cls(cls_scores.flatten(0, 1), torch.cat(targets), avg_factor=divisor)
+        classes = [_class_targets(cls_scores.shape[1:], m, label) for m, label in zip(matches, labels, strict=True)]
+        loss_cls = self.loss_cls(cls_scores.flatten(0, 1), torch.cat(classes), avg_factor=divisor)
 
         boxes = torch.cat([box[index] for box, (index, _) in zip(bbox_preds, matches, strict=True)])
-        wanted = torch.cat([box[index] for box, (_, index) in zip(objects, matches, strict=True)])
-        loss_bbox = self.loss_bbox(boxes, wanted, avg_factor=divisor)
-        # in pixels: mmdet holds areas above 1e-6, which would be a small object if the image had size 1
+        targets = torch.cat([box[index] for box, (_, index) in zip(objects, matches, strict=True)])
+        loss_bbox = self.loss_bbox(boxes, targets, avg_factor=divisor)
+        # in pixels: mmdet clamps areas to 1e-6, which would be a small object in an image of size 1
         size = torch.cat([size.expand(len(index), 4) for size, (index, _) in zip(sizes, matches, strict=True)])
-        boxes, wanted = bbox_cxcywh_to_xyxy(boxes) * size, bbox_cxcywh_to_xyxy(wanted) * size
-        return loss_cls, loss_bbox, self.loss_iou(boxes, wanted, avg_factor=divisor)
+        boxes, targets = bbox_cxcywh_to_xyxy(boxes) * size, bbox_cxcywh_to_xyxy(targets) * size
+        return loss_cls, loss_bbox, self.loss_iou(boxes, targets, avg_factor=divisor)
 
     def _predict_by_feat_single(
         self, cls_score: Tensor, bbox_pred: Tensor, img_meta: Mapping[str, Any], rescale: bool = True
@@ -147,7 +147,7 @@ def _size(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _class_targets(shape: Sequence[int], match: Match, labels: Tensor) -> Tensor:
-    """(N, C) -> classes (N,): C where there is no object; of two objects the later one's."""
+    """(N, C) -> classes (N,): C without an object, and the class of the last object of several."""
     number, background = shape
     index, owner = match
     owners = owner.new_full((number,), -1).scatter_reduce(0, index, owner, "amax")

@@ -36,12 +36,14 @@ def postprocess(
         logits: (Q, C), before the sigmoid.
         boxes: (Q, 4) as cx, cy, w, h, relative to the image.
         size: height and width of the original image.
-        method: 'nms', one of `soft_nms`, or None to suppress nothing.
-        candidates: how many of the best are suppressed at all; None for the released 10000 ('nms') or 2000 (soft).
-        max_per_img: how many are returned; None for all. The released code cuts to 100, but not after soft-NMS.
-        class_ids: (C,), the numbers that separate classes during suppression, for the released ones the COCO category
-            ids; None for the labels themselves. They matter to the last digit of an IoU.
-        options: of the method: iou_threshold, quad_scale, sigma. ConfigError for one that it does not have.
+        method: 'nms', a method of `soft_nms`, or None for no suppression.
+        candidates: number of best candidates that enter the suppression; None for the released 10000 ('nms') or 2000
+            (soft).
+        max_per_img: number of detections to return; None for all. The released code cuts to 100, but not after
+            soft-NMS.
+        class_ids: (C,), numbers that separate the classes during suppression, COCO category ids in the released
+            detectors; None for the labels themselves. They influence the last digit of an IoU.
+        options: options of the method: iou_threshold, quad_scale, sigma. ConfigError for one that it does not have.
     """
     chosen = method_options(method, options, _METHODS)
     if class_ids is not None and len(class_ids) != logits.shape[1]:

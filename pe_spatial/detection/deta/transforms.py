@@ -1,4 +1,4 @@
-"""How DETA's released pipelines size an image, which none of MMDetection's transforms does to the pixel."""
+"""Image sizes of DETA's released pipelines, which MMDetection's transforms do not reproduce to the pixel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 
 def short_side_size(height: int, width: int, *, short_side: int, max_long_side: float) -> tuple[int, int]:
-    """Return height and width with the short side at `short_side`, less where the long one would exceed its limit.
+    """Return height and width for a short side of `short_side`, or less where the long side would exceed its limit.
 
-    The long side is truncated, so that it may be a pixel or two below the limit, and for thin images above it
+    The long side is truncated, so it may be a pixel or two below the limit, and above it for thin images
     (perception_models@3e352cc:apps/detection/DETA_pe/datasets/transforms.py).
     """
     small, large = min(height, width), max(height, width)
@@ -32,11 +32,11 @@ def short_side_size(height: int, width: int, *, short_side: int, max_long_side: 
 
 @TRANSFORMS.register_module()
 class ShortSideResize(Resize):
-    """Resize as `short_side_size` says, by PIL's bilinear filter.
+    """Resize to `short_side_size` with PIL's bilinear filter.
 
     Args:
-        short_sides: in pixels; one of them is drawn for each image.
-        max_long_side: in pixels; no limit by default.
+        short_sides: short sides in pixels; one of them is chosen at random for each image.
+        max_long_side: limit of the long side in pixels; none by default.
     """
 
     def __init__(self, *, short_sides: Sequence[int], max_long_side: float = math.inf) -> None:
@@ -45,7 +45,7 @@ class ShortSideResize(Resize):
         self.max_long_side = max_long_side
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize image, boxes and masks; DatasetError if the image is too thin for its short side to remain."""
+        """Resize image, boxes and masks; DatasetError if the image is so thin that its short side would vanish."""
         height, width = results["img"].shape[:2]
         short_side = int(np.random.choice(self.short_sides))
         new_height, new_width = short_side_size(
@@ -53,8 +53,8 @@ class ShortSideResize(Resize):
         )
         if not min(new_height, new_width):
             raise DatasetError(
-                f"{results.get('img_path', 'an image')} is {width} x {height} px and would have no pixel left with "
-                f"its long side at {self.max_long_side} px; cut it in pieces or leave it out"
+                f"{results.get('img_path', 'an image')} is {width} x {height} px: resized to a long side of "
+                f"{self.max_long_side} px, its short side would vanish; crop it or remove it from the dataset"
             )
         self.scale = (new_width, new_height)
         return super().transform(results)
@@ -62,22 +62,22 @@ class ShortSideResize(Resize):
 
 @TRANSFORMS.register_module()
 class DETAJitter(RandomChoice):
-    """Large-scale jitter as the released DETA emulates it, for a canvas that is 32 px wider than any image.
+    """Large-scale jitter as in the released DETA, for a canvas that is 32 px wider than any image.
 
-    Half of the images get a short side of `min_short_side`, 32 more, and so on up to the canvas. The others get a
-    short side of 400, 500 or 600, then a piece of 384 to 600 px a side is cut out and brought to the full size; a
-    piece without objects stays, as a negative (perception_models@3e352cc:apps/detection/DETA_pe/datasets/coco.py,
+    Half of the images get a short side of `min_short_side`, 32 more, and so on up to the canvas. The others get a short
+    side of 400, 500 or 600, then a crop with sides of 384 to 600 px is resized to the full size; crops without objects
+    stay, as negatives (perception_models@3e352cc:apps/detection/DETA_pe/datasets/coco.py,
     `make_coco_transforms_lsj`).
 
     Args:
         canvas: side of the canvas in pixels.
-        min_short_side: in pixels; ConfigError unless the canvas is larger.
+        min_short_side: least short side in pixels; ConfigError unless the canvas is larger.
     """
 
     def __init__(self, *, canvas: int, min_short_side: int = 480) -> None:
         if canvas <= min_short_side:
             raise ConfigError(
-                f"canvas={canvas} leaves no short side from min_short_side={min_short_side} on; lower min_short_side"
+                f"canvas={canvas} is not above min_short_side={min_short_side}; lower min_short_side"
             )
         side = canvas - 32
         near = ShortSideResize(short_sides=[side], max_long_side=side)

@@ -1,7 +1,7 @@
 """DETA's test-time augmentation: an image at several sizes on one canvas, plain and mirrored, merged by soft-NMS.
 
-As in perception_models@3e352cc:apps/detection/DETA_pe/{engine_tta,datasets/coco}.py. Views are made from the normalised
-image, on its device, smaller sizes from the largest. Mirrored views follow plain ones.
+As in perception_models@3e352cc:apps/detection/DETA_pe/{engine_tta,datasets/coco}.py. Views are made from the normalized
+image, on its device, all sizes from the largest one. Each mirrored view follows the plain one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ RECIPES: dict[int, dict[str, Sequence[Any]]] = {
     1824: dict(long_sides=(1728, 1536, 1344), size_ranges=((0, 10000), (0, 10000), (64, 10000), (64, 10000))),
     1728: dict(long_sides=(1536, 1152), size_ranges=((0, 10000), (32, 10000), (32, 10000))),
 }
-"""By the side of the canvas: long sides after the image's own, and for every scale the sizes that it may detect."""
+"""Side of the canvas -> long sides of the resized copies, and for every scale the sizes that it may detect."""
 
 
 def make_views(image: Tensor, *, long_sides: Sequence[int], antialias: bool = True) -> list[Tensor]:
     """Return the image and its resized copies, each followed by its mirror image.
 
     Args:
-        image: (3, h, w), normalised, without padding.
-        long_sides: of the copies, in pixels; both sides are truncated, to one pixel at least.
-        antialias: as torchvision does since 0.17 unless told not to; with older versions the released code had none.
+        image: (3, h, w), normalized, without padding.
+        long_sides: long sides of the copies, in pixels; both sides are truncated, but to at least one pixel.
+        antialias: the default of torchvision since 0.17; with older versions the released code does not antialias.
     """
     height, width = image.shape[-2:]
     scales = [image]
@@ -58,22 +58,23 @@ def detect_in_view(
     size_range: tuple[float, float],
     **options: Any,
 ) -> InstanceData:
-    """Return the detections of one view that are of a size which its scale may detect.
+    """Return those detections of one view that have a size which its scale may detect.
 
     Args:
         logits: (Q, C), before the sigmoid.
         boxes: (Q, 4) as cx, cy, w, h, relative to the view.
         size: height and width of the original image.
-        mirrored: whether the view is.
-        size_range: the square root of a box's area is between these, in pixels of the original image.
-        options: of `postprocess`.
+        mirrored: whether the view is mirrored.
+        size_range: limits of the square root of a box's area, in pixels of the original image.
+        options: options of `postprocess`.
     """
     if mirrored:
         boxes = torch.cat([1 - boxes[:, :1], boxes[:, 1:]], dim=1)
-    found = postprocess(logits, boxes, size=size, **options)
-    area = (found.bboxes[:, 2] - found.bboxes[:, 0]) * (found.bboxes[:, 3] - found.bboxes[:, 1])
+    detected = postprocess(logits, boxes, size=size, **options)
+    x1, y1, x2, y2 = detected.bboxes.unbind(1)
+    area = (x2 - x1) * (y2 - y1)
     smallest, largest = size_range
-    return found[(area > smallest**2) & (area < largest**2)]
+    return detected[(area > smallest**2) & (area < largest**2)]
 
 
 def merge_views(
@@ -83,13 +84,13 @@ def merge_views(
     class_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> InstanceData:
-    """Return the detections of all views after one more soft-NMS, on the scores that the first one left.
+    """Return the detections of all views after another soft-NMS on their decayed scores.
 
     Args:
         views: detections in pixels of the original image.
-        max_per_class: how many of a class are kept; COCO's metrics read the best 100.
+        max_per_class: largest number of detections of a class; COCO's metrics read the best 100.
         class_ids: as in `postprocess`.
-        options: of `soft_nms`.
+        options: options of `soft_nms`.
     """
     together = InstanceData.cat(list(views))
     groups = together.labels if class_ids is None else together.labels.new_tensor(class_ids)[together.labels]
@@ -107,24 +108,24 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class DETATTA(BaseTTAModel):
-    """Detect in all views of an image and merge them; `tta_pipeline` is the test pipeline, the views are made here.
+    """Detect in all views of an image and merge them. It makes the views itself: `tta_pipeline` is the test pipeline.
 
-    Ranks share the images as in any test. Merged detections are not cut to a number per image, as released.
+    Ranks share the images as in any test. As released, the number of merged detections per image is not limited.
 
     Args:
         module: the detector or its config; its mode 'tensor' gives logits (L, B, Q, C) and boxes (L, B, Q, 4).
-        canvas: side, in pixels, of the square that the detector's preprocessor fills up.
-        num_queries: proposals that reach the decoder, 2000 in the released evaluation; None for the detector's own.
-        long_sides: as in `make_views`; None for the canvas's in `RECIPES`.
+        canvas: side in pixels of the square to which the detector's preprocessor pads.
+        num_queries: proposals that reach the decoder, 2000 in the released evaluation; None for the detector's.
+        long_sides: as in `make_views`; None for those of the canvas in `RECIPES`.
         size_ranges: as in `detect_in_view`, one for the image itself and one for each of `long_sides`; None as above.
         antialias: as in `make_views`.
         suppression: options of `soft_nms` across views.
-        view_suppression: options of `postprocess` within each view; None for those across views, without a cut.
+        view_suppression: options of `postprocess` within each view; None for those across views, without a limit.
         class_ids: as in `postprocess`.
         max_per_class: as in `merge_views`.
-        views_at_once: views in one forward pass, which take as much more memory.
-        resume_dir: keep each image's detections in this folder and, when the test is run again, by any number of
-            ranks, take them from there. ConfigError if they are of another model, other options or other images.
+        views_at_once: number of views in one forward pass; memory grows with it.
+        resume_dir: folder that keeps the detections of each image; a test that is run again, on any number of ranks,
+            reads them. ConfigError if they belong to another model, other options or other images.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class DETATTA(BaseTTAModel):
         super().__init__(module)
         if canvas not in RECIPES and (long_sides is None or size_ranges is None):
             raise ConfigError(
-                f"canvas {canvas} has no released recipe (those of {', '.join(map(str, RECIPES))} px have); "
+                f"canvas {canvas} has no released recipe (only {', '.join(map(str, RECIPES))} px have one); "
                 "give long_sides and size_ranges"
             )
         self.long_sides = RECIPES[canvas]["long_sides"] if long_sides is None else long_sides
@@ -154,7 +155,7 @@ class DETATTA(BaseTTAModel):
         if len(self.size_ranges) != 1 + len(self.long_sides) or max(self.long_sides, default=0) > canvas:
             raise ConfigError(
                 f"size_ranges has {len(self.size_ranges)} entries and long_sides is {list(self.long_sides)}: give one "
-                f"range for the image itself and one for each of long_sides, which are at most the canvas, {canvas}"
+                f"range for the image itself and one for each of long_sides, which must not exceed the canvas, {canvas}"
             )
         if num_queries is not None:
             self.module.num_queries = num_queries
@@ -167,39 +168,39 @@ class DETATTA(BaseTTAModel):
         self.max_per_class = max_per_class
         self.views_at_once = views_at_once
         self.resume_dir = None if resume_dir is None else Path(resume_dir)
-        self._settings: str | None = None  # of the results in resume_dir, once compared
+        self._settings: str | None = None  # those of the results in resume_dir, once compared
 
     def test_step(self, data: Mapping[str, Any]) -> list[DetDataSample]:
         """Return the samples with the merged `pred_instances`, in pixels of the original images."""
         images, samples = data["inputs"], list(data["data_samples"])
         if isinstance(samples[0], list | tuple):
             raise ConfigError("DETATTA makes the views of an image itself: set tta_pipeline to the test pipeline")
-        found = [self._recall(sample) for sample in samples]
-        missing = [i for i, instances in enumerate(found) if instances is None]
+        results = [self._load(sample) for sample in samples]
+        missing = [i for i, instances in enumerate(results) if instances is None]
         if missing:
             batch = dict(inputs=[images[i] for i in missing], data_samples=[samples[i] for i in missing])
             batch = self.module.data_preprocessor(batch, False)
             for i, image, sample in zip(missing, batch["inputs"], batch["data_samples"], strict=True):
-                found[i] = self.detect(image, sample)
-                self._keep(sample, found[i])
-        for sample, instances in zip(samples, found, strict=True):
+                results[i] = self.detect(image, sample)
+                self._save(sample, results[i])
+        for sample, instances in zip(samples, results, strict=True):
             sample.pred_instances = instances
         return samples
 
     def detect(self, image: Tensor, sample: DetDataSample) -> InstanceData:
-        """Return the merged detections in one image (3, canvas, canvas), normalised and filled up with zeros."""
+        """Return the merged detections in one image (3, canvas, canvas), normalized and padded with zeros."""
         if image.shape[-2:] != (self.canvas, self.canvas):
             raise ConfigError(
-                f"the preprocessor gives {tuple(image.shape[-2:])} pixels, and the canvas has {self.canvas}: "
-                "set pad_size_divisor of the preprocessor and canvas of DETATTA to the same"
+                f"the preprocessor gives {tuple(image.shape[-2:])} pixels but the canvas has {self.canvas}: "
+                "set pad_size_divisor of the preprocessor and canvas of DETATTA to the same number"
             )
         height, width = sample.img_shape[:2]
         views = make_views(image[:, :height, :width], long_sides=self.long_sides, antialias=self.antialias)
-        found = []
+        detected = []
         for start in range(0, len(views), self.views_at_once):
             logits, boxes = self._outputs(views[start : start + self.views_at_once], sample)
             for i, (logit, box) in enumerate(zip(logits, boxes, strict=True), start):
-                found.append(
+                detected.append(
                     detect_in_view(
                         logit,
                         box,
@@ -210,7 +211,7 @@ class DETATTA(BaseTTAModel):
                         **self.view_suppression,
                     )
                 )
-        return merge_views(found, max_per_class=self.max_per_class, class_ids=self.class_ids, **self.suppression)
+        return merge_views(detected, max_per_class=self.max_per_class, class_ids=self.class_ids, **self.suppression)
 
     def merge_preds(self, data_samples_list: Any) -> Any:
         """Not used: views are merged by `detect`, from the detector's raw outputs."""
@@ -227,8 +228,8 @@ class DETATTA(BaseTTAModel):
         logits, boxes = self.module(batch, samples, mode="tensor")
         return logits[-1], boxes[-1]
 
-    def _recall(self, sample: DetDataSample) -> InstanceData | None:
-        """Return what an earlier run has kept for this image."""
+    def _load(self, sample: DetDataSample) -> InstanceData | None:
+        """Return the detections that an earlier run saved for this image."""
         if self.resume_dir is None:
             return None
         self._compare_settings(self.resume_dir)
@@ -238,11 +239,11 @@ class DETATTA(BaseTTAModel):
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept.pop("image") != _image(sample):
             raise ConfigError(
-                f"{path} is of another image, or of another size of this one; give resume_dir another folder"
+                f"{path} belongs to another image, or to another size of this one; give resume_dir another folder"
             )
         return InstanceData(**kept)
 
-    def _keep(self, sample: DetDataSample, instances: InstanceData) -> None:
+    def _save(self, sample: DetDataSample, instances: InstanceData) -> None:
         if self.resume_dir is not None:
             values = {name: value.cpu() for name, value in instances.items()}
             path = self._path(sample)
@@ -262,17 +263,17 @@ class DETATTA(BaseTTAModel):
                 unfinished.write_text(settings)
         if path.read_text() != settings:
             raise ConfigError(
-                f"{folder} holds detections of another checkpoint or of other options (see {path.name} there); "
+                f"{folder} contains detections of another checkpoint or of other options (see its {path.name}); "
                 "give resume_dir another folder, or remove this one"
             )
         self._settings = settings
 
     def _describe(self) -> dict[str, Any]:
-        """Return what detections depend on: options, and a digest of the weights from some numbers of each tensor."""
+        """Return what detections depend on: options, and a digest of some values of each weight."""
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
-            some = value.detach().flatten()[:: max(1, value.numel() // 16)]
-            digest.update(f"{name} {tuple(value.shape)} {some.double().tolist()}".encode())
+            sample = value.detach().flatten()[:: max(1, value.numel() // 16)]
+            digest.update(f"{name} {tuple(value.shape)} {sample.double().tolist()}".encode())
         own = ("canvas", "long_sides", "size_ranges", "antialias", "suppression", "view_suppression", "class_ids")
         detector = {k: v for k, v in vars(self.module).items() if k[0] != "_" and isinstance(v, int | float | str)}
         own_values = {name: getattr(self, name) for name in (*own, "max_per_class")}

@@ -33,10 +33,10 @@ LVIS_FIELDS = {
 
 
 def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read an LVIS v1 json and bring it into COCO's form.
+    """Read an LVIS v1 json and convert it to COCO's format.
 
-    Images get the `file_name` that their address ends with ('train2017/000000000030.jpg'): those of LVIS's val are in
-    both folders. Categories are ordered by id, as Detectron2 numbers them. Args and errors as in `read_coco`.
+    Images get the `file_name` that their address ends with ('train2017/000000000030.jpg'), because those of LVIS's val
+    are in both folders. Categories are ordered by id, as in Detectron2. Args and errors as in `read_coco`.
     """
     content = read_coco(path, annotated=annotated, backend_args=backend_args, fields=LVIS_FIELDS)
     for image in content["images"]:
@@ -47,15 +47,15 @@ def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | N
 
 @DATASETS.register_module()
 class CheckedLVISDataset(CheckedCocoDataset):
-    """LVIS v1 instances, checked as COCO's are; args as there.
+    """LVIS v1 instances; args and checks as in `CheckedCocoDataset`.
 
-    `metainfo['image_count']` is the number of images of each class, in the order of the labels, if the file says it.
+    `metainfo['image_count']` is the number of images of each class, in the order of the labels, if the file has it.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {**LVISV1Dataset.METAINFO, "classes": CLASSES}
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file, and keep its counts of images."""
+        """Read the annotation file, and keep its numbers of images."""
         content = read_lvis(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
         classes = set(self.metainfo["classes"])
         counts = tuple(c.get("image_count") for c in content["categories"] if c["name"] in classes)

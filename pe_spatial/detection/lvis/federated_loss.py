@@ -17,23 +17,23 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 @MODELS.register_module()
 class FederatedLoss(nn.Module):
-    """Sigmoid cross-entropy over a few classes at each step: those present, and others drawn at random.
+    """Sigmoid cross-entropy over a few classes at each step: those present, and others sampled at random.
 
-    For `loss_cls` of a box head, which gets C + 1 outputs; the last, the background's, is not trained. The loss is
-    summed over RoIs and classes and divided by the number of RoIs (detectron2@02b5c4e:detectron2/modeling/roi_heads/
+    For `loss_cls` of a box head, which gets C + 1 outputs; the last one, background, is not trained. The loss is summed
+    over RoIs and classes and divided by the number of RoIs (detectron2@02b5c4e:detectron2/modeling/roi_heads/
     fast_rcnn.py).
 
-    A class is drawn with a probability proportional to its entry of the buffer `class_weights` (C,), which starts as
-    zeros: `SetClassWeights` fills it before training, and checkpoints hold it.
+    A class is sampled with a probability proportional to its entry in the buffer `class_weights` (C,), which starts as
+    zeros: `SetClassWeights` fills it before training, and checkpoints contain it.
 
     Args:
         num_classes: C.
-        num_sample_classes: how many classes a step trains at least; the background counts as one if it is present.
+        num_sample_classes: least number of classes that a step trains; background counts as one if it is present.
         loss_weight: factor of the loss.
     """
 
     class_weights: Tensor
-    custom_cls_channels = True  # mmdet's box heads ask for these
+    custom_cls_channels = True  # mmdet's box heads read these
     custom_activation = True
     custom_accuracy = True
 
@@ -45,7 +45,7 @@ class FederatedLoss(nn.Module):
         self.register_buffer("class_weights", torch.zeros(num_classes))
 
     def get_cls_channels(self, num_classes: int) -> int:
-        """Return the number of outputs of a box head; ConfigError if it has other classes."""
+        """Return the number of outputs of a box head; ConfigError if its number of classes differs."""
         if num_classes != self.num_classes:
             raise ConfigError(
                 f"the box head has num_classes={num_classes}, its FederatedLoss num_classes={self.num_classes}; set "
@@ -54,7 +54,7 @@ class FederatedLoss(nn.Module):
         return num_classes + 1
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
-        """Logits (N, C + 1) -> scores (N, C + 1) in [0, 1]; the last column means nothing."""
+        """Logits (N, C + 1) -> scores (N, C + 1) in [0, 1]; the last column has no meaning."""
         return cls_score.sigmoid()
 
     def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -62,8 +62,8 @@ class FederatedLoss(nn.Module):
         objects = labels < self.num_classes
         return {"acc_classes": accuracy(cls_score[objects, :-1], labels[objects])}
 
-    def draw(self, labels: Tensor) -> Tensor:
-        """Labels (N,) in [0, C], C = background -> the classes to train, in [0, C], each once, those present first."""
+    def sample_classes(self, labels: Tensor) -> Tensor:
+        """Labels (N,) in [0, C], C = background -> the unique classes in [0, C] to train, present ones first."""
         present = labels.unique()
         weights = F.pad(self.class_weights, (0, 1)).index_fill(0, present, 0)
         others = min(self.num_sample_classes - len(present), int(weights.count_nonzero()))
@@ -85,10 +85,10 @@ class FederatedLoss(nn.Module):
             raise ConfigError(f"FederatedLoss is a mean over RoIs; it has no reduction_override={reduction_override!r}")
         if not self.class_weights.any():
             raise ConfigError(
-                "the class weights of FederatedLoss are zero, so there is nothing to draw by; add "
-                "dict(type='SetClassWeights') to custom_hooks, or load a checkpoint that holds them"
+                "the class weights of FederatedLoss are zero, so no class can be sampled; add "
+                "dict(type='SetClassWeights') to custom_hooks, or load a checkpoint that contains them"
             )
-        trained = self.class_weights.new_zeros(self.num_classes + 1).index_fill(0, self.draw(labels), 1)
+        trained = self.class_weights.new_zeros(self.num_classes + 1).index_fill(0, self.sample_classes(labels), 1)
         targets = F.one_hot(labels, self.num_classes + 1).float()
         losses = F.binary_cross_entropy_with_logits(cls_score.float(), targets, trained.float(), reduction="none")
         losses = losses[:, :-1].sum(1)
@@ -99,17 +99,17 @@ class FederatedLoss(nn.Module):
 
 @HOOKS.register_module()
 class SetClassWeights(Hook):
-    """Fill the class weights of every `FederatedLoss` with the training set's counts of images, to a power.
+    """Set the class weights of every `FederatedLoss` to powers of the numbers of training images of the classes.
 
     Args:
-        power: 0.5 as released (detectron2@02b5c4e:detectron2/data/detection_utils.py).
+        power: exponent; 0.5 as released (detectron2@02b5c4e:detectron2/data/detection_utils.py).
     """
 
     def __init__(self, *, power: float = 0.5) -> None:
         self.power = power
 
     def before_train(self, runner: Runner) -> None:
-        """Set the weights; ConfigError or DatasetError where there is nothing to set, or nothing to set it from."""
+        """Set the weights; ConfigError if there is no such loss, DatasetError if the dataset has no image_count."""
         losses = [module for module in runner.model.modules() if isinstance(module, FederatedLoss)]
         if not losses:
             raise ConfigError("SetClassWeights found no FederatedLoss in the model; remove it from custom_hooks")
@@ -117,13 +117,13 @@ class SetClassWeights(Hook):
         counts = metainfo.get("image_count") if isinstance(metainfo, Mapping) else None
         if counts is None:
             raise DatasetError(
-                "the training set does not say image_count, the number of images of each class, as FederatedLoss "
-                "needs; use CheckedLVISDataset with a file whose categories have image_count (lvis_v1_train.json)"
+                "the training set has no image_count (number of images of each class), which FederatedLoss needs; use "
+                "CheckedLVISDataset with a file that has image_count in its categories (lvis_v1_train.json)"
             )
         for loss in losses:
             if len(counts) != loss.num_classes:
                 raise ConfigError(
-                    f"the training set has {len(counts)} classes, FederatedLoss num_classes={loss.num_classes}; set "
-                    "num_classes of the loss and the heads to the former"
+                    f"the training set has {len(counts)} classes but FederatedLoss num_classes={loss.num_classes}; set "
+                    f"num_classes of the loss and the heads to {len(counts)}"
                 )
             loss.class_weights.copy_(torch.tensor(counts, dtype=torch.float32) ** self.power)

@@ -21,23 +21,23 @@ from pe_spatial.errors import ConfigError, DatasetError
 class FastLVISMetric(BaseMetric):
     """Average precision of LVIS v1, computed by faster-coco-eval.
 
-    A detection of a class that its image is not annotated for does not count, nor does one that matches nothing where
-    not all objects of its class are annotated. MMDetection's LVISMetric would need the package lvis, whose release
-    (0.5.3) does not run with NumPy 1.24 or later.
+    A detection of a class that its image is not annotated for does not count, nor does one without match where not all
+    objects of its class are annotated. MMDetection's LVISMetric needs the package lvis, whose release (0.5.3) does not
+    run with NumPy 1.24 or later.
 
-    Results are in [0, 1], NaN where there is no object: `{metric}_AP`, AP50, AP75, by area APs, APm, APl, and by the
-    number of training images of the class APr, APc, APf.
+    Results are in [0, 1], NaN without objects: `{metric}_AP`, AP50, AP75, by area APs, APm, APl, and by the number of
+    training images of the class APr, APc, APf.
 
     Args:
-        ann_file: LVIS v1 json; DatasetError if it is none.
+        ann_file: LVIS v1 json; DatasetError if it is another file.
         metric: 'bbox', 'segm' or both.
-        max_dets: how many detections of an image count, the best of all classes together.
-        backend_args: of mmengine's file backend.
-        options: those of mmengine's `BaseMetric`.
+        max_dets: number of detections of an image that count, the best of all classes together.
+        backend_args: options of mmengine's file backend.
+        options: options of mmengine's `BaseMetric`.
     """
 
     default_prefix = "lvis"
-    _AT_ONCE = 100  # classes; faster-coco-eval's memory grows with images x classes
+    _CHUNK = 100  # classes at once, because faster-coco-eval's memory grows with images x classes
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class FastLVISMetric(BaseMetric):
         """Return the results of all metrics, from the detections of all images."""
         out = {}
         for metric in self.metrics:
-            # Without a box, the area of a mask is its own.
+            # without a box, the area is that of the mask
             key = "bbox" if metric == "bbox" else "segmentation"
             detections = [
                 {"image_id": r["image"], "category_id": category, "score": score, key: shape}
@@ -102,17 +102,17 @@ class FastLVISMetric(BaseMetric):
 
     @cached_property
     def _evaluated(self) -> list[dict[str, Any]]:
-        """The categories of the labels, in their order."""
+        """Return the categories of the labels, in their order."""
         classes = set(self.dataset_meta["classes"])
         return [category for category in self.categories if category["name"] in classes]
 
     def _evaluate(self, metric: str, detections: list[dict[str, Any]]) -> dict[str, float]:
-        found = self.truth.loadRes(detections)
+        predicted = self.truth.loadRes(detections)
         categories = self._evaluated
         parts = []
-        for start in range(0, len(categories), self._AT_ONCE):
-            evaluation = COCOeval_faster(self.truth, found, metric, lvis_style=True)
-            evaluation.params.catIds = [category["id"] for category in categories[start : start + self._AT_ONCE]]
+        for start in range(0, len(categories), self._CHUNK):
+            evaluation = COCOeval_faster(self.truth, predicted, metric, lvis_style=True)
+            evaluation.params.catIds = [category["id"] for category in categories[start : start + self._CHUNK]]
             evaluation.params.maxDets = [self.max_dets]
             evaluation.evaluate()
             evaluation.accumulate()

@@ -15,9 +15,9 @@ from pe_spatial.errors import ConfigError
 
 
 def repeat_factors(labels: Sequence[Sequence[int]], repeat_thr: float) -> Tensor:
-    """Return how often to show each image, (images,) >= 1, from the labels of its objects.
+    """Return how often to show each image (images,), at least 1, from the labels of its objects.
 
-    For a class in a share f of the images it is max(1, sqrt(repeat_thr / f)), for an image the largest of its
+    For a class in a fraction f of the images it is max(1, sqrt(repeat_thr / f)), for an image the maximum over its
     classes (detectron2@02b5c4e:detectron2/data/samplers/distributed_sampler.py).
     """
     classes = [np.unique(np.asarray(of_image, dtype=np.int64)) for of_image in labels]
@@ -33,18 +33,18 @@ def repeat_factors(labels: Sequence[Sequence[int]], repeat_thr: float) -> Tensor
 class RepeatFactorSampler(InfiniteSampler):
     """Infinite, shuffled sampler that shows images of rare classes more often.
 
-    Fractions of the repeat factors are rounded at random, anew in every epoch, so that they hold on average (mmengine's
+    Repeat factors are rounded at random in every epoch, so that they are exact on average (mmengine's
     ClassBalancedDataset rounds them up).
 
     Args:
-        dataset: any whose `get_data_info` gives instances with a bbox_label, after its filter; wrappers too.
-        repeat_thr: the share of images in (0, 1] below which the images of a class are repeated.
-        seed: of the shuffle, the same in all processes; None agrees on one.
+        dataset: a dataset, or a wrapper, with instances with bbox_label in `get_data_info`.
+        repeat_thr: images of a class are repeated if it occurs in less than this fraction of images, in (0, 1].
+        seed: random seed of the shuffle, the same in all processes; None agrees on one.
     """
 
     def __init__(self, dataset: Any, *, repeat_thr: float = 0.001, seed: int | None = None) -> None:
         if not 0 < repeat_thr <= 1:
-            raise ConfigError(f"repeat_thr is {repeat_thr}; give a share of the images in (0, 1], 0.001 as released")
+            raise ConfigError(f"repeat_thr is {repeat_thr}; give a fraction of the images in (0, 1]; 0.001 as released")
         super().__init__(dataset, shuffle=True, seed=seed)
         infos = map(dataset.get_data_info, range(len(dataset)))
         self.factors = repeat_factors([[i["bbox_label"] for i in info["instances"]] for info in infos], repeat_thr)

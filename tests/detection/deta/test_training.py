@@ -78,7 +78,7 @@ def test_stage_is_the_released_one(name):
 
     before, start = expected["before"], [hook for hook in cfg.custom_hooks if hook.type == "LoadPreviousStage"]
     assert cfg.load_from == (before and f"work_dirs/{before}.pth")
-    assert [hook.get("new", []) for hook in start] == ([expected["new"]] if before else [])
+    assert [hook.get("skip", []) for hook in start] == ([expected["new"]] if before else [])
     assert HOOKS.get("LoadPreviousStage") is LoadPreviousStage
     assert cfg.model.backbone.init_cfg == (None if before else dict(type="Pretrained", checkpoint="released"))
 
@@ -228,7 +228,7 @@ def test_a_piece_without_objects_stays_and_no_box_is_without_area():
 
 
 def test_a_canvas_below_the_shortest_side_is_refused():
-    with pytest.raises(ConfigError, match="canvas=480 leaves no short side from min_short_side=480 on"):
+    with pytest.raises(ConfigError, match="canvas=480 is not above min_short_side=480"):
         DETAJitter(canvas=480)
     assert DETAJitter(canvas=128, min_short_side=64)(painted())["img_shape"][1] <= 96
 
@@ -255,9 +255,9 @@ def test_objects365(tmp_path):
     (sample,) = (dataset.get_data_info(i) for i in range(len(dataset)))
     assert sample["img_path"] == str(tmp_path / "train" / "patch8" / "a.jpg")
     assert [instance["bbox_label"] for instance in sample["instances"]] == [364]
-    with pytest.raises(DatasetError, match=r"1 of the 2 images .* are not there: .*patch8/b.jpg"):
+    with pytest.raises(DatasetError, match=r"1 of the 2 images .* are missing: .*patch8/b.jpg"):
         objects365(tmp_path, categories)
-    with pytest.raises(DatasetError, match="has not the categories 1 to 365"):
+    with pytest.raises(DatasetError, match="does not have the categories 1 to 365"):
         objects365(tmp_path, categories[::-1], skip_missing=True)
 
 
@@ -399,7 +399,7 @@ def test_more_queries_than_tokens_is_one_sentence(tool):
 def test_a_image_larger_than_the_canvas_is_one_sentence(tool):
     smaller = ("--cfg-options", "model.data_preprocessor.pad_size_divisor=64")
     error = tool("train", "tiny.py", "--work-dir", "large", *smaller)
-    assert re.match(r"error: .*\.png is \d+ x \d+ px when it reaches the model, and its canvas 64 px", error)
+    assert re.match(r"error: .*\.png is \d+ x \d+ px when it reaches the model, and its canvas has 64 px", error)
 
 
 # --- launch scripts
