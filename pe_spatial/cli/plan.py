@@ -15,7 +15,7 @@ import json
 from pe_spatial.cli.arguments import add_cfg_options
 
 # Packages that know plain models of a framework; other configs import what they need (custom_imports).
-_PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation.linear_probe"}
+_PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
