@@ -1,29 +1,29 @@
-# Linear depth probe of one frozen layer of PE-Spatial on NYUv2, by DINOv3's protocol: batch norm, one linear map.
+# Linear depth probe of one frozen layer of PE-Spatial on NYUv2, with DINOv3's protocol: batch norm, one linear map.
 #
 #   command   torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_lin1_nyu.py --launcher pytorch
 #             python tools/train.py configs/pe_spatial_lin1_nyu.py --cfg-options train_dataloader.batch_size=16
 #             python tools/test.py configs/pe_spatial_lin1_nyu.py work_dirs/pe_spatial_lin1_nyu/iter_38400.pth
 #   data      data/nyu (projects/nyu_depth/README.md), or --data-root FOLDER
-#   hardware  8 GPUs, 2 images each, or one with 16; memory not measured yet
+#   hardware  8 GPUs with 2 images each, or one with 16; memory not measured yet
 #   cost      38400 iterations of 16 images, without gradients in the encoder; not measured yet
-#   expected  not measured yet. RMSE in metres on the 654 test images, measured by the authors of DINOv3 (Tab. 3, 14)
-#             under this protocol, last layer: PE-Spatial-G 0.362; PE-Core-G 0.590, L 0.650, B 0.641; DINOv3-L 0.352,
-#             B 0.373, S 0.403; DINOv2-g 0.372. Nobody published PE-Spatial L, B, S or T.
-#             Meta's 0.262 for PE-Spatial-G is another thing: pe_spatial_dpt_single_nyu.py.
+#   expected  not measured yet. RMSE in meters on the 654 test images with this protocol and the last layer, by DINOv3's
+#             authors (Tab. 3, 14): PE-Spatial-G 0.362; PE-Core-G 0.590, L 0.650, B 0.641; DINOv3-L 0.352, B 0.373,
+#             S 0.403; DINOv2-g 0.372. Results for PE-Spatial L, B, S and T are not published.
+#             Meta's 0.262 for PE-Spatial-G is with another protocol, pe_spatial_dpt_single_nyu.py.
 #
 # Another size:     --cfg-options model.backbone.variant=pe_spatial_g14_448       (t16_512, s16_512, b16_512, l14_448)
-# Other layers:     --cfg-options "model.backbone.out_indices=[45]"   (from 0), or 'last', 'even' (four), 'late' (four)
-# Another encoder:  --cfg-options model.backbone.variant=timm:vit_base_patch14_dinov2.lvd142m, with its normalisation:
+# Other layers:     --cfg-options "model.backbone.out_indices=[45]"   (0-based), or 'last', 'even' (four), 'late' (four)
+# Another encoder:  --cfg-options model.backbone.variant=timm:vit_base_patch14_dinov2.lvd142m, with its normalization:
 #                   "model.data_preprocessor.mean=[123.675,116.28,103.53]"
 #                   "model.data_preprocessor.std=[58.395,57.12,57.375]"
 #
 # DINOv3's recipe (dinov3@6876159:dinov3/eval/depth/configs/config-nyu.yaml): last layer, no class token, no upsampling;
 # 256 even bins from 1 mm to 10 m, weights relu + 0.1; SigLoss alone; AdamW 3e-4, weight decay 1e-4, gradients clipped
 # at 35; 12800 iterations of linear warm-up times a cosine over all 38400; evaluation in the Eigen crop, averaged with
-# the mirrored image. Theirs puts the encoder's last norm before the batch norm; PE-Spatial has none. Their beta1 is
-# 0 during warm-up, by an oversight, and 0.85 to 0.95 after it; here 0.85 to 0.95.
-# SigLoss takes its statistics from the images of one GPU, as released: 8 x 2 and 1 x 16 images are not the same
-# training. model.losses.0.across_ranks=True takes them over all GPUs.
+# the flipped image. Theirs puts the encoder's final norm before the batch norm; PE-Spatial has none. Their beta1 is 0
+# during warm-up, by mistake, and 0.85 to 0.95 after it; here it is 0.85 to 0.95.
+# SigLoss takes its statistics over the images of one GPU, as in the released code, so 8 x 2 and 1 x 16 images are
+# different trainings. model.losses.0.across_ranks=True takes them over all GPUs.
 
 _base_ = ['_base_/datasets/nyu_depth.py', '_base_/detection_runtime.py']
 
@@ -38,7 +38,7 @@ model = dict(
     decode_head=dict(type='BinsDepthHead', norm='batch', min_depth=1e-3, max_depth=_base_.max_depth),
     losses=[dict(type='SigLoss', loss_weight=1.0)],
     test_cfg=dict(mode='whole', flip=True))
-sync_bn = 'torch'  # statistics over all GPUs, where there are several
+sync_bn = 'torch'  # statistics over all GPUs
 
 iterations, warm_up = 38400, 12800
 optim_wrapper = dict(

@@ -1,4 +1,4 @@
-"""Monocular depth: data, heads, losses, metrics, inference. Importing it registers."""
+"""Monocular depth: data, heads, losses, metrics, inference. Importing this package registers its classes."""
 
 import pe_spatial.engine.loading  # noqa: F401  (registers LoadCheckedImage)
 

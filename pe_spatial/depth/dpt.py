@@ -1,7 +1,7 @@
-"""The DPT head for depth: four maps of a plain vision transformer, brought to four scales and fused.
+"""The DPT head for depth: four maps of a plain vision transformer, resized to four scales and fused.
 
-Reference: dinov2@b8931f7:dinov2/hub/depth/decode_heads.py (DPTHead), with the 1x1 convolution of a fusion before the
-upsampling, which is the same at a quarter of the cost; norms on the levels as dinov3@6876159 has them.
+Reference: dinov2@b8931f7:dinov2/hub/depth/decode_heads.py (DPTHead). The 1x1 convolution of a fusion comes before the
+upsampling, which gives the same result at a quarter of the cost; levels can have norms as in dinov3@6876159.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ READOUTS = ("ignore", "add", "project")
 
 
 class Reassemble(nn.Module):
-    """One layer's map to one scale of the pyramid.
+    """Bring one layer's map to one scale of the pyramid.
 
     Args:
-        channels: of the map.
-        out_channels: of the result.
+        channels: channels of the map.
+        out_channels: channels of the result.
         scale: factor on the grid: 4, 2, 1 or 0.5.
         readout, token, norm: as in `DPTDepthHead`.
     """
@@ -48,7 +48,7 @@ class Reassemble(nn.Module):
         elif scale in (2, 4):
             self.resize = nn.ConvTranspose2d(out_channels, out_channels, int(scale), stride=int(scale))
         else:
-            raise ConfigError(f"scale {scale} of a DPT level is not among 4, 2, 1, 0.5")
+            raise ConfigError(f"the scale of a DPT level is {scale}; allowed are 4, 2, 1, 0.5")
 
     def forward(self, patches: Tensor, class_token: Tensor | None) -> Tensor:
         """(B, C, h, w), (B, C) -> (B, out, h * scale, w * scale), rounded up."""
@@ -56,7 +56,7 @@ class Reassemble(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Two 3x3 convolutions behind a ReLU each, added to their input."""
+    """Two 3x3 convolutions, each after a ReLU, added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Add a level to the running map and double its resolution; the deepest level finds no map yet."""
+    """Add a level to the running map and double its resolution; the deepest level starts the map."""
 
     def __init__(self, channels: int, *, deepest: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Fusion(nn.Module):
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor | None, level: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2 * h, 2 * w); the level is resized to (h, w), as odd grids need it."""
+        """(B, C, h, w) -> (B, C, 2 * h, 2 * w); the level is resized to (h, w), which odd grids need."""
         x = level if x is None else x + self.level_unit(resize(level, x.shape[-2:]))
         return double(self.project(self.unit(x)))
 
@@ -93,21 +93,21 @@ def double(x: Tensor) -> Tensor:
 class DPTDepthHead(nn.Module):
     """DPT: four layers at strides p / 4, p / 2, p and 2 p of a patch p, fused from the deepest up, then depth.
 
-    The output has 32 times the grid of the deepest map, at odd grids more than the image; whoever calls resizes it.
+    The output has 32 times the grid of the deepest map, more than the image at odd grids; the caller resizes it.
 
     Args:
-        in_channels: of each map that the encoder gives.
-        in_index: the map of each of the four levels, finest first; [0, 0, 0, 0] reads one layer four times.
-        channels: of the fusion; None takes a quarter of the width of the deepest map.
-        level_channels: of the four levels before it; None takes an eighth, a quarter, a half and all of that width.
-        scales: factor on the grid of each level. A hierarchical backbone, whose maps have these scales, takes 1s.
-        readout: what becomes of the token of the whole image: 'ignore', 'add' or 'project' (beside it, linear, GELU).
-        token: that token: 'class' or 'mean', and None for 'ignore'. PE-Spatial-G has no class token.
-        norm: on each level: 'batch', 'layer' or None.
-        min_depth, max_depth: in metres.
-        bins: None regresses relu(x) + min_depth; a number takes the expectation over so many bins, at half resolution.
-        spacing, weighting: of the bins, as in `BinsDepthHead`.
-        init_depth: in metres; the regression begins near it, because it cannot leave the flat side of the relu.
+        in_channels: channels of each map of the encoder.
+        in_index: index of the map for each of the four levels, finest first; [0, 0, 0, 0] reads one layer four times.
+        channels: channels of the fusion; None: a quarter of the width of the deepest map.
+        level_channels: channels of the four levels before it; None: 1/8, 1/4, 1/2 and all of that width.
+        scales: factor on the grid of each level; all 1 for a hierarchical backbone, which has these scales already.
+        readout: use of the image's token: 'ignore', 'add' to each patch, or 'project' (concatenate, linear, GELU).
+        token: the image's token: 'class' or 'mean'; None for 'ignore'. PE-Spatial-G has no class token.
+        norm: norm on each level: 'batch', 'layer' or None.
+        min_depth, max_depth: range in meters.
+        bins: None regresses relu(x) + min_depth; a number: expectation over that many bins, at half the resolution.
+        spacing, weighting: those of the bins, as in `BinsDepthHead`.
+        init_depth: initial prediction of the regression in meters; it could not leave the flat side of the relu.
         grad_checkpointing: recompute the fusions in the backward pass; the two finest dominate the memory.
     """
 
@@ -139,8 +139,8 @@ class DPTDepthHead(nn.Module):
             )
         if len(in_index) != 4 or not all(0 <= i < len(in_channels) for i in in_index):
             raise ConfigError(
-                f"in_index is {list(in_index)} but the encoder gives {len(in_channels)} maps; name four of them, "
-                "such as [0, 0, 0, 0] for one layer, or four layers in out_indices"
+                f"in_index is {list(in_index)} but the encoder gives {len(in_channels)} maps; give four indices, such "
+                "as [0, 0, 0, 0] for one layer, or set four layers in out_indices"
             )
         self.in_index = tuple(in_index)
         self.min_depth, self.max_depth = min_depth, max_depth
@@ -168,7 +168,7 @@ class DPTDepthHead(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
-        """Maps (B, C, h, w), for 'class' their class tokens (B, C) -> depth (B, 1, H, W)."""
+        """Maps (B, C, h, w), with token 'class' also class tokens (B, C) -> depth (B, 1, H, W) in meters."""
         tokens = class_tokens or [None] * len(maps)
         levels = [reassemble(maps[i], tokens[i]) for i, reassemble in zip(self.in_index, self.reassemble, strict=True)]
         x = self.narrow(F.relu(self.project(self._fuse(levels))))

@@ -1,4 +1,4 @@
-"""An encoder, a depth head and what stands around them: padding, sliding windows, flips, losses."""
+"""A depth estimator: encoder, depth head, padding, sliding windows, flips and losses."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ LAYERS: dict[str, tuple[float, ...]] = {
     "even": (1 / 4, 2 / 4, 3 / 4, 1.0),
     "late": (5 / 8, 6 / 8, 7 / 8, 1.0),
 }
-"""Name -> which blocks a head reads, as parts of the depth; of PE-Spatial-G 'even' is [12, 24, 37, 49]."""
+"""Name -> the blocks that a head reads, as fractions of the depth; 'even' is [12, 24, 37, 49] in PE-Spatial-G."""
 
 MODES = ("whole", "slide")
 
 
 def named_layers(name: str, depth: int) -> list[int]:
-    """Return the blocks, 0-based, that a name of `LAYERS` means in an encoder of `depth` blocks.
+    """Return the blocks, 0-based, of a name in `LAYERS` for an encoder of `depth` blocks.
 
-    Rounded up, so that the last one is always read: the usual i * (n // 4) - 1 never reaches the end of 50 blocks.
+    They are rounded up, so that the last block is always read; the usual i * (n // 4) - 1 misses the last of 50 blocks.
     """
     if name not in LAYERS:
         raise ConfigError(f"out_indices is {name!r}; allowed are block numbers and {', '.join(map(repr, LAYERS))}")
     return [math.ceil(part * depth) - 1 for part in LAYERS[name]]
 
 
-# MMSegmentation has a DepthEstimator of its own, which its scope would find first.
+# MMSegmentation has its own DepthEstimator, which its scope would find first.
 @MODELS.register_module(name="PEDepthEstimator")
 class DepthEstimator(BaseModel):
     """Metric depth from one image: any backbone of the registries, a depth head, a list of losses.
 
-    Images whose sides are no multiples of the encoder's patch are padded with zeros on all sides, and the padding is
-    cut from the prediction (DINOv2 squeezes it into the image instead).
+    If the sides of an image are not multiples of the encoder's patch, it is padded with zeros on all sides, and the
+    padding is cropped from the prediction (DINOv2 resizes the padded prediction instead).
 
     Args:
-        backbone: its config. `out_indices` may be a name of `LAYERS`, so that the layers follow the variant.
+        backbone: config of the encoder. `out_indices` may be a name in `LAYERS`, so that layers follow the variant.
         decode_head: config of `BinsDepthHead` or `DPTDepthHead`; `in_channels` follows from the encoder, and is only
-            given for backbones that do not tell their width.
+            given for backbones without `embed_dim`.
         losses: configs of modules (pred (B, 1, H, W), target (B, 1, H, W), 0 = missing) -> scalar; they are summed.
         frozen: keep the backbone in evaluation mode and without autograd.
         test_cfg: `mode` 'whole' or 'slide' (with `crop_size` and `stride`, (h, w) in pixels: windows, averaged where
@@ -81,7 +81,7 @@ class DepthEstimator(BaseModel):
             self.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> DepthEstimator:
-        """Set training mode; a frozen backbone stays in evaluation mode."""
+        """Set the mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -90,10 +90,10 @@ class DepthEstimator(BaseModel):
     def forward(
         self, inputs: Tensor, data_samples: Sequence[SegDataSample] | None = None, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor] | list[SegDataSample]:
-        """Run mmengine's 'loss', 'predict' or 'tensor' on normalised `inputs` (B, 3, H, W).
+        """Run mmengine's 'loss', 'predict' or 'tensor' on normalized `inputs` (B, 3, H, W).
 
-        'predict' returns samples with pred_depth_map (1, h, w) in metres, at the size that the image had before it
-        was resized (`ori_shape`); 'tensor' returns depth (B, 1, H, W) of the whole image, as in training.
+        'predict' returns samples with pred_depth_map (1, h, w) in meters, at the size of the image before it was
+        resized (`ori_shape`); 'tensor' returns the depth (B, 1, H, W) of the complete image, as in training.
         """
         if mode == "loss":
             return self.loss(inputs, data_samples)
@@ -109,7 +109,7 @@ class DepthEstimator(BaseModel):
         return {f"loss_{i}_{type(loss).__name__}": loss(depth, target) for i, loss in enumerate(self.losses)}
 
     def predict(self, inputs: Tensor, data_samples: Sequence[SegDataSample] | None = None) -> list[SegDataSample]:
-        """Put a prediction into every sample, without the padding of the batch."""
+        """Add a prediction to every sample, without the padding of the batch."""
         samples = data_samples or [SegDataSample() for _ in inputs]
         for depth, sample in zip(self.infer(inputs), samples, strict=True):
             h, w = sample.get("img_shape", inputs.shape[-2:])
@@ -118,7 +118,7 @@ class DepthEstimator(BaseModel):
         return list(samples)
 
     def infer(self, inputs: Tensor) -> Tensor:
-        """Predict depth (B, 1, H, W), in the range of the head, as `test_cfg` says: windows and flips."""
+        """Predict depth (B, 1, H, W), within the range of the head, with the windows and flips of `test_cfg`."""
         if self.test_cfg["mode"] == "whole":
             return self._view(inputs)
         (h, w), (dy, dx) = self.test_cfg["crop_size"], self.test_cfg["stride"]
@@ -134,10 +134,10 @@ class DepthEstimator(BaseModel):
         return (depth + self.depth(inputs.flip(-1), clamp=True).flip(-1)) / 2 if self.test_cfg["flip"] else depth
 
     def depth(self, inputs: Tensor, *, clamp: bool = False) -> Tensor:
-        """(B, 3, H, W), normalised -> depth (B, 1, H, W) in float32.
+        """(B, 3, H, W), normalized -> depth (B, 1, H, W) in float32.
 
-        `clamp` holds it in the range of the head, before it is resized, as in dinov2@b8931f7; training goes without,
-        because nothing is learned from clamped pixels.
+        `clamp` limits it to the range of the head, before it is resized, as in dinov2@b8931f7; training does without,
+        because clamped pixels have no gradient.
         """
         (h, w), patch = inputs.shape[-2:], getattr(self.backbone, "patch_size", 1)
         top, left = -h % patch // 2, -w % patch // 2
@@ -158,10 +158,10 @@ def _build_backbone(cfg: Mapping[str, Any]) -> nn.Module:
     layers = cfg.get("out_indices")
     if isinstance(layers, str):
         if "variant" not in cfg:
-            raise ConfigError(f"out_indices {layers!r} is for encoders with a variant; give {cfg['type']} numbers")
-        with torch.device("meta"):  # one block tells the depth
-            plan = MODELS.build(dict(type=cfg["type"], variant=cfg["variant"], out_indices=[0]))
-        cfg = {**cfg, "out_indices": named_layers(layers, plan.config.depth)}
+            raise ConfigError(f"out_indices is {layers!r}, but {cfg['type']} has no variant; give block numbers")
+        with torch.device("meta"):  # for the number of blocks
+            encoder = MODELS.build(dict(type=cfg["type"], variant=cfg["variant"], out_indices=[0]))
+        cfg = {**cfg, "out_indices": named_layers(layers, encoder.config.depth)}
     return MODELS.build(cfg)
 
 
@@ -169,15 +169,15 @@ def _build_head(cfg: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
     width = getattr(backbone, "embed_dim", None)
     if isinstance(width, int):
         if "in_channels" in cfg:
-            raise ConfigError("decode_head.in_channels follows from the encoder; leave it out")
+            raise ConfigError("decode_head.in_channels follows from the encoder; remove it")
         cfg = {**cfg, "in_channels": [width] * len(backbone.out_indices)}
     elif "in_channels" not in cfg:
-        raise ConfigError(f"{type(backbone).__name__} does not tell its width; give decode_head.in_channels")
+        raise ConfigError(f"{type(backbone).__name__} has no embed_dim; give decode_head.in_channels")
     head = MODELS.build(cfg)
     # `prefix` counts the class token of a Perception Encoder.
     if head.token == "class" and not (hasattr(backbone, "forward_with_class_tokens") and backbone.prefix):
         name = getattr(backbone, "variant", None) or type(backbone).__name__
-        raise ConfigError(f"{name} gives no class token; set decode_head.token to 'mean' (of the patches) or None")
+        raise ConfigError(f"{name} has no class token; set decode_head.token to 'mean' (of the patches) or None")
     return head
 
 
@@ -191,16 +191,16 @@ def _checked_test_cfg(
     one_of("test_cfg.mode", mode, MODES)
     windows = (crop_size, stride)
     if mode == "slide" and not all(v and len(v) == 2 and min(v) > 0 for v in windows):
-        raise ConfigError(f"test_cfg.mode 'slide' needs crop_size and stride, (h, w) in pixels, and got {windows}")
+        raise ConfigError(f"crop_size and stride are {windows}; test_cfg.mode 'slide' needs both, (h, w) in pixels")
     if mode == "slide" and (stride[0] > crop_size[0] or stride[1] > crop_size[1]):
-        raise ConfigError(f"test_cfg.stride {stride} is larger than crop_size {crop_size}: pixels would be left out")
+        raise ConfigError(f"test_cfg.stride {stride} exceeds crop_size {crop_size}, which would omit pixels")
     if mode == "whole" and any(windows):
-        raise ConfigError("test_cfg.crop_size and stride belong to mode 'slide'; set it, or leave them out")
+        raise ConfigError("test_cfg.crop_size and stride need mode 'slide'; set it, or remove them")
     return dict(mode=mode, flip=flip, crop_size=crop_size, stride=stride)
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:
-    """Return where windows begin along one side; the last one ends at its end, and a short side has one."""
+    """Return where windows start along one side; the last one ends at its end, and a short side has one."""
     last = max(size - window, 0)
     return [*range(0, last, stride), last]
 

@@ -1,9 +1,9 @@
-"""Linear depth heads: one linear map from the layers of an encoder to a row of depth bins, and their expectation.
+"""Linear depth heads: a linear map from the layers of an encoder to depth bins, and the expectation over the bins.
 
-Three protocols go by the name of "linear depth probe" and give different numbers; each is a set of options here:
+Three protocols are called "linear depth probe" and give different results; each is a set of options here:
 
 - `lin1_dinov3`: last layer, a learned batch norm, no class token, no upsampling (dinov3@6876159:dinov3/eval/depth).
-- `lin1_dinov2`: last layer, the class token beside every patch, logits x4, no norm.
+- `lin1_dinov2`: last layer, the class token concatenated to every patch, logits x4, no norm.
 - `lin4_dinov2`: four layers, otherwise as `lin1_dinov2` (both dinov2@b8931f7:dinov2/hub/depth/decode_heads.py).
 """
 
@@ -29,7 +29,7 @@ NORMS = (None, "batch", "layer")
 def bin_depths(bins: int, min_depth: float, max_depth: float, spacing: str) -> Tensor:
     """Return `bins` depths from `min_depth` to `max_depth`, both included, in even steps of depth or of its logarithm.
 
-    DINOv2's own logarithmic bins pass the limits as exponents of ten; these do not.
+    DINOv2's own logarithmic bins use the limits as exponents of ten; these do not.
     """
     if spacing == "log":
         return torch.linspace(math.log(min_depth), math.log(max_depth), bins).exp()
@@ -39,7 +39,8 @@ def bin_depths(bins: int, min_depth: float, max_depth: float, spacing: str) -> T
 def expected_depth(logits: Tensor, depths: Tensor, weighting: str) -> Tensor:
     """(B, bins, h, w), (bins,) -> expected depth (B, 1, h, w), in float32 also under autocast.
 
-    A bin weighs relu(logit) + 0.1 ('linear'), exp(logit) ('softmax') or sigmoid(logit) ('sigmoid'), over the sum.
+    The weight of a bin is relu(logit) + 0.1 ('linear'), exp(logit) ('softmax') or sigmoid(logit) ('sigmoid'), divided
+    by the sum of all.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
@@ -50,21 +51,21 @@ def expected_depth(logits: Tensor, depths: Tensor, weighting: str) -> Tensor:
 
 
 def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> str | None:
-    """Return `value`, or raise ConfigError where it is not one of `allowed`."""
+    """Return `value`; ConfigError if it is not one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
     return value
 
 
 class Level(nn.Module):
-    """What a head reads of one layer: its tokens through a norm, and one for the whole image joined to every patch.
+    """What a head reads of one layer: its normalized patches, joined with a token of the image.
 
     Args:
-        channels: of the map.
+        channels: channels of the map.
         token: 'class' (the class token after the same layer), 'mean' (of the patches) or None.
-        join: 'concat' puts the token behind the channels of each patch, 'add' adds it.
-        norm: of all tokens, the class token among them: None, 'batch' or 'layer'. PE-Spatial ends without a norm, and
-            the scales of its layers differ.
+        join: 'concat' appends the token to the channels of each patch, 'add' adds it.
+        norm: norm of patches and class token: None, 'batch' or 'layer'. PE-Spatial has no final norm, and the scales of
+            its layers differ.
     """
 
     def __init__(self, channels: int, *, token: str | None, join: str = "concat", norm: str | None) -> None:
@@ -90,19 +91,19 @@ class Level(nn.Module):
 
 @MODELS.register_module()
 class BinsDepthHead(nn.Module):
-    """A linear probe: a 1x1 convolution from one or several layers to depth bins, whose expectation is the depth.
+    """A linear probe: a 1x1 convolution from one or several layers to depth bins; their expectation is the depth.
 
-    The logits are upsampled, not the features as in the references: both are linear, so they commute, at a fraction
-    of the memory. The expectation stays at that resolution; whoever calls resizes the depth.
+    The logits are upsampled, not the features as in the references: both steps are linear, so they commute, and this
+    order takes a fraction of the memory. The caller resizes the depth.
 
     Args:
-        in_channels: of the map of each layer. Maps of another size than the first are resized to it.
-        bins: their number.
-        min_depth, max_depth: the first and the last bin, in metres.
-        spacing: of the bins: 'uniform' or 'log' (even steps of the logarithm).
-        weighting: of the bins: 'linear', 'softmax' or 'sigmoid', see `expected_depth`.
-        token: joined to every patch: 'class', 'mean' or None. PE-Spatial-G has no class token.
-        norm: of each layer: 'batch', 'layer' or None.
+        in_channels: channels of the map of each layer. Maps of another size than the first are resized to it.
+        bins: number of bins.
+        min_depth, max_depth: the first and the last bin, in meters.
+        spacing: spacing of the bins: 'uniform' or 'log' (even steps of the logarithm).
+        weighting: weights of the bins: 'linear', 'softmax' or 'sigmoid', see `expected_depth`.
+        token: token joined to every patch: 'class', 'mean' or None. PE-Spatial-G has no class token.
+        norm: norm of each layer: 'batch', 'layer' or None.
         upsample: factor on the grid of the logits, bilinear.
     """
 
@@ -133,7 +134,7 @@ class BinsDepthHead(nn.Module):
         self.register_buffer("depths", depths, persistent=False)
 
     def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
-        """Maps (B, C, h, w), for 'class' their class tokens (B, C) -> depth (B, 1, h * upsample, w * upsample)."""
+        """Maps (B, C, h, w), for 'class' also class tokens (B, C) -> depth (B, 1, h * upsample, w * upsample)."""
         tokens = class_tokens or [None] * len(maps)
         features = [level(x, token) for level, x, token in zip(self.levels, maps, tokens, strict=True)]
         size = features[0].shape[-2:]
@@ -142,12 +143,12 @@ class BinsDepthHead(nn.Module):
 
 
 def check_depth_range(min_depth: float, max_depth: float) -> None:
-    """Raise ConfigError unless the limits, in metres, can be those of a head."""
+    """Raise ConfigError unless 0 < min_depth < max_depth."""
     if not 0.0 < min_depth < max_depth:
-        raise ConfigError(f"min_depth {min_depth} and max_depth {max_depth} must be metres with 0 < min < max")
+        raise ConfigError(f"min_depth is {min_depth} and max_depth {max_depth}; 0 < min_depth < max_depth, meters")
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (B, C, h, w) bilinearly, align_corners off; nothing is done at the right size."""
+    """Resize (B, C, h, w) bilinearly, align_corners off, unless it has that size."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)

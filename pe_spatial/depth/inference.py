@@ -1,4 +1,4 @@
-"""A trained depth estimator on images as they lie about: arrays, files, folders, videos, of any size."""
+"""A trained depth estimator on images of any size: arrays, files, folders, videos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -20,6 +19,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
+from pe_spatial.video import count_frames, decode_video
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -27,9 +27,9 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 @dataclass(frozen=True)
 class InputImage:
-    """One image to come: what its results are called, where it is, and a function that reads it.
+    """An image or a frame of a video: the name of its results, its file, and a function that reads it.
 
-    `read` returns (H, W, 3) uint8 RGB or raises DatasetError; for a frame of a video only until the next one is taken.
+    `read` returns (H, W, 3) uint8 RGB or raises DatasetError.
     """
 
     name: str
@@ -38,46 +38,45 @@ class InputImage:
 
 
 class Sources:
-    """The images of files, folders (all below them) and videos, as often as they are iterated over.
+    """The images of files, folders (searched recursively) and videos; it can be iterated over repeatedly.
 
     Args:
         paths: files and folders.
-        without: a folder whose files are not taken: that of the results.
+        exclude: a folder to skip, such as that of the results.
 
-    Raises DatasetError for a path that is not there, for folders without images and for two of one name.
+    Raises DatasetError for a path that does not exist, for folders without images and for two images of one name.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, without: Path) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, exclude: Path) -> None:
         self._files: dict[str, Path] = {}
-        for given in map(Path, paths):
-            if not given.exists():
-                raise DatasetError(f"no file or folder {given}; check the path")
-            found = [given] if given.is_file() else _below(given, without.resolve())
-            for path in found:
-                name = path.with_suffix("").name if given.is_file() else str(path.relative_to(given).with_suffix(""))
+        for root in map(Path, paths):
+            if not root.exists():
+                raise DatasetError(f"there is no file or folder {root}; check the path")
+            for path in [root] if root.is_file() else _search(root, exclude.resolve()):
+                name = path.stem if root.is_file() else str(path.relative_to(root).with_suffix(""))
                 other = self._files.setdefault(name, path)
                 if other != path:
-                    raise DatasetError(f"{other} and {path} would both be called {name}; run them apart")
+                    raise DatasetError(f"{other} and {path} would both be written as {name}; run them separately")
         if not self._files:
-            raise DatasetError(f"{', '.join(map(str, paths))} holds no images ({', '.join(IMAGES + VIDEOS)})")
+            raise DatasetError(f"{', '.join(map(str, paths))} contains no images ({', '.join(IMAGES + VIDEOS)})")
 
     def __len__(self) -> int:
-        """Images and frames; videos may be wrong about theirs."""
-        return sum(_frames(path) if _is_video(path) else 1 for path in self._files.values())
+        """Return the number of images and frames; videos may announce a wrong number."""
+        return sum(_count(path) if _is_video(path) else 1 for path in self._files.values())
 
     def __iter__(self) -> Iterator[InputImage]:
         for name, path in self._files.items():
             if _is_video(path):
-                yield from _video(name, path)
+                yield from _frames(name, path)
             else:
                 yield InputImage(name, path, partial(read_rgb, path))
 
 
-def _below(folder: Path, without: Path) -> list[Path]:
+def _search(folder: Path, exclude: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGES + VIDEOS and without not in path.resolve().parents
+        if path.suffix.lower() in IMAGES + VIDEOS and exclude not in path.resolve().parents
     ]
 
 
@@ -85,53 +84,48 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def _frames(path: Path) -> int:
-    return max(int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)), 1)
-
-
-def _video(name: str, path: Path) -> Iterator[InputImage]:
-    capture, promised, number = cv2.VideoCapture(str(path)), _frames(path), 0
-
-    def read() -> np.ndarray:
-        fine, frame = capture.retrieve()
-        if not fine:
-            raise DatasetError(f"frame {number} of {path} cannot be decoded; restore the video")
-        return np.ascontiguousarray(frame[..., ::-1])
-
-    def broken() -> np.ndarray:
-        raise DatasetError(f"{path} ends after {number} of {promised} frames; restore the video")
-
+def _count(path: Path) -> int:
     try:
-        while capture.grab():
-            yield InputImage(f"{name}/{number:06d}", path, read)
+        return count_frames(path)
+    except DatasetError:  # reported when it is read
+        return 1
+
+
+def _frames(name: str, path: Path) -> Iterator[InputImage]:
+    number = 0
+    try:
+        for rgb in decode_video(path):
+            yield InputImage(f"{name}/{number:06d}", path, lambda rgb=rgb: rgb)
             number += 1
-        if number < promised - 1 or not number:  # containers are often wrong by one
-            yield InputImage(f"{name}/{number:06d}", path, broken)
-    finally:
-        capture.release()
+    except DatasetError as error:
+        yield InputImage(f"{name}/{number:06d}", path, partial(_fail, error))
+
+
+def _fail(error: DatasetError) -> np.ndarray:
+    raise error
 
 
 class DepthPredictor:
     """A depth estimator with trained weights.
 
-    Images take the config's test pipeline, but for its loading steps.
+    Images pass the config's test pipeline, without its loading steps.
 
     Args:
-        cfg: the configuration that it was trained with.
+        cfg: config that the model was trained with.
         checkpoint: file that tools/train.py wrote, or weights alone.
-        device: where it runs.
+        device: device of the model.
 
     Attributes:
-        quantity: 'metre', or what a model that learned up to scale and shift predicts: 'relative depth' or 'relative
-            disparity' (near is large).
+        quantity: 'meter', or for models trained up to scale and shift 'relative depth' or 'relative disparity' (large
+            is near).
 
-    Raises ConfigError for models without depth, CheckpointError for weights that do not fit.
+    Raises ConfigError for other models, CheckpointError for weights that do not fit.
     """
 
     def __init__(self, cfg: Config, checkpoint: str | Path, *, device: str = "cpu") -> None:
         init_default_scope(cfg.get("default_scope", "mmseg"))
         if cfg.get("model", {}).get("type") != "PEDepthEstimator":
-            raise ConfigError(f"{cfg.filename} describes no PEDepthEstimator; give one such as pe_spatial_dpt_nyu.py")
+            raise ConfigError(f"{cfg.filename} is not a config of a PEDepthEstimator; try pe_spatial_dpt_nyu.py")
         self.quantity = _quantity(cfg.model.losses)
         self.model = MODELS.build({**cfg.model, "losses": []}).eval().to(device)
         path = locate(checkpoint)
@@ -140,42 +134,42 @@ class DepthPredictor:
             load_state_dict(self.model, state, strict=True)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{path} is no checkpoint of this config: {' '.join(str(error).split())[:400]} ..."
+                f"{path} does not fit this config: {' '.join(str(error).split())[:400]} ..."
             ) from error
         steps = cfg.test_dataloader.dataset.pipeline
         self._prepare = Compose([step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(H, W, 3) uint8 RGB of one size -> (H, W) float32 depth of each, in metres."""
+        """Images (H, W, 3) uint8 RGB of one size -> depth (H, W) float32 of each, in meters."""
         items = [self._prepare(_as_loaded(image)) for image in images]
         batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
         return [sample.pred_depth_map.data[0].float().cpu().numpy() for sample in self.model.test_step(batch)]
 
-    def tiled(self, image: np.ndarray, *, tile: int, overlap: int, batch: int) -> np.ndarray:
+    def tiled(self, image: np.ndarray, *, tile: int, overlap: int, batch_size: int) -> np.ndarray:
         """Predict a large image (H, W, 3) in square tiles and return its depth (H, W) float32.
 
-        Where tiles overlap, each counts the less the nearer its border is. Their depths are metric, so none is scaled
-        to fit its neighbours; where a model is not sure of the scale, that leaves slopes between tiles. Raises
-        ConfigError for relative depth, of which every tile has a scale of its own.
+        Where tiles overlap, the weight of each falls towards its border. Tiles are not rescaled to match their
+        neighbors; if a model's scale varies, depth ramps from one to the other. Raises ConfigError for relative depth,
+        because each tile has its own scale.
 
         Args:
             image: as in `__call__`.
-            tile: side in pixels; a side of the image that is shorter stays whole.
-            overlap: of neighbours at least, in pixels.
-            batch: tiles at a time.
+            tile: side of a tile in pixels; a shorter side of the image is not divided.
+            overlap: smallest overlap of neighboring tiles, in pixels.
+            batch_size: number of tiles per forward pass.
         """
-        if self.quantity != "metre":
-            raise ConfigError(f"tiles of {self.quantity} have a scale each and do not fit together; predict it whole")
+        if self.quantity != "meter":
+            raise ConfigError(f"tiles of {self.quantity} have different scales; predict the complete image instead")
         if not 0 <= overlap < tile:
-            raise ConfigError(f"tiles of {tile} pixels cannot overlap by {overlap}; 0 to {tile - 1} is allowed")
+            raise ConfigError(f"the overlap is {overlap}; tiles of {tile} pixels allow 0 to {tile - 1}")
         sides = [min(tile, side) for side in image.shape[:2]]
         corners = list(product(*(_starts(side, tile, overlap) for side in image.shape[:2])))
         ramps = [np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).clip(max=overlap + 1) for side in sides]
         weight = np.outer(*ramps).astype(np.float64)
         total, weights = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
-        for first in range(0, len(corners), batch):
-            windows = [(slice(y, y + sides[0]), slice(x, x + sides[1])) for y, x in corners[first : first + batch]]
+        for first in range(0, len(corners), batch_size):
+            windows = [(slice(y, y + sides[0]), slice(x, x + sides[1])) for y, x in corners[first : first + batch_size]]
             for window, depth in zip(windows, self([image[window] for window in windows]), strict=True):
                 total[window] += weight * depth
                 weights[window] += weight
@@ -185,7 +179,7 @@ class DepthPredictor:
 def _quantity(losses: Sequence[Mapping[str, Any]]) -> str:
     relative = next((loss for loss in losses if loss["type"] == "ScaleAndShiftInvariantLoss"), None)
     if relative is None or not {loss["type"] for loss in losses} <= {"ScaleAndShiftInvariantLoss", "GradientLoss"}:
-        return "metre"
+        return "meter"
     return f"relative {relative.get('space', 'disparity')}"
 
 
@@ -195,7 +189,7 @@ def _as_loaded(image: np.ndarray) -> dict[str, Any]:
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles begin along a side: evenly spaced, the first and the last at its ends."""
+    """Return where tiles start along a side: evenly spaced, from one end to the other."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))

@@ -1,6 +1,6 @@
-"""Losses on depth in metres: `loss(pred, target) -> scalar`, both (B, 1, H, W), where a target of 0 is missing.
+"""Losses on depth in meters: `loss(pred, target) -> scalar`, both (B, 1, H, W), where a target of 0 is missing.
 
-All compute in float32, whatever autocast says, and give 0 with a gradient of 0 where nothing is valid.
+All compute in float32, also under autocast, and give 0 with a gradient of 0 if no pixel is valid.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pe_spatial.errors import ConfigError
 
 
 class _DepthLoss(nn.Module):
-    """What the losses share: the weight, float32, the check of the sizes, and which pixels are valid.
+    """What the losses share: weight, float32, the check of the sizes, and the mask of valid pixels.
 
     Args:
-        max_depth: in metres; targets beyond are left out, None leaves out none.
+        max_depth: in meters; larger targets are ignored.
         loss_weight: factor of the loss.
-        across_ranks: sum and count the pixels of all ranks, so that the loss is that of the whole batch. As released
-            each rank takes its own, and the loss depends on how a batch is spread over the devices.
+        across_ranks: take sums and counts over all ranks, so that the loss is that of the complete batch. In the
+            released code each rank takes its own, and the loss depends on how a batch is distributed over devices.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class _DepthLoss(nn.Module):
                 f"the prediction is {tuple(pred.shape)} and the target {tuple(target.shape)}; "
                 "resize the prediction to the target, both (B, 1, H, W)"
             )
-        pred, target = pred.float(), target.float()  # no operation below is one that autocast would bring to 16 bits
+        pred, target = pred.float(), target.float()  # autocast changes none of the operations below
         valid = target > 0
         if self.max_depth is not None:
             valid = valid & (target <= self.max_depth)
@@ -54,7 +54,7 @@ class _DepthLoss(nn.Module):
     def _sums(self, *values: Tensor) -> list[Tensor]:
         if not (self.across_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return list(values)
-        # Its gradient sums over the ranks, which the mean over ranks of DDP then makes that of the whole batch.
+        # Its gradient is a sum over ranks; the mean over ranks in DDP makes it that of the complete batch.
         return list(torch.distributed.nn.all_reduce(torch.stack(values)))
 
     def extra_repr(self) -> str:
@@ -67,12 +67,11 @@ class SigLoss(_DepthLoss):
     """Scale-invariant logarithmic error of a batch, as DINOv2 and DINOv3 train with.
 
     sqrt(var(g) + 0.15 mean(g)^2), where g = ln(pred + 0.001) - ln(target + 0.001) over all valid pixels of the batch
-    and var divides by N - 1. During the warm-up the variance is left out
+    and var divides by N - 1. During warm-up the variance is omitted
     (dinov2@b8931f7:dinov2/eval/depth/models/losses/sigloss.py).
 
     Args:
-        warm_up: calls in training mode without the variance, 100 as released; a checkpoint remembers how many there
-            were.
+        warm_up: number of training steps without the variance, 100 in the released code; checkpoints hold the count.
         options: `max_depth` (inclusive), `loss_weight` and `across_ranks`.
     """
 
@@ -106,11 +105,11 @@ class GradientLoss(_DepthLoss):
 
     With D = ln(pred + 0.001) - ln(target + 0.001) on every 1st, 2nd, 4th and 6th pixel: |D(y) - D(y + 2)| summed over
     the pairs of which both pixels are valid, along rows and columns, divided by the number of valid pixels of the batch
-    (dinov3@6876159:dinov3/eval/depth/loss.py). DINOv2's slices the first two axes, batch and channel, and so is 0 for
-    two images a device; its recipe gives the loss a weight of 0.5.
+    (dinov3@6876159:dinov3/eval/depth/loss.py). DINOv2's loss slices the first two axes, batch and channel, and so is 0
+    for two images per device; its recipe gives it a weight of 0.5.
 
     Args:
-        log: of logarithms, as in the recipe, or of the depths.
+        log: compare logarithms, as in the recipe, or else depths.
         options: `max_depth` (inclusive) and `loss_weight`.
     """
 
@@ -139,11 +138,10 @@ class SiLog(_DepthLoss):
     """Scale-invariant logarithmic error of each image, averaged over the images with valid pixels.
 
     sqrt(mean(d^2) - variance_focus mean(d)^2) with d = ln(pred) - ln(target): with 0.5 MMSegmentation's SiLogLoss, and
-    with 0.85 the error of BTS but for its factor of 10 and its mean over the batch. Predictions below 1e-6 count as
-    that.
+    with 0.85 the error of BTS, except for its factor of 10 and its mean over the batch. Predictions are at least 1e-6.
 
     Args:
-        variance_focus: 0 is the plain root mean square, 1 does not see the scale.
+        variance_focus: 0 gives the root mean square, 1 ignores the scale.
         options: `max_depth` (inclusive) and `loss_weight`.
     """
 
@@ -152,7 +150,7 @@ class SiLog(_DepthLoss):
     def __init__(self, *, variance_focus: float = 0.5, **options: float | None) -> None:
         super().__init__(**options)
         if not 0 <= variance_focus <= 1:
-            raise ConfigError(f"variance_focus is {variance_focus}; it is from 0 to 1")
+            raise ConfigError(f"variance_focus is {variance_focus}; give a value from 0 to 1")
         self.variance_focus = variance_focus
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -174,13 +172,13 @@ class SiLog(_DepthLoss):
 class ScaleAndShiftInvariantLoss(_DepthLoss):
     """Squared error and slopes after the best scale and shift of each image, for relative depth.
 
-    Half the mean squared error over the valid pixels of the batch, plus `slopes` times the differences of neighbours at
-    the strides 1, 2, 4 and 8 (MiDaS, arXiv 1907.01341v3, sections 5 and B, with least squares; its authors' published
-    loss). The gradient goes through scale and shift, too.
+    Half the mean squared error over the valid pixels of the batch, plus `slopes` times the differences of neighbors at
+    strides 1, 2, 4 and 8 (MiDaS, arXiv 1907.01341v3, sections 5 and B, with least squares; its authors' published
+    loss). Gradients also pass through scale and shift.
 
     Args:
-        space: what the prediction is, up to scale and shift: 'disparity' (1 / depth, as MiDaS predicts) or 'depth'.
-        slopes: weight of the differences of neighbours.
+        space: what is predicted up to scale and shift: 'disparity' (1 / depth, as in MiDaS) or 'depth'.
+        slopes: weight of the differences of neighbors.
         options: `max_depth` (inclusive) and `loss_weight`.
     """
 
@@ -216,7 +214,7 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
 
 
 def _log_difference(pred: Tensor, target: Tensor, valid: Tensor, *, eps: float) -> Tensor:
-    """Return ln(pred + eps) - ln(target + eps), and 0, without a gradient, where nothing is valid."""
+    """Return ln(pred + eps) - ln(target + eps), and 0 without a gradient at invalid pixels."""
     return torch.where(valid, (pred + eps).log() - (target + eps).log(), 0)
 
 
@@ -225,7 +223,7 @@ def _slopes(
 ) -> Tensor:
     """Sum over scales the mean absolute change of `difference` (B, 1, H, W) over `step` pixels along both axes.
 
-    The mean is over the valid pixels of a scale, not over the pairs; `sums` takes it over the ranks.
+    The mean is over the valid pixels of a scale, not over the pairs; `sums` sums over ranks.
     """
     total = difference.new_zeros(())
     for stride in strides:
@@ -238,5 +236,5 @@ def _slopes(
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:
-    """Return the square root, and |x| where x <= 0 by rounding, so that the gradient stays finite."""
+    """Return the square root, or |x| if x <= 0 by rounding, so that the gradient stays finite."""
     return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), x.abs())

@@ -1,7 +1,7 @@
 """Depth metrics as the literature on NYUv2 and KITTI computes them: per image, then averaged over the images.
 
-Depth is in metres, maps are (H, W). The functions are pure; `CheckedDepthMetric` brings them to OpenMMLab's runner. It
-does not share the name of MMSegmentation's DepthMetric, which a config in that scope would get instead.
+Depth is in meters, maps are (H, W). The functions are pure; `CheckedDepthMetric` is their metric in OpenMMLab's runner,
+named differently from MMSegmentation's DepthMetric, which a config in that scope would get instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import ConfigError, DatasetError
 
-from .transforms import bottom_centre_box
+from .transforms import bottom_center_box
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
 CROPS = ("none", "eigen", "garg", "kitti_eigen")
@@ -32,14 +32,14 @@ SILOGS = ("bts", "mmseg")
 
 
 def depth_metrics(pred: Tensor, target: Tensor, *, silog: str = "bts") -> dict[str, float]:
-    """Return the `NAMES` of one image; NaN for each if it has no pixels.
+    """Return the metrics in `NAMES` of one image; all NaN if it has no pixels.
 
     With e = ln(pred) - ln(target): abs_rel mean |pred - target| / target, sq_rel mean (pred - target)^2 / target,
-    rmse and mae in metres, rmse_log sqrt(mean e^2), log10 mean |log10(pred) - log10(target)|, d1, d2, d3 the share of
+    rmse and mae in meters, rmse_log sqrt(mean e^2), log10 mean |log10(pred) - log10(target)|, d1, d2, d3 the share of
     max(pred / target, target / pred) < 1.25, 1.25^2, 1.25^3.
 
     Args:
-        pred, target: valid pixels, of equal shape. Nothing is clamped here: predictions <= 0 give infinity or NaN.
+        pred, target: valid pixels, of equal shape. They are not clamped: predictions <= 0 give infinity or NaN.
         silog: 'bts' for 100 sqrt(mean e^2 - (mean e)^2), as in BTS, DINOv2, DINOv3 and nearly all tables; 'mmseg' for
             sqrt(mean e^2 - 0.5 (mean e)^2), as in MMSegmentation, GLPDepth and VPD.
     """
@@ -73,11 +73,11 @@ def depth_metrics(pred: Tensor, target: Tensor, *, silog: str = "bts") -> dict[s
 
 
 def _sqrt(x: float) -> float:
-    return math.sqrt(x) if x > 0 else x * 0  # rounding may leave -1e-17; NaN stays NaN
+    return math.sqrt(x) if x > 0 else x * 0  # rounding may give -1e-17; NaN stays NaN
 
 
 def evaluation_crop(name: str, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return (top, bottom, left, right), bottom and right exclusive, of the part that is evaluated.
+    """Return (top, bottom, left, right), bottom and right exclusive, of the evaluated region.
 
     'eigen' is NYUv2's, rows 45 to 471 and columns 41 to 601 of 480 x 640, scaled to other sizes as in
     dinov3@6876159:dinov3/eval/depth/datasets; 'garg' and 'kitti_eigen' are KITTI's, fractions of the size
@@ -95,30 +95,31 @@ def evaluation_crop(name: str, height: int, width: int) -> tuple[int, int, int, 
 
 
 def paste_prediction(pred: Tensor, height: int, width: int) -> Tensor:
-    """Place a prediction (h, w) on the bottom centre of zeros (height, width), where BTS cut the input of KITTI from.
+    """Paste a prediction (h, w) at the bottom center of zeros (height, width), where BTS crops the input of KITTI.
 
-    Without an evaluation crop the zeros count as errors, as they do in BTS.
+    Without an evaluation crop the zeros count as errors, as in BTS.
     """
-    left, top, right, _ = bottom_centre_box(height, width, size=pred.shape)
+    left, top, right, _ = bottom_center_box(height, width, size=pred.shape)
     if left < 0 or top < 0:
         raise DatasetError(
-            f"a prediction of {tuple(pred.shape)} cannot be pasted on a depth map of {height}x{width}; "
-            "DepthCrop(bottom_centre=..., image_only=True) makes such predictions, else set pasted=False"
+            f"a prediction of {pred.shape[0]}x{pred.shape[1]} does not fit into a depth map of {height}x{width}; "
+            "set pasted=True with DepthCrop(bottom_center=..., image_only=True) only"
         )
     return F.pad(pred, (left, width - right, top, 0))
 
 
 def align_prediction(pred: Tensor, target: Tensor, valid: Tensor, mode: str) -> tuple[Tensor, float, float]:
-    """Bring a relative prediction (H, W) to metres by the truth; return it with the scale and the shift that did so.
+    """Align a relative prediction (H, W) with the truth in meters; return it with its scale and shift.
 
-    Least squares over the valid pixels at which the prediction is finite. A negative scale says that the prediction
-    runs against its convention, disparity instead of depth or the reverse.
+    Least squares over the valid pixels where the prediction is finite. A negative scale means that the prediction is
+    inverted: disparity instead of depth, or the reverse.
 
     Args:
-        mode: 'median': times median(target) / median(pred), as for networks trained on video. 'depth': scale and shift
-            of the depth (Marigold, DINOv3). 'disparity': the prediction is a disparity; scale and shift fit it to
-            1 / target; what falls below 0.001 counts as 1 km (MiDaS, Depth Anything). 'log': times a factor, the best
-            one for logarithms. 'none': as it is.
+        pred, target, valid: maps (H, W).
+        mode: 'median': scale by median(target) / median(pred), as for networks trained on video. 'depth': fit scale and
+            shift of the depth (Marigold, DINOv3). 'disparity': fit scale and shift to 1 / target, and clamp the result
+            at 0.001, which is 1 km (MiDaS, Depth Anything). 'log': scale by the factor that is best for logarithms.
+            'none': no change.
     """
     if mode not in ALIGNMENTS:
         raise ConfigError(f"align is {mode!r}; allowed are {', '.join(map(repr, ALIGNMENTS))}")
@@ -141,34 +142,34 @@ def align_prediction(pred: Tensor, target: Tensor, valid: Tensor, mode: str) -> 
 
 
 def _least_squares(p: Tensor, t: Tensor) -> tuple[float, float]:
-    centred = p - p.mean()
-    spread = centred.square().mean()
-    scale = (centred * t).mean() / spread if spread > 0 else spread  # 0 for a flat prediction
+    centerd = p - p.mean()
+    spread = centerd.square().mean()
+    scale = (centerd * t).mean() / spread if spread > 0 else spread  # 0 for a flat prediction
     return scale.item(), (t.mean() - scale * p.mean()).item()
 
 
 def boundary_f1(pred: Tensor, target: Tensor, valid: Tensor) -> float:
-    """Return how well the occlusion boundaries of (H, W) maps agree, from 0 to 1, whatever the scale.
+    """Return how well the occlusion boundaries of (H, W) maps agree, from 0 to 1, independent of scale.
 
-    There is a boundary between two neighbours if one is more than t times as deep as the other, for each of the four
-    directions in which it can lie. Precision and recall are means over the directions; their F1 is averaged over 10
-    thresholds t from 1.05 to 1.25, weighted by t (Depth Pro, arXiv 2410.02073, section 4;
-    apple/ml-depth-pro@3b5cd1e:src/depth_pro/eval/boundary_metrics.py). Pairs with a pixel outside `valid` do not count,
-    which is ours: the original knows no missing depth.
+    There is a boundary between two neighbors if one is more than t times as deep as the other, for each of the four
+    directions. Precision and recall are means over the directions; their F1 is averaged over 10 thresholds t from 1.05
+    to 1.25, weighted by t (Depth Pro, arXiv 2410.02073, section 4;
+    apple/ml-depth-pro@3b5cd1e:src/depth_pro/eval/boundary_metrics.py). Pairs with a pixel outside `valid` are ignored,
+    an addition: the original has no missing depth.
     """
     thresholds = torch.linspace(1.05, 1.25, 10, dtype=torch.float64)
     hits, predicted, true = (torch.zeros(10, 4, dtype=torch.float64) for _ in range(3))
     for axis in (0, 1):
         n = pred.shape[axis] - 1
-        known = valid.narrow(axis, 0, n) & valid.narrow(axis, 1, n)
-        ratios = [(m.narrow(axis, 1, n) / m.narrow(axis, 0, n))[known] for m in (pred, target)]
-        for way in (0, 1):
-            p, t = (ratio if way == 0 else 1 / ratio for ratio in ratios)
-            # each pair by the number of thresholds that it exceeds, so that one pass serves all of them
+        both = valid.narrow(axis, 0, n) & valid.narrow(axis, 1, n)
+        ratios = [(m.narrow(axis, 1, n) / m.narrow(axis, 0, n))[both] for m in (pred, target)]
+        for direction in (0, 1):
+            p, t = (ratio if direction == 0 else 1 / ratio for ratio in ratios)
+            # the number of thresholds that each pair exceeds, so that one pass serves all of them
             p, t = (torch.bucketize(ratio.double(), thresholds.to(ratio.device)) for ratio in (p, t))
             for table, exceeded in ((hits, torch.minimum(p, t)), (predicted, p), (true, t)):
                 counts = torch.bincount(exceeded.cpu(), minlength=11)
-                table[:, 2 * axis + way] = counts.flip(0).cumsum(0).flip(0)[1:]
+                table[:, 2 * axis + direction] = counts.flip(0).cumsum(0).flip(0)[1:]
     recall = (hits / true.clamp(min=1)).mean(1)
     precision = (hits / predicted.clamp(min=1)).mean(1)
     f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
@@ -176,11 +177,11 @@ def boundary_f1(pred: Tensor, target: Tensor, valid: Tensor) -> float:
 
 
 def range_metrics(pred: Tensor, target: Tensor, limits: Sequence[float]) -> list[float]:
-    """Return pixels, abs_rel, rmse and d1 for each range of true depth between the `limits`, NaN without pixels.
+    """Return pixels, abs_rel, rmse and d1 for each range of true depth; NaN without pixels.
 
     Args:
         pred, target: valid pixels (N,).
-        limits: inner limits in metres, rising: (2, 5) make three ranges, below 2, from 2 below 5, from 5.
+        limits: rising limits in meters: (2, 5) gives the ranges below 2, from 2 to below 5, and from 5.
     """
     error = (pred - target).abs()
     near = torch.maximum(pred / target, target / pred) < 1.25
@@ -194,21 +195,21 @@ def range_metrics(pred: Tensor, target: Tensor, limits: Sequence[float]) -> list
 
 @METRICS.register_module()
 class CheckedDepthMetric(BaseMetric):
-    """The metrics of `depth_metrics`, averaged over the images; a few numbers of each image are all that is kept.
+    """The metrics of `depth_metrics`, averaged over the images.
 
-    The prediction is resized to the size of the truth (bilinearly, align_corners off), aligned if so wished, and
-    clamped to the range, with NaN as its lower end. Valid is what is strictly inside the range and inside the crop.
-    Images without valid pixels are counted (`empty`) and left out of the means; if all are, that is a DatasetError.
-    `save_best='rmse', rule='less'` works, as there is no prefix unless one is given.
+    The prediction is resized to the size of the truth (bilinearly, align_corners off), aligned if `align` is set, and
+    clamped to the range, NaN to its lower end. Valid pixels are strictly inside the range and inside the crop. Images
+    without valid pixels are counted (`empty`) and omitted from the means; if all images are, DatasetError is raised.
+    `save_best='rmse', rule='less'` works because there is no default prefix.
 
     Args:
-        crop: of `evaluation_crop`: 'eigen' for NYUv2, 'garg' or 'kitti_eigen' for KITTI, 'none'.
-        min_depth, max_depth: the range in metres; without a max_depth each pair's own.
-        align: of `align_prediction`, for relative depth.
+        crop: see `evaluation_crop`: 'eigen' for NYUv2, 'garg' or 'kitti_eigen' for KITTI, 'none'.
+        min_depth, max_depth: range in meters; without a max_depth that of each pair.
+        align: for relative depth, see `align_prediction`.
         silog: 'bts' or 'mmseg', see `depth_metrics`.
-        pasted: the prediction is that of the bottom centre of the truth, see `paste_prediction`.
-        boundary: `boundary_f1` too.
-        limits: of the ranges in the second table, see `range_metrics`; empty for none.
+        pasted: predictions cover the bottom center of the truth, see `paste_prediction`.
+        boundary: add `boundary_f1`.
+        limits: limits of the ranges in the second table, see `range_metrics`; empty for none.
         csv_path: file for one line per image.
         options: mmengine's `prefix` and `collect_device`.
     """
@@ -233,9 +234,9 @@ class CheckedDepthMetric(BaseMetric):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
         if not 0 < min_depth < (max_depth or math.inf):
-            raise ConfigError(f"min_depth is {min_depth} and max_depth {max_depth}; 0 < min_depth < max_depth, metres")
+            raise ConfigError(f"min_depth is {min_depth} and max_depth {max_depth}; 0 < min_depth < max_depth, meters")
         if list(limits) != sorted(set(limits)):
-            raise ConfigError(f"limits is {tuple(limits)}; they rise")
+            raise ConfigError(f"limits are {tuple(limits)}; they must rise")
         super().__init__(**options)
         self.crop = crop
         self.min_depth = min_depth
@@ -261,18 +262,18 @@ class CheckedDepthMetric(BaseMetric):
         for sample in data_samples:
             for key, remedy in (
                 ("gt_depth_map", "the test pipeline needs LoadDepth and PackDepthInputs"),
-                ("pred_depth_map", "evaluate a model of depth"),
+                ("pred_depth_map", "evaluate a depth model"),
             ):
                 if key not in sample:
-                    raise ConfigError(f"{sample.get('img_path')} comes to the evaluation without {key}; {remedy}")
+                    raise ConfigError(f"the sample of {sample.get('img_path')} has no {key}; {remedy}")
             maps = (sample[key]["data"].squeeze(0) for key in ("pred_depth_map", "gt_depth_map"))
             max_depth = self.max_depth or sample.get("max_depth")
             if max_depth is None:
-                raise ConfigError("neither CheckedDepthMetric nor the dataset has a max_depth; set one, in metres")
+                raise ConfigError("neither CheckedDepthMetric nor the dataset has a max_depth; set one in meters")
             self.results.append((str(sample.get("img_path")), self.evaluate_image(*maps, max_depth=max_depth)))
 
     def evaluate_image(self, pred: Tensor, target: Tensor, *, max_depth: float) -> tuple[float, ...]:
-        """Return the values of `columns` for a prediction (h, w) and its truth (H, W), both in metres."""
+        """Return the values of `columns` for a prediction (h, w) and its truth (H, W), both in meters."""
         pred, target = pred.detach().float(), target.to(pred.device, torch.float32)
         height, width = target.shape
         if self.pasted:
@@ -284,7 +285,7 @@ class CheckedDepthMetric(BaseMetric):
         valid = (target > self.min_depth) & (target < max_depth)
         pred, scale, shift = align_prediction(pred, target, valid, self.align)
         pred = pred.nan_to_num(self.min_depth, math.inf, -math.inf).clamp(self.min_depth, max_depth)
-        where = valid.flatten().nonzero().squeeze(1)  # twice as fast as two masks
+        where = valid.flatten().nonzero().squeeze(1)  # twice as fast as two boolean masks
         p, t = (x.flatten().index_select(0, where) for x in (pred, target))
         row = [len(t), *depth_metrics(p, t, silog=self.silog).values()]
         if self.boundary:
@@ -293,17 +294,17 @@ class CheckedDepthMetric(BaseMetric):
             row += [scale, shift]
         if self.limits:
             row += range_metrics(p, t, self.limits)
-        return tuple(row)  # of Python's floats: small arrays would hold on to the heap between the large ones
+        return tuple(row)  # Python floats: small arrays would fragment the heap
 
     def compute_metrics(self, results: list[tuple[str, tuple[float, ...]]]) -> dict[str, float]:
-        """Average the rows, log the tables, write the CSV; the means of the metrics, and how many images were empty."""
+        """Log the tables, write the CSV; return the means of the metrics, and the number of empty images."""
         table = np.array([row for _, row in results])  # (images, columns)
         if self.csv_path:
             self._write_csv(results)
         empty = [path for path, row in results if not row[0]]
         if len(empty) == len(results):
             raise DatasetError(
-                f"none of the {len(results)} images has a valid pixel, the first is {empty[0]}; check the scale of the "
+                f"none of the {len(results)} images has a valid pixel (such as {empty[0]}); check the scale of the "
                 f"depth files, max_depth ({self.max_depth}) and crop ({self.crop}) of the metric"
             )
         kept = table[table[:, 0] > 0]
@@ -328,9 +329,9 @@ class CheckedDepthMetric(BaseMetric):
         if self.align != "none":
             against = np.count_nonzero(kept[:, self.columns.index("scale")] < 0)
             if against:
-                lines.append(f"{against} images were aligned with a negative scale: their prediction runs backwards")
+                lines.append(f"{against} images were aligned with a negative scale: their predictions are inverted")
         if empty:
-            lines.append(f"{len(empty)} more images have no valid pixel and are left out, the first is {empty[0]}")
+            lines.append(f"{len(empty)} more images have no valid pixel and are omitted (such as {empty[0]})")
         return lines
 
     def _write_csv(self, results: Sequence[tuple[str, tuple[float, ...]]]) -> None:

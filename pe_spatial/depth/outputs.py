@@ -1,7 +1,7 @@
-"""Depth maps as files and images: 16-bit PNG, colours with a bar, the error against ground truth.
+"""Depth maps as files and images: 16-bit PNG, colors with a color bar, the error against ground truth.
 
-Everywhere depth is (H, W) in metres (or in the model's own unit, where it is relative); 0, negative and non-finite
-values are missing and drawn grey.
+Depth is (H, W) in meters, or in the model's own unit where it is relative; 0, negative and non-finite values are
+missing and drawn gray.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from PIL.PngImagePlugin import PngInfo
 
 from pe_spatial.errors import ConfigError
 
-GREY = (128, 128, 128)  # of missing pixels; in none of the maps used here
-ERROR_COLOURS, ERROR_RANGE = "coolwarm", (0.0, 0.2)  # of abs_rel, as in UniDepth's demo
+GRAY = (128, 128, 128)  # color of missing pixels; no colormap used here contains it
+ERROR_COLORS, ERROR_RANGE = "coolwarm", (0.0, 0.2)  # range of abs_rel, as in UniDepth's demo
 
 
 def is_valid(depth: np.ndarray) -> np.ndarray:
-    """Return where depth is known."""
+    """Return where depth is not missing, (H, W) bool."""
     return np.isfinite(depth) & (depth > 0)
 
 
 def encode_png16(depth: np.ndarray, scale: float, text: Mapping[str, str]) -> tuple[bytes, int]:
-    """Return a 16-bit PNG of round(depth * scale), and how many pixels are too far for it and became 65535.
+    """Return a 16-bit PNG of round(depth * scale), and the number of pixels that exceed it and are saturated at 65535.
 
-    Missing pixels are 0; known ones are at least 1, however near.
+    Missing pixels are 0; valid ones are at least 1.
 
     Args:
-        depth: the map.
-        scale: units per metre: 1000 as in NYUv2 (up to 65 m), 256 as in KITTI (256 m), 5000 as in TUM (13 m).
-        text: further text chunks of the file; the scale is always one of them.
+        depth: depth map (H, W).
+        scale: units per meter: 1000 as in NYUv2 (up to 65 m), 256 as in KITTI (256 m), 5000 as in TUM (13 m).
+        text: text chunks of the file, in addition to the scale.
     """
     valid = is_valid(depth)
     units = np.round(np.where(valid, depth, 0).astype(np.float64) * scale)
@@ -63,56 +63,56 @@ def _png(image: Image.Image, **options: PngInfo) -> bytes:
 
 
 def depth_range(depth: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float] | None:
-    """Return the two percentiles of the known pixels; None if there are none."""
-    known = depth[is_valid(depth)]
-    if not known.size:
+    """Return two percentiles of the valid pixels; None if there are no valid pixels."""
+    values = depth[is_valid(depth)]
+    if not values.size:
         return None
-    low, high = np.percentile(known, percentiles)
+    low, high = np.percentile(values, percentiles)
     return float(low), float(high)
 
 
-def draw_values(values: np.ndarray, known: np.ndarray, limits: tuple[float, float], colours: str) -> np.ndarray:
-    """Return (H, W, 3) uint8: `values` in the colours of a matplotlib map over `limits`; grey where not `known`.
+def draw_values(values: np.ndarray, valid: np.ndarray, limits: tuple[float, float], colors: str) -> np.ndarray:
+    """Return (H, W, 3) uint8: `values` by a matplotlib colormap over `limits`, gray where not `valid`.
 
-    Values beyond the limits have the colours of its ends. Raises ConfigError for a map that matplotlib does not know.
+    Values outside the limits get the colors of its ends. Raises ConfigError for an unknown colormap.
     """
     low, high = limits
-    position = (np.where(known, values, low) - low) / max(high - low, 1e-12)
-    image = _colours(colours)(position.clip(0, 1), bytes=True)[..., :3].copy()
-    image[~known] = GREY
+    position = (np.where(valid, values, low) - low) / max(high - low, 1e-12)
+    image = _colormap(colors)(position.clip(0, 1), bytes=True)[..., :3].copy()
+    image[~valid] = GRAY
     return image
 
 
-def draw_depth(depth: np.ndarray, limits: tuple[float, float], colours: str) -> np.ndarray:
-    """Return (H, W, 3) uint8: depth in colours over `limits`."""
-    return draw_values(depth, is_valid(depth), limits, colours)
+def draw_depth(depth: np.ndarray, limits: tuple[float, float], colors: str) -> np.ndarray:
+    """Return (H, W, 3) uint8: depth by a colormap over `limits`."""
+    return draw_values(depth, is_valid(depth), limits, colors)
 
 
 def draw_error(depth: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8: |depth - truth| / truth over 0 to 0.2, grey where either is missing."""
-    known = is_valid(depth) & is_valid(truth)
-    error = np.abs(depth - truth) / np.where(known, truth, 1)
-    return draw_values(error, known, ERROR_RANGE, ERROR_COLOURS)
+    """Return (H, W, 3) uint8: |depth - truth| / truth over 0 to 0.2, gray where either is missing."""
+    valid = is_valid(depth) & is_valid(truth)
+    error = np.abs(depth - truth) / np.where(valid, truth, 1)
+    return draw_values(error, valid, ERROR_RANGE, ERROR_COLORS)
 
 
-def add_bar(image: np.ndarray, limits: tuple[float, float], colours: str, label: str) -> np.ndarray:
-    """Return `image` (H, W, 3) uint8 with a colour bar at its right; the bar grows with the image."""
+def add_bar(image: np.ndarray, limits: tuple[float, float], colors: str, label: str) -> np.ndarray:
+    """Return `image` (H, W, 3) uint8 with a color bar to its right, scaled to its height."""
     height = image.shape[0]
-    inches = (1.2, 4.8)  # at a height of 480 px that is 100 dots an inch
+    inches = (1.2, 4.8)  # 100 dots per inch at a height of 480 px
     figure = Figure(figsize=inches, dpi=height / inches[1])
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.04, 0.18, 0.92))
     ticks = MaxNLocator(8, steps=[1, 2, 5, 10])
-    bar = figure.colorbar(ScalarMappable(Normalize(*limits), _colours(colours)), cax=axes, ticks=ticks)
+    bar = figure.colorbar(ScalarMappable(Normalize(*limits), _colormap(colors)), cax=axes, ticks=ticks)
     bar.set_label(label)
     canvas.draw()
     panel = np.asarray(canvas.buffer_rgba())[..., :3]
-    rows = np.linspace(0, panel.shape[0] - 1, height).round().astype(int)  # a row more or less from rounding
+    rows = np.linspace(0, panel.shape[0] - 1, height).round().astype(int)  # rounding may add or drop a row
     return np.concatenate([image, panel[rows]], axis=1)
 
 
-def _colours(name: str) -> Colormap:
+def _colormap(name: str) -> Colormap:
     if name not in matplotlib.colormaps:
         near = difflib.get_close_matches(name, list(matplotlib.colormaps), n=3, cutoff=0.4)
-        raise ConfigError(f"matplotlib has no colours {name!r}; near are {', '.join(near) or 'none'}; try Spectral")
+        raise ConfigError(f"matplotlib has no colormap {name!r}; try {', '.join(near) or 'Spectral'}")
     return matplotlib.colormaps[name]

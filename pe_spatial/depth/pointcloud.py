@@ -1,4 +1,4 @@
-"""A depth map as coloured points, and the camera that it needs: given, from EXIF, or guessed and said to be."""
+"""A depth map as colored points, and the camera for it: given, from EXIF, or guessed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _FILM_DIAGONAL = math.hypot(36, 24)  # mm
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """A pinhole camera, in pixels; the centre of the first pixel is (0, 0), as in OpenCV.
+    """A pinhole camera, in pixels; the center of the first pixel is (0, 0), as in OpenCV.
 
-    `source` says where the numbers come from, for whoever reads the points.
+    `source` tells readers of the points where the numbers come from.
     """
 
     fx: float
@@ -36,27 +36,26 @@ class Intrinsics:
 
 
 def given_camera(values: Sequence[float], size: tuple[int, int]) -> Intrinsics:
-    """Return the camera of `values` (fx, fy, cx, cy) if it can be that of images of `size` (H, W)."""
+    """Return the camera of `values` (fx, fy, cx, cy); ConfigError if they do not fit an image of `size` (H, W)."""
     fx, fy, cx, cy = values
     h, w = size
     if not (min(fx, fy) > 0 and 0 < cx < w and 0 < cy < h):
         raise ConfigError(
-            f"intrinsics {fx:g} {fy:g} {cx:g} {cy:g} are not those of an image of {w}x{h} pixels; "
-            "give fx fy cx cy in its pixels, the centre inside it"
+            f"intrinsics {fx:g} {fy:g} {cx:g} {cy:g} do not fit an image of {w}x{h} pixels; "
+            "give fx fy cx cy in pixels of that image, with the center inside"
         )
     return Intrinsics(fx, fy, cx, cy, "given")
 
 
 def exif_camera(path: Path, size: tuple[int, int]) -> Intrinsics | None:
-    """Return the camera by the focal length that EXIF gives as of 35 mm film, or None where it gives none.
+    """Return the camera for EXIF's focal length in 35 mm film, or None if EXIF has none.
 
-    The equivalence is that of the diagonals (CIPA DCG-001), so that orientation does not matter. It fails for images
-    that were cropped after they were taken.
+    The equivalence holds for diagonals (CIPA DCG-001), so orientation does not matter. It is wrong for cropped images.
     """
     try:
         with Image.open(path) as image:
             focal = float(image.getexif().get_ifd(_EXIF).get(_FOCAL_LENGTH_35MM, 0))
-    except Exception:  # PIL raises almost anything on broken tags, which are as good as none
+    except Exception:  # PIL raises almost anything on broken tags
         return None
     if not 0 < focal < math.inf:
         return None
@@ -64,9 +63,9 @@ def exif_camera(path: Path, size: tuple[int, int]) -> Intrinsics | None:
 
 
 def guessed_camera(size: tuple[int, int], fov: float) -> Intrinsics:
-    """Return a camera whose longer side sees `fov` degrees."""
+    """Return a camera with a field of view of `fov` degrees along the longer side."""
     if not 0 < fov < 180:
-        raise ConfigError(f"a field of view of {fov:g} degrees is none; between 0 and 180 is allowed")
+        raise ConfigError(f"the field of view is {fov:g} degrees; give a value between 0 and 180")
     focal = max(size) / 2 / math.tan(math.radians(fov) / 2)
     return _central(focal, size, f"GUESS: a field of view of {fov:g} degrees")
 
@@ -76,14 +75,14 @@ def _central(focal: float, size: tuple[int, int], source: str) -> Intrinsics:
 
 
 def without_edges(depth: np.ndarray, ratio: float) -> np.ndarray:
-    """Return `depth` without the pixels at its edges, where networks put points between near and far.
+    """Return `depth` without pixels at edges, where networks predict depths between near and far.
 
     Args:
-        depth: (H, W).
-        ratio: how much farther than the nearest the farthest of the 3 x 3 pixels around may be, for instance 1.05.
+        depth: depth map (H, W).
+        ratio: largest ratio of the farthest to the nearest depth in a window of 3 x 3 pixels, for instance 1.05.
     """
     if ratio <= 1:
-        raise ConfigError(f"the ratio of depths at an edge is {ratio:g}; it is more than 1, for instance 1.05")
+        raise ConfigError(f"the ratio of depths at an edge is {ratio:g}; give more than 1, for instance 1.05")
     valid = is_valid(depth)
     far = maximum_filter(np.where(valid, depth, 0), 3, mode="nearest")
     near = minimum_filter(np.where(valid, depth, np.inf), 3, mode="nearest")
@@ -91,15 +90,15 @@ def without_edges(depth: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def encode_ply(depth: np.ndarray, rgb: np.ndarray, camera: Intrinsics, comments: Sequence[str]) -> tuple[bytes, int]:
-    """Return a binary PLY file of the known pixels, and their number.
+    """Return a binary PLY file of the valid pixels, and their number.
 
     x points right, y down, z away from the camera, in the unit of `depth`.
 
     Args:
-        depth: (H, W), along z (not along the ray).
-        rgb: (H, W, 3) uint8.
-        camera: of this image.
-        comments: further lines of the header; the camera is always one of them.
+        depth: depth along z (not along the ray), (H, W).
+        rgb: image (H, W, 3) uint8.
+        camera: camera of this image.
+        comments: comments of the header, in addition to the camera.
     """
     valid = is_valid(depth)
     v, u = np.nonzero(valid)

@@ -1,10 +1,10 @@
-"""Depth maps in a pipeline: read and checked, cut and turned with their image, packed, padded as missing.
+"""Depth maps in a pipeline: loading, checks, crops, flips, rotations, packing, padding.
 
-Depth is float32 metres along the optical axis and 0 where it is missing, from the file to the loss. In a pipeline it is
-`results["gt_depth_map"]` (H, W), named in `seg_fields`, so that MMSegmentation's own transforms treat it too (Resize by
-the nearest, and metric depth keeps its values). MMCV's, of the same names in another scope, do not.
-`results["intrinsics"]` (fx, fy, cx, cy), in pixels and counted from the centre of the first one, follows the cuts and
-flips made here; after a rotation, or a flip or resize made elsewhere, it is left out rather than wrong.
+From the file to the loss, depth is float32 meters along the optical axis, and 0 where it is missing. In a pipeline it
+is `results["gt_depth_map"]` (H, W), listed in `seg_fields`, so that MMSegmentation's own transforms handle it too
+(Resize takes the nearest pixel and keeps the values). MMCV's transforms of the same names do not.
+`results["intrinsics"]` (fx, fy, cx, cy), in pixels from the center of the first one, follows the crops and flips of
+this module; after a rotation, or a flip or resize by another transform, it is dropped.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.planning.registry import register_step
 
 DEPTH = "gt_depth_map"
-_SCALES = {1000: "millimetres", 1: "metres", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimetres"}
+_SCALES = {1000: "millimeters", 1: "meters", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimeters"}
 
 
 def read_depth(path: str, *, scale: float) -> np.ndarray:
-    """Read a depth map as (H, W) float32 metres; what is not finite or not positive is missing (0).
+    """Read a depth map as (H, W) float32 meters; values that are not finite and positive are missing (0).
 
     Args:
-        path: PNG, PGM or TIFF of 16 bits or of floats, PFM, NPY, or EXR if OpenCV was told to read it.
-        scale: units of the file per metre: 1000 for millimetres, 256 for KITTI, 1 for metres.
+        path: PNG, PGM or TIFF with 16 bits or floats, PFM, NPY, or EXR if OpenCV was told to read it.
+        scale: units of the file per meter: 1000 for millimeters, 256 for KITTI, 1 for meters.
 
-    Raises DatasetError if it cannot be read, holds 8 bits or several channels.
+    Raises DatasetError if it cannot be read, or has 8 bits or several channels.
     """
     return _clean(_read(path, scale))[0]
 
@@ -52,13 +52,13 @@ def _read(path: str, scale: float) -> np.ndarray:
         raise
     except Exception as error:  # PIL's plugins raise almost anything on broken data
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"{path} cannot be read as a depth map ({reason}); restore it or leave it out") from error
+        raise DatasetError(f"{path} is not a readable depth map ({reason}). Replace it or remove the pair") from error
     if values.ndim != 2:
-        raise DatasetError(f"{path} has the shape {values.shape}; a depth map has one channel, (height, width)")
+        raise DatasetError(f"{path} has the shape {values.shape}; give a depth map with one channel, (height, width)")
     if values.dtype.itemsize == 1:
         raise DatasetError(
-            f"{path} holds {values.dtype} values: 256 levels are an image of depth and no measurement; "
-            "give depth of 16 bits, such as millimetres, or of floats"
+            f"{path} contains {values.dtype} values, and 256 levels are too coarse for depth; "
+            "give 16-bit depth, such as millimeters, or floats"
         )
     return values.astype(np.float32) / np.float32(scale)
 
@@ -67,68 +67,68 @@ def _decode(path: str) -> np.ndarray:
     if path.endswith(".npy"):
         return np.load(path, allow_pickle=False)
     if path.endswith(".exr"):
-        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # names the variable it wants set
+        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # its error names the variable to set
         if values is None:
-            raise ValueError("it is no EXR file")
+            raise ValueError("not an EXR file")
         return values
     with Image.open(path) as image:
         return np.asarray(image)
 
 
 def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the depth with 0 where it is no depth, and how many pixels were NaN, infinite or negative."""
+    """Return the depth with invalid pixels set to 0, and the number of NaN, infinite or negative pixels."""
     valid = (depth > 0) & (depth < np.inf)  # False for NaN
-    odd = int(np.count_nonzero(~valid) - np.count_nonzero(depth == 0))
-    return np.where(valid, depth, np.float32(0)), odd
+    invalid = int(np.count_nonzero(~valid) - np.count_nonzero(depth == 0))
+    return np.where(valid, depth, np.float32(0)), invalid
 
 
 def check_scale(depth: np.ndarray, *, scale: float, max_depth: float | None, path: str) -> None:
-    """Raise DatasetError, naming the likely scales, if the median of `depth` (metres, 0 = missing) cannot be a scene's.
+    """Raise DatasetError, naming likely scales, if the median of `depth` (meters, 0 = missing) is implausible.
 
-    It can be from 1/200 of `max_depth` to ten times as much (0.05 m to 100 m for 10 m), without one from 0.05 m to
-    1000 m: metres taken for millimetres, or the reverse, are far outside.
+    Plausible are 1/200 of `max_depth` to ten times `max_depth` (0.05 m to 100 m for 10 m), and without a `max_depth`
+    0.05 m to 1000 m: confusing meters and millimeters is far outside.
     """
     values = depth[depth > 0]
     if not len(values):
         return
-    median = float(np.median(values[:: -(-len(values) // 4096)]))  # a few thousand pixels tell it
+    median = float(np.median(values[:: -(-len(values) // 4096)]))  # a few thousand pixels are enough
     low, high = (max_depth / 200, max_depth * 10) if max_depth else (0.05, 1000)
     if low <= median <= high:
         return
     likely = [s for s in _SCALES if low <= median * scale / s <= (max_depth or 100)]
     advice = " or ".join(f"scale={s} ({_SCALES[s]})" for s in likely) or "the scale of the file"
     raise DatasetError(
-        f"{path} has a median depth of {median:.4g} m at scale={scale:g} units per metre, "
-        f"which is no scene of {f'at most {max_depth:g} m' if max_depth else 'this world'}; set {advice}"
+        f"{path} has a median depth of {median:.4g} m at scale={scale:g} (units per meter), "
+        f"which is implausible{f' for a max_depth of {max_depth:g} m' if max_depth else ''}; set {advice}"
     )
 
 
 @TRANSFORMS.register_module()
 class LoadDepth(BaseTransform):
-    """Read the depth map of a pair as `read_depth` does, after its image and before anything changes that.
+    """Read the depth map of a pair with `read_depth`, after its image and before any transform of the image.
 
-    Depth outside the pair's range is missing. NaN, infinite and negative values are missing too and counted in the log.
-    A map of another size than its image and a scale that cannot be (`check_scale`) raise DatasetError.
+    Depth outside the pair's range is missing. So are NaN, infinite and negative values, which are counted in the log.
+    A map of another size than its image and an implausible scale (`check_scale`) raise DatasetError.
 
     Args:
-        skip_empty: for training: log a map without any depth, and have another pair drawn.
+        skip_empty: for training: log a map without any depth, and draw another pair.
     """
 
     def __init__(self, *, skip_empty: bool = False) -> None:
         self.skip_empty = skip_empty
-        self.seen: dict[str, set[str]] = {}  # kind of oddity -> files, in this process
+        self.logged: dict[str, set[str]] = {}  # kind of problem -> files, in this process
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Add gt_depth_map (H, W) from depth_path, depth_scale, min_depth and max_depth; None for a pair to skip."""
         path, max_depth = results["depth_path"], results.get("max_depth")
-        depth, odd = _clean(_read(path, results["depth_scale"]))
-        if odd:
-            self._log("NaN, infinite or negative depth", path, f"{odd} of {depth.size} pixels, taken as missing")
+        depth, invalid = _clean(_read(path, results["depth_scale"]))
+        if invalid:
+            self._log("NaN, infinite or negative depth", path, f"{invalid} of {depth.size} pixels, set to missing")
         if depth.shape != tuple(results["ori_shape"]):
             raise DatasetError(
                 f"{path} is {depth.shape[0]}x{depth.shape[1]} (height x width) but {results['img_path']} is "
-                f"{results['ori_shape'][0]}x{results['ori_shape'][1]}; bring both to one size and view, "
-                "and place LoadDepth before anything that cuts the image"
+                f"{results['ori_shape'][0]}x{results['ori_shape'][1]}; give maps of the same size and view, "
+                "and place LoadDepth before transforms that crop the image"
             )
         check_scale(depth, scale=results["depth_scale"], max_depth=max_depth, path=path)
         depth[depth < results.get("min_depth", 0.0)] = 0
@@ -143,79 +143,72 @@ class LoadDepth(BaseTransform):
         return results
 
     def _log(self, kind: str, path: str, what: str) -> None:
-        files = self.seen.setdefault(kind, set())
-        known = len(files)
+        files = self.logged.setdefault(kind, set())
+        before = len(files)
         files.add(path)
-        if len(files) > known and len(files) in (1, 10, 100, 1000, 10000):
+        if len(files) > before and len(files) in (1, 10, 100, 1000, 10000):
             print_log(
                 f"{kind} in {path}: {what} ({len(files)} such files so far in this process)",
                 logger="current",
                 level=logging.WARNING,
             )
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(skip_empty={self.skip_empty})"
-
 
 @TRANSFORMS.register_module()
 class DepthCrop(BaseTransform):
-    """Cut image and depth to a fixed box; from then on that is the image, at whose size predictions come back.
+    """Crop image and depth to a fixed box; predictions have the size of the box.
 
     Args:
         box: (left, top, right, bottom) in pixels, right and bottom exclusive: (43, 45, 608, 472) for training on NYUv2
             (AdaBins, BinsFormer, DINOv2), which leaves 427 x 565.
-        bottom_centre: instead of it, (height, width) of a window in the middle of the lower edge: (352, 1216) for KITTI
-            (cleinc/bts@5e3406b: left = int((width - 1216) / 2)).
-        image_only: leave the depth whole, as BTS does in evaluation; then the metric needs `pasted=True`.
+        bottom_center: instead of `box`, (height, width) of a window at the center of the lower edge: (352, 1216) for
+            KITTI (cleinc/bts@5e3406b: left = int((width - 1216) / 2)).
+        image_only: keep the complete depth, as BTS does in evaluation; then the metric needs `pasted=True`.
     """
 
     def __init__(
         self,
         *,
         box: Sequence[int] | None = None,
-        bottom_centre: Sequence[int] | None = None,
+        bottom_center: Sequence[int] | None = None,
         image_only: bool = False,
     ) -> None:
-        if (box is None) == (bottom_centre is None):
-            raise ConfigError(f"DepthCrop takes box or bottom_centre, and got {box} and {bottom_centre}; give one")
+        if (box is None) == (bottom_center is None):
+            raise ConfigError(f"box is {box} and bottom_center is {bottom_center}; give exactly one of them")
         if box is not None and not (len(box) == 4 and 0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-            raise ConfigError(f"box is {tuple(box)}; it is (left, top, right, bottom) in pixels, not empty")
+            raise ConfigError(f"box is {tuple(box)}; give (left, top, right, bottom) in pixels, not empty")
         self.box = box
-        self.bottom_centre = bottom_centre
+        self.bottom_center = bottom_center
         self.image_only = image_only
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Cut; DatasetError if the box leaves the image."""
+        """Crop; DatasetError if the box exceeds the image."""
         height, width = results["img"].shape[:2]
-        left, top, right, bottom = self.box or bottom_centre_box(height, width, size=self.bottom_centre)
+        left, top, right, bottom = self.box or bottom_center_box(height, width, size=self.bottom_center)
         if left < 0 or top < 0 or right > width or bottom > height:
             raise DatasetError(
-                f"{results['img_path']} is {height}x{width} (height x width) and does not hold the box "
+                f"{results['img_path']} is {height}x{width} (height x width) and does not contain the box "
                 f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); check the crop of the pipeline"
             )
-        _cut(results, (left, top, right, bottom), ("img",) if self.image_only else ("img", DEPTH))
+        _crop(results, (left, top, right, bottom), ("img",) if self.image_only else ("img", DEPTH))
         results["ori_shape"] = results["img_shape"]
         return results
 
-    def __repr__(self) -> str:
-        where = f"box={self.box}" if self.box else f"bottom_centre={self.bottom_centre}"
-        return f"{type(self).__name__}({where}, image_only={self.image_only})"
 
-
-def bottom_centre_box(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of a window of `size` (height, width) in the middle of the lower edge."""
+def bottom_center_box(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a window of `size` (height, width) at the center of the lower edge."""
     left, top = int((width - size[1]) / 2), height - size[0]
     return left, top, left + size[1], top + size[0]
 
 
 @TRANSFORMS.register_module()
 class DepthRandomCrop(BaseTransform):
-    """Cut image and depth to a window of fixed size at a random place.
+    """Crop image and depth to a window of fixed size at a random position.
 
     Args:
         size: (height, width) in pixels; (416, 544) for NYUv2, (352, 704) for KITTI.
-        pad_val: fill smaller images at the right and at the bottom with this, their depth as missing; without it a
-            smaller image raises DatasetError.
+        pad_val: pad smaller images at the right and bottom with this value, and their depth as missing; None raises
+            DatasetError for a smaller image.
     """
 
     def __init__(self, size: Sequence[int], *, pad_val: int | None = None) -> None:
@@ -223,7 +216,7 @@ class DepthRandomCrop(BaseTransform):
         self.pad_val = pad_val
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Fill up if need be, and cut."""
+        """Pad if necessary, and crop."""
         height, width = results["img"].shape[:2]
         if self.size[0] > height or self.size[1] > width:
             if self.pad_val is None:
@@ -239,14 +232,11 @@ class DepthRandomCrop(BaseTransform):
             height, width = shape
         top = np.random.randint(height - self.size[0] + 1)
         left = np.random.randint(width - self.size[1] + 1)
-        _cut(results, (left, top, left + self.size[1], top + self.size[0]), ("img", DEPTH))
+        _crop(results, (left, top, left + self.size[1], top + self.size[0]), ("img", DEPTH))
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, pad_val={self.pad_val})"
 
-
-def _cut(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> None:
+def _crop(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> None:
     left, top, right, bottom = box
     camera = _camera(results)
     for key in keys:
@@ -257,7 +247,7 @@ def _cut(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> No
 
 
 def _camera(results: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the intrinsics, if they are known and hold for the image as it is now."""
+    """Return the intrinsics if there are any and they are valid for the present image."""
     if results.get("intrinsics") is None or results.get("flip", False) != results.get("intrinsics_flip", False):
         return None
     shape = results.get("intrinsics_shape", results["ori_shape"])
@@ -266,16 +256,16 @@ def _camera(results: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 @TRANSFORMS.register_module()
 class DepthRandomFlip(BaseTransform):
-    """Mirror image and depth left to right, with a probability of `prob`, and the camera with them.
+    """Flip image, depth and camera left to right with probability `prob`.
 
-    RandomFlip does it too if it is MMSegmentation's; MMCV's would leave the depth as it was.
+    MMSegmentation's RandomFlip flips the depth too, MMCV's does not.
     """
 
     def __init__(self, *, prob: float = 0.5) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Mirror, or not; say so in flip and flip_direction."""
+        """Flip, or not; record it in flip and flip_direction."""
         results["flip"] = bool(np.random.rand() < self.prob)
         results["flip_direction"] = "horizontal" if results["flip"] else None
         if results["flip"]:
@@ -288,18 +278,15 @@ class DepthRandomFlip(BaseTransform):
         results["intrinsics_flip"] = results["flip"]
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(prob={self.prob})"
-
 
 @TRANSFORMS.register_module()
 class DepthRandomRotate(BaseTransform):
-    """Turn image (bilinear) and depth (nearest) about the centre; depth that comes from outside is missing.
+    """Rotate image (bilinear) and depth (nearest) around the center; depth from outside the image is missing.
 
     Args:
         degrees: the angle is drawn from -degrees to degrees.
-        prob: of turning at all.
-        pad_val: of the image where it comes from outside (0 in BTS and in the recipe of DINOv2).
+        prob: probability of a rotation.
+        pad_val: value of pixels from outside the image (0 in BTS and in the recipe of DINOv2).
     """
 
     def __init__(self, *, degrees: float = 2.5, prob: float = 0.5, pad_val: int = 0) -> None:
@@ -308,7 +295,7 @@ class DepthRandomRotate(BaseTransform):
         self.pad_val = pad_val
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Turn; the intrinsics are dropped."""
+        """Rotate; the intrinsics are dropped."""
         if np.random.rand() >= self.prob:
             return results
         angle = np.random.uniform(-self.degrees, self.degrees)
@@ -319,21 +306,18 @@ class DepthRandomRotate(BaseTransform):
         results["intrinsics"] = None
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(degrees={self.degrees}, prob={self.prob}, pad_val={self.pad_val})"
-
 
 @TRANSFORMS.register_module()
 class DepthColorAug(BaseTransform):
-    """Random gamma, brightness and balance of the channels (cleinc/bts@5e3406b), on 8-bit images of any order.
+    """Random gamma, brightness and channel balance (cleinc/bts@5e3406b), on 8-bit images, RGB or BGR.
 
-    As in BTS a pixel is in 0 ... 1 when it is raised to gamma. The toolbox that DINOv2 trained with does that in
-    0 ... 255, where a gamma of 0.9 ... 1.1 also changes the brightness by 0.57 ... 1.74.
+    As in BTS, gamma applies to pixels scaled to [0, 1]. The toolbox of DINOv2's training applies it to [0, 255], where
+    a gamma of 0.9 to 1.1 also changes the brightness by a factor of 0.57 to 1.74.
 
     Args:
-        gamma, brightness, color: ranges; each channel draws its own `color`. BTS has brightness (0.75, 1.25) for NYUv2
-            and (0.9, 1.1) for KITTI.
-        prob: of changing the image at all.
+        gamma, brightness, color: ranges of factors; `color` is drawn per channel. BTS has brightness (0.75, 1.25) for
+            NYUv2 and (0.9, 1.1) for KITTI.
+        prob: probability of a change.
     """
 
     def __init__(
@@ -348,7 +332,7 @@ class DepthColorAug(BaseTransform):
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Change the image through one table of 256 values per channel."""
+        """Change the image by a table of 256 values per channel."""
         if np.random.rand() >= self.prob:
             return results
         gamma, brightness = np.random.uniform(*self.gamma), np.random.uniform(*self.brightness)
@@ -358,12 +342,6 @@ class DepthColorAug(BaseTransform):
         results["img"] = cv2.LUT(np.ascontiguousarray(results["img"]), table)
         return results
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(gamma={self.gamma}, brightness={self.brightness}, color={self.color}, "
-            f"prob={self.prob})"
-        )
-
 
 _META = ("img_path", "depth_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction", "max_depth")
 
@@ -372,7 +350,7 @@ _META = ("img_path", "depth_path", "ori_shape", "img_shape", "scale_factor", "fl
 class PackDepthInputs(BaseTransform):
     """Pack an image and, if it has one, its depth map for the model.
 
-    inputs is (3, H, W) uint8, BGR; data_samples holds gt_depth_map (1, H, W) float32 and what is known of img_path,
+    inputs is (3, H, W) uint8, BGR; data_samples has gt_depth_map (1, H, W) float32 and, as far as available, img_path,
     depth_path, ori_shape, img_shape, scale_factor, flip, flip_direction, max_depth and intrinsics.
     """
 
@@ -388,22 +366,19 @@ class PackDepthInputs(BaseTransform):
         image = np.ascontiguousarray(results["img"].transpose(2, 0, 1))
         return {"inputs": torch.from_numpy(image), "data_samples": sample}
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
 
 @MODELS.register_module()
 class DepthPreprocessor(ImgDataPreprocessor):
-    """Normalise images and bring a batch to one size: `pad_val` at the right and at the bottom, depth as missing.
+    """Normalize images and pad a batch to one size at the right and bottom: images with `pad_val`, depth with 0.
 
-    In training the depth maps are filled up with 0; in evaluation they stay as they are, and `padding_size`
-    (left, right, top, bottom) says what to cut from the prediction.
+    In evaluation depth maps keep their size, and `padding_size` (left, right, top, bottom) tells what to crop from the
+    prediction.
 
     Args:
-        mean, std: of the channels after their exchange, on pixels of 0 ... 255.
-        bgr_to_rgb: exchange them.
-        pad_size_divisor: bring both sides to a multiple of this.
-        pad_val: in normalised units, so that 0 is the mean colour.
+        mean, std: statistics of the channels (RGB if `bgr_to_rgb`), for pixels in [0, 255].
+        bgr_to_rgb: convert BGR to RGB.
+        pad_size_divisor: pad both sides to a multiple of this.
+        pad_val: value after normalization, so that 0 is the mean color.
     """
 
     def __init__(
@@ -418,7 +393,7 @@ class DepthPreprocessor(ImgDataPreprocessor):
         super().__init__(mean, std, pad_size_divisor, pad_val, bgr_to_rgb)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Lists of (3, H, W) images and of samples -> inputs (B, 3, H', W') and the samples."""
+        """Lists of images (3, H, W) and samples -> inputs (B, 3, H', W') and samples."""
         sizes = [tuple(image.shape[-2:]) for image in data["inputs"]]
         data = super().forward(data, training)
         if data["data_samples"] is None:
@@ -438,8 +413,8 @@ class DepthPreprocessor(ImgDataPreprocessor):
         depth = sample.gt_depth_map.data
         if tuple(depth.shape[-2:]) != size:
             raise ConfigError(
-                f"{sample.get('img_path')} is {size[0]}x{size[1]} in training and its depth map "
-                f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changed one without the other"
+                f"{sample.get('img_path')} reaches the model as {size[0]}x{size[1]} and its depth map as "
+                f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changes one without the other"
             )
         return depth
 

@@ -1,4 +1,4 @@
-"""What any depth network has to beat: the mean depth of the training set, predicted for every pixel.
+"""The baseline of depth networks: the mean depth of the training set, predicted for every pixel.
 
 python projects/nyu_depth/mean_depth.py configs/pe_spatial_dpt_nyu.py --limit 2000
 python projects/nyu_depth/mean_depth.py projects/nyu_depth/synthetic_dpt.py

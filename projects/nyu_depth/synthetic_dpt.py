@@ -1,16 +1,17 @@
-# DPT on the frozen encoder that the package ships, on the embedded synthetic world: the small stand-in of
-# pe_spatial_dpt_nyu.py, for which nothing has to be downloaded.
+# DPT on the frozen encoder in the package, on the embedded synthetic world: a small version of pe_spatial_dpt_nyu.py
+# without any download.
 #
 #   command   python tools/render_synthetic.py work_dirs/depth_world --train 400 --val 60 --size 192 192 --workers 2
 #             python tools/train.py projects/nyu_depth/synthetic_dpt.py
-#             python projects/nyu_depth/mean_depth.py projects/nyu_depth/synthetic_dpt.py     (what it has to beat)
+#             python projects/nyu_depth/mean_depth.py projects/nyu_depth/synthetic_dpt.py     (the baseline)
 #   data      800 images of 400 scenes, evaluated on 120 images of 60 others; depth is exact
 #   hardware  two CPU cores
 #   cost      60 s of CPU time for rendering, then 205 s for 200 iterations and the evaluation
-#   expected  RMSE 0.471 m, measured here. The mean depth, 3.025 m, has 1.506 m; synthetic_lin1.py 0.577 m
+#   expected  RMSE 0.471 m, measured here. Predicting the mean depth (3.025 m) gives 1.506 m, synthetic_lin1.py
+#             0.577 m
 #
-# What is small: the encoder (projects/synthetic_pretraining; it learned depth too, on other scenes of this world), a
-# fusion of 32 channels, 200 iterations of 4 images, bfloat16, 20 calls of SigLoss's warm-up.
+# Small are: the encoder (projects/synthetic_pretraining; pretrained on depth too, on other scenes of this world), the
+# fusion of 32 channels, 200 iterations of 4 images in bfloat16, 20 iterations of SigLoss's warm-up.
 
 _base_ = '../../configs/pe_spatial_dpt_nyu.py'
 

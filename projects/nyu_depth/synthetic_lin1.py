@@ -1,11 +1,11 @@
-# A linear probe of the frozen encoder that the package ships, on the embedded synthetic world: the small stand-in of
+# A linear probe of the frozen encoder in the package, on the embedded synthetic world: a small version of
 # pe_spatial_lin1_nyu.py.
 #
-#   command   as synthetic_dpt.py, with this config
-#   data      as there
+#   command   as in synthetic_dpt.py, with this config
+#   data      the same
 #   hardware  two CPU cores
 #   cost      80 s of CPU time
-#   expected  RMSE 0.577 m, measured here. The mean depth has 1.506 m, DPT 0.471 m
+#   expected  RMSE 0.577 m, measured here. Predicting the mean depth gives 1.506 m, DPT 0.471 m
 
 _base_ = 'synthetic_dpt.py'
 

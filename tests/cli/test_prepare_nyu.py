@@ -8,6 +8,7 @@ from PIL import Image
 
 pytest.importorskip("mmseg")
 from pe_spatial.cli import prepare_nyu
+from pe_spatial.depth import nyu as nyu_module
 from pe_spatial.errors import DatasetError
 
 pytestmark = pytest.mark.mmseg
@@ -27,7 +28,7 @@ def write_pair(folder, scene, number, *, border):
 def nyu(tmp_path, monkeypatch):
     """The layout of nyu.zip in miniature, for which 2 and 1 pairs are all."""
     for split, count in (("train", 2), ("test", 1)):
-        monkeypatch.setitem(prepare_nyu.SPLITS, split, (count, *prepare_nyu.SPLITS[split][1:]))
+        monkeypatch.setitem(nyu_module.SPLITS, split, (count, *nyu_module.SPLITS[split][1:]))
     lines = ["/" + write_pair(tmp_path, "kitchen_0028b", n, border=False).replace(" k", " /k") for n in (0, 45)]
     (tmp_path / "nyu_train.txt").write_text("\n".join(lines))
     (tmp_path / "nyu_test.txt").write_text(write_pair(tmp_path, "bathroom", 1, border=True))
@@ -46,7 +47,7 @@ def test_complete(nyu, capsys):
     code, out = run(nyu, capsys)
     assert code == 0
     assert [line.split() for line in out.splitlines()[-4:]] == [
-        ["split", "expected", "listed", "read", "wrong"],
+        ["split", "expected", "listed", "read", "broken"],
         ["train", "2", "2", "2", "0"],
         ["test", "1", "1", "1", "0"],
         ["complete"],
@@ -63,8 +64,8 @@ def test_layout_of_bts(nyu, capsys):
         (nyu / f"nyu_{split}.txt").rename(nyu / f"nyudepthv2_{split}_files_with_gt.txt")
     code, out = run(nyu, capsys)
     assert code == 0
-    assert "train: set ann_file='nyudepthv2_train_files_with_gt.txt', data_prefix=dict(img_path='sync'" in out
-    assert "img_path='official_splits/test', depth_path='official_splits/test')" in out
+    assert "train: set ann_file='nyudepthv2_train_files_with_gt.txt', data_prefix={'img_path': 'sync'" in out
+    assert "{'img_path': 'official_splits/test', 'depth_path': 'official_splits/test'}" in out
 
 
 def test_what_is_wrong_is_named(nyu, capsys):
@@ -73,17 +74,17 @@ def test_what_is_wrong_is_named(nyu, capsys):
     write_pair(nyu, "bathroom", 1, border=False)
     code, out = run(nyu, capsys)
     assert code == 1
-    assert "sync_depth_00000.png holds uint8 values" in out
+    assert "sync_depth_00000.png contains uint8 values" in out
     assert "rgb_00045.jpg is no image" in out
     assert "1 test images are not black in their outermost rows" in out
     assert ["train", "2", "2", "2", "2"] in [line.split() for line in out.splitlines()]
-    assert "not complete" in out
+    assert "incomplete" in out
 
 
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        (np.zeros((480, 640)), "holds no depth"),
+        (np.zeros((480, 640)), "contains no depth"),
         (np.full((48, 64), 2500), "is 48x64"),
         (np.full((480, 640), 3), "has a median depth of 0.003 m"),
     ],
@@ -101,16 +102,16 @@ def test_missing_files_and_lists(nyu, capsys):
     (nyu / "nyu_train.txt").write_text(lines[0])
     code, out = run(nyu, capsys)
     assert code == 1
-    assert "nyu_train.txt lists 1 pairs; the published numbers are on 2" in out
+    assert "nyu_train.txt lists 1 pairs; published results use 2" in out
     assert "1 images and 0 depth maps of the 1 pairs" in out
     (nyu / "nyu_train.txt").write_text(lines[0] + "\nnonsense")
     assert "line 2: 'nonsense' is not" in run(nyu, capsys)[1]
     (nyu / "nyu_train.txt").unlink()
     code, out = run(nyu, capsys)
     assert code == 1
-    assert "neither nyu_train.txt nor nyudepthv2_train_files_with_gt.txt in" in out
+    assert "has neither nyu_train.txt nor nyudepthv2_train_files_with_gt.txt" in out
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(DatasetError, match="no folder"):
+    with pytest.raises(DatasetError, match="there is no folder"):
         prepare_nyu.run(Namespace(root=tmp_path / "absent", every=1))

@@ -85,7 +85,7 @@ def test_wrong_lines_are_named(nyu, line):
 
 
 def test_number_of_pairs_is_compared(nyu):
-    with pytest.raises(DatasetError, match=r"train.txt holds 3 pairs, expected are 24231; complete the set"):
+    with pytest.raises(DatasetError, match=r"train.txt contains 3 pairs instead of 24231; complete the dataset"):
         build(nyu, expected=24231)
 
 
@@ -93,7 +93,7 @@ def test_missing_files_are_counted_and_named(nyu, log):
     (nyu / "kitchen_1/rgb_00007.jpg").unlink()
     (nyu / "cafe_2/sync_depth_00003.png").unlink()
     message = (
-        r"1 images and 1 depth maps of the 3 pairs in .*train.txt are not there: .*rgb_00007.jpg, "
+        r"1 images and 1 depth maps of the 3 pairs in .*train.txt are missing: .*rgb_00007.jpg, "
         r".*sync_depth_00003.png; check data_root .* or set skip_missing=True"
     )
     with pytest.raises(DatasetError, match=message):
@@ -109,13 +109,13 @@ def test_missing_files_are_counted_and_named(nyu, log):
 
 
 def test_absent_and_unreadable_lists(nyu):
-    with pytest.raises(DatasetError, match=r"no file .*val.txt; check data_root .*prepare_nyu"):
+    with pytest.raises(DatasetError, match=r"there is no file .*val.txt; check data_root .*prepare_nyu"):
         build(nyu, ann_file="val.txt")
     (nyu / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(DatasetError, match=r"binary.txt cannot be read as text"):
+    with pytest.raises(DatasetError, match=r"binary.txt is not readable as text"):
         build(nyu, ann_file="binary.txt")
     (nyu / "empty.txt").write_text("\n")
-    with pytest.raises(DatasetError, match=r"empty.txt holds no pairs"):
+    with pytest.raises(DatasetError, match=r"empty.txt contains no pairs"):
         build(nyu, ann_file="empty.txt")
 
 
@@ -124,9 +124,9 @@ def test_folders_of_nyuv2(nyu):
     listed = build(nyu)
     pairs = [{(d[i]["img_path"], d[i]["depth_path"]) for i in range(3)} for d in (dataset, listed)]
     assert pairs[0] == pairs[1]
-    with pytest.raises(DatasetError, match=r"no folder .*absent; check data_root"):
+    with pytest.raises(DatasetError, match=r"there is no folder .*absent; check data_root"):
         build(nyu, "", names=NYU, data_prefix=dict(img_path="absent"))
-    with pytest.raises(DatasetError, match=r"holds no pairs"):
+    with pytest.raises(DatasetError, match=r"contains no pairs"):
         build(nyu, "", names=("{}.tif", "{}.png"))
 
 
@@ -158,7 +158,7 @@ def test_table_of_real_pairs(shared, log):
     assert not log[1:]
 
 
-TABLE = "rgb,depth,units_per_metre,fx,fy,cx,cy\nkitchen_1/rgb_00000.jpg,kitchen_1/sync_depth_00000.png,1000,5,5,2,2\n"
+TABLE = "rgb,depth,units_per_meter,fx,fy,cx,cy\nkitchen_1/rgb_00000.jpg,kitchen_1/sync_depth_00000.png,1000,5,5,2,2\n"
 
 
 def test_options_take_the_place_of_columns(nyu):
@@ -174,14 +174,14 @@ def test_options_take_the_place_of_columns(nyu):
     ("text", "message"),
     [
         ("image,depth\na,b\n", "has the columns image, depth; it needs rgb and depth"),
-        ("rgb,depth,scale\na,b,1\n", "has the columns rgb, depth, scale; .* allows units_per_metre"),
-        ("rgb,depth,fx,fy\na,b,1,1\n", "of fx, fy, cx, cy all or none"),
-        (TABLE + "a.jpg,b.png,0,5,5,2,2\n", "line 3: 'a.jpg,b.png,0,5,5,2,2' has a wrong units_per_metre"),
+        ("rgb,depth,scale\na,b,1\n", "has the columns rgb, depth, scale; .* allows units_per_meter"),
+        ("rgb,depth,fx,fy\na,b,1,1\n", r"\(fx, fy, cx, cy together\)"),
+        (TABLE + "a.jpg,b.png,0,5,5,2,2\n", "line 3: 'a.jpg,b.png,0,5,5,2,2' has a wrong units_per_meter"),
         (TABLE + "a.jpg,b.png,1000,5,x,2,2\n", "line 3: .* has a wrong fy"),
         (TABLE + "a.jpg,b.png,1000,5,5,inf,2\n", "line 3: .* has a wrong cx"),
-        (TABLE + "a.jpg,,1000,5,5,2,2\n", "line 3: .* has a wrong rgb or depth"),
-        (TABLE + "a.jpg,b.png,1000,5,5,2,2,9\n", "line 3: .* or a field too many"),
-        (TABLE + "a.jpg,b.png,,5,5,2,2\n", "line 3 has no units_per_metre; add it, or set scale"),
+        (TABLE + "a.jpg,,1000,5,5,2,2\n", "line 3: .* has a wrong rgb, depth"),
+        (TABLE + "a.jpg,b.png,1000,5,5,2,2,9\n", "line 3: .* or number of fields"),
+        (TABLE + "a.jpg,b.png,,5,5,2,2\n", "line 3 has no units_per_meter; add it, or set scale"),
     ],
 )
 def test_wrong_tables_are_named(nyu, text, message):
@@ -201,7 +201,7 @@ def test_training_draws_another_pair_for_an_empty_map(nyu, log):
     assert "sync_depth_00009.png: skipped (1 such files" in empty[0]
     kept = build(nyu, pipeline=PIPELINE, test_mode=True)
     assert not kept[3]["data_samples"].gt_depth_map.data.any()
-    with pytest.raises(ConfigError, match="skip_empty is True in the pipeline of a test"):
+    with pytest.raises(ConfigError, match="skip_empty is True in a test pipeline"):
         build(nyu, pipeline=[LoadCheckedImage(), LoadDepth(skip_empty=True)], test_mode=True)
 
 
@@ -217,16 +217,16 @@ def test_nothing_usable_ends(nyu, log):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(ann_file="list.json"), "ann_file is list.json; it is a list"),
-        (dict(names=NYU), "ann_file is 'train.txt' and names is .*; give one"),
-        (dict(ann_file=""), "ann_file is '' and names is None; give one"),
+        (dict(ann_file="list.json"), "ann_file is list.json; give a list"),
+        (dict(names=NYU), "ann_file is 'train.txt' and names is .*; give exactly one"),
+        (dict(ann_file=""), "ann_file is '' and names is None; give exactly one"),
         (dict(ann_file="", names=("a.jpg", "{}.png")), "two patterns with one {} each"),
         (dict(scale=None), "scale is None; give the units"),
         (dict(scale=0), "scale is 0; give the units"),
         (dict(min_depth=3, max_depth=2), "min_depth is 3 and max_depth 2"),
-        (dict(intrinsics=(5, 5)), r"intrinsics is \(5, 5\); it is \(fx, fy, cx, cy\)"),
-        (dict(data_prefix=dict(depth_map_path="d")), "data_prefix holds depth_map_path; it takes img_path"),
-        (dict(skip_missing=True, test_mode=True), "skip_missing=True in testing"),
+        (dict(intrinsics=(5, 5)), r"intrinsics is \(5, 5\); give \(fx, fy, cx, cy\)"),
+        (dict(data_prefix=dict(depth_map_path="d")), "data_prefix has the keys depth_map_path; allowed are img_path"),
+        (dict(skip_missing=True, test_mode=True), "skip_missing=True would omit pairs"),
     ],
 )
 def test_wrong_options_are_refused(nyu, options, message):

@@ -185,8 +185,8 @@ def test_checkpointing_really_recomputes():
         (dict(readout="project"), "readout is 'project' and token None"),
         (dict(token="mean"), "readout is 'ignore' and token 'mean'"),
         (dict(in_index=[0, 1, 2]), r"in_index is \[0, 1, 2\] but the encoder gives 4 maps"),
-        (dict(in_index=[0, 1, 2, 4]), "name four of them"),
-        (dict(scales=[8, 4, 2, 1]), "scale 8 of a DPT level"),
+        (dict(in_index=[0, 1, 2, 4]), "give four indices"),
+        (dict(scales=[8, 4, 2, 1]), "the scale of a DPT level is 8"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -93,7 +93,7 @@ def test_padding_to_the_patch_is_cut_and_not_squeezed(h, w):
 def test_padding_is_on_all_sides():
     model = grid_model(patch=16)
     depth = model.depth(torch.full((1, 3, 16, 22), 4.0))  # 22 = 16 + 6, filled up by 5 on each side
-    # columns of the three patches' centres: the outer ones hold 11 of 16 pixels of the image
+    # columns of the three patches' centers: the outer ones hold 11 of 16 pixels of the image
     assert model.backbone.seen == [(1, 3, 16, 32)]
     torch.testing.assert_close(depth[0, 0, 0, [2, 19]], torch.full((2,), 4.0 * 11 / 16))
 
@@ -278,24 +278,24 @@ def test_hierarchical_backbone_of_mmsegmentation():
             lambda: tiny_model(
                 backbone=dict(variant=dict(TINY, class_token=False)), head=dict(type="BinsDepthHead", token="class")
             ),
-            "Backbone gives no class token; set decode_head.token to 'mean'",
+            "Backbone has no class token; set decode_head.token to 'mean'",
         ),
         (lambda: tiny_model(head=dict(type="BinsDepthHead", in_channels=[8])), "in_channels follows from the encoder"),
         (
             lambda: DepthEstimator(dict(type="mmseg.ResNet", depth=18), dict(type="BinsDepthHead"), losses=[]),
-            "ResNet does not tell its width; give decode_head.in_channels",
+            "ResNet has no embed_dim; give decode_head.in_channels",
         ),
         (
             lambda: DepthEstimator(
                 dict(type="mmseg.ResNet", depth=18, out_indices="even"), dict(type="BinsDepthHead"), losses=[]
             ),
-            "out_indices 'even' is for encoders with a variant",
+            "out_indices is 'even', but mmseg.ResNet has no variant",
         ),
         (lambda: named_layers("first", 12), "out_indices is 'first'; allowed are block numbers and 'last', 'even'"),
         (lambda: grid_model(mode="slide_flip"), "test_cfg.mode is 'slide_flip'; allowed are 'whole', 'slide'"),
-        (lambda: grid_model(mode="slide"), "needs crop_size and stride"),
-        (lambda: grid_model(mode="slide", crop_size=(4, 4), stride=(4, 5)), "pixels would be left out"),
-        (lambda: grid_model(crop_size=(4, 4)), "belong to mode 'slide'"),
+        (lambda: grid_model(mode="slide"), "test_cfg.mode 'slide' needs both"),
+        (lambda: grid_model(mode="slide", crop_size=(4, 4), stride=(4, 5)), "would omit pixels"),
+        (lambda: grid_model(crop_size=(4, 4)), "need mode 'slide'"),
     ],
 )
 def test_wrong_configs_are_named(build, message):

@@ -114,7 +114,7 @@ def test_maps_of_other_sizes_are_brought_to_the_first():
         (dict(norm="SyncBN"), "norm is 'SyncBN'; allowed are None, 'batch', 'layer'"),
         (dict(spacing="UD"), "spacing is 'UD'; allowed are 'uniform', 'log'"),
         (dict(weighting="relu"), "weighting is 'relu'; allowed are 'linear', 'softmax', 'sigmoid'"),
-        (dict(min_depth=0.0), "min_depth 0.0 and max_depth 10.0 must be metres with 0 < min < max"),
+        (dict(min_depth=0.0), "min_depth is 0.0 and max_depth 10.0; 0 < min"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -1,4 +1,4 @@
-"""Depth of images: files that say what they are, colours, clouds, tiles, and the tool on good and bad input."""
+"""Depth of images: files that say what they are, colors, clouds, tiles, and the tool on good and bad input."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from mmengine.config import Config
 
 from pe_spatial.depth.inference import DepthPredictor, Sources, _starts
 from pe_spatial.depth.outputs import (
-    GREY,
+    GRAY,
     add_bar,
     depth_range,
     draw_depth,
@@ -45,12 +45,12 @@ def read_png(data):
 
 def test_png_of_16_bits_declares_its_scale_and_counts_what_does_not_fit():
     depth = np.array([[0, 1.2343, 65.535, 65.6], [np.nan, -1, np.inf, 1e-5]], np.float32)
-    data, saturated = encode_png16(depth, 1000, {"depth_unit": "metre"})
+    data, saturated = encode_png16(depth, 1000, {"depth_unit": "meter"})
     pixels, text = read_png(data)
     assert pixels.dtype == np.uint16
     assert pixels.tolist() == [[0, 1234, 65535, 65535], [0, 0, 0, 1]]  # near is not missing
     assert saturated == 1
-    assert text == {"depth_scale": "1000", "depth_missing": "0", "depth_unit": "metre"}
+    assert text == {"depth_scale": "1000", "depth_missing": "0", "depth_unit": "meter"}
     assert read_png(encode_png16(depth, 256, {})[0])[0][0].tolist() == [0, 316, 16777, 16794]
 
 
@@ -61,16 +61,16 @@ def test_real_depth_survives_the_png(shared):
     assert np.array_equal(read_png(data)[0], source)
 
 
-def test_colours_run_from_end_to_end_and_missing_is_grey():
+def test_colors_run_from_end_to_end_and_missing_is_gray():
     import matplotlib
 
     depth = np.array([[1, 2, 3, 9, 0, np.nan, -1]], np.float32)
     image = draw_depth(depth, (1, 3), "viridis")
-    colours = matplotlib.colormaps["viridis"]
-    ends = [colours(x, bytes=True)[:3] for x in (0.0, 0.5, 1.0, 1.0)]
+    colors = matplotlib.colormaps["viridis"]
+    ends = [colors(x, bytes=True)[:3] for x in (0.0, 0.5, 1.0, 1.0)]
     assert image[0, :4].tolist() == [list(map(int, c)) for c in ends]
-    assert image[0, 4:].tolist() == [list(GREY)] * 3
-    with pytest.raises(ConfigError, match="no colours 'viridiss'; near are viridis"):
+    assert image[0, 4:].tolist() == [list(GRAY)] * 3
+    with pytest.raises(ConfigError, match="no colormap 'viridiss'; try viridis"):
         draw_depth(depth, (1, 3), "viridiss")
     assert draw_depth(np.full((2, 2), 2.0, np.float32), (2, 2), "viridis").shape == (2, 2, 3)
 
@@ -90,7 +90,7 @@ def test_error_is_relative_to_the_truth():
     assert blue[0] > red[0] + 50  # no error
     assert abs(red[1] - blue[1]) < 10  # 0.1, the middle of the scale
     assert red[2] > blue[2] + 50  # far above 0.2
-    assert image[0, 3:].tolist() == [list(GREY)] * 2
+    assert image[0, 3:].tolist() == [list(GRAY)] * 2
 
 
 @pytest.mark.parametrize("height", [37, 480, 1001])
@@ -121,7 +121,7 @@ def test_cloud_projects_back_onto_its_pixels():
     depth[2, 3] = 0
     rgb = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     camera = given_camera([10, 12, 3.5, 2.25], (6, 8))
-    data, count = encode_ply(depth, rgb, camera, ["unit metre"])
+    data, count = encode_ply(depth, rgb, camera, ["unit meter"])
     lines, points, body = points_of(data)
     assert count == len(points) == 47
     v, u = np.nonzero(depth)
@@ -131,7 +131,7 @@ def test_cloud_projects_back_onto_its_pixels():
     np.testing.assert_allclose(z, depth[v, u])
     assert [tuple(body[15 * i + 12 : 15 * i + 15]) for i in range(47)] == [tuple(c) for c in rgb[v, u]]
     assert "comment intrinsics fx 10.00 fy 12.00 cx 3.50 cy 2.25 (given)" in lines
-    assert "comment unit metre" in lines
+    assert "comment unit meter" in lines
     assert lines[-7:-3] == ["element vertex 47", "property float x", "property float y", "property float z"]
 
 
@@ -152,9 +152,9 @@ def test_cameras(shared, tmp_path):
     assert guess.fx == pytest.approx(320)
     assert guess.source.startswith("GUESS")
     for values in ([500, 500, 900, 240], [0, 500, 320, 240], [500, 500, 320, -1]):
-        with pytest.raises(ConfigError, match="not those of an image of 640x480"):
+        with pytest.raises(ConfigError, match="do not fit an image of 640x480"):
             given_camera(values, (480, 640))
-    with pytest.raises(ConfigError, match="field of view of 180"):
+    with pytest.raises(ConfigError, match="field of view is 180"):
         guessed_camera((480, 640), 180)
 
 
@@ -167,10 +167,10 @@ def test_flying_pixels_go_and_surfaces_stay():
     assert (cut[1:, [3, 4, 5]] == 0).all()
     assert (cut[2:, [0, 1, 2]] == 2).all()
     assert (cut[:, [6, 7, 8]] == 4).all()
-    assert cut[1, 1] == 2  # missing neighbours are no edge
+    assert cut[1, 1] == 2  # missing neighbors are no edge
     slope = np.linspace(2, 2.2, 9, dtype=np.float32)[None].repeat(5, 0)
     assert np.array_equal(without_edges(slope, 1.05), slope)
-    with pytest.raises(ConfigError, match="more than 1"):
+    with pytest.raises(ConfigError, match="give more than 1"):
         without_edges(depth, 1.0)
 
 
@@ -200,20 +200,20 @@ def test_sources(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
     video(tmp_path / "in" / "walk.avi")
-    sources = Sources([tmp_path / "in"], without=tmp_path / "in" / "out")
+    sources = Sources([tmp_path / "in"], exclude=tmp_path / "in" / "out")
     frames = [f"walk/{i:06d}" for i in range(5)]
     assert [image.name for image in sources] == ["a", "deep/a", *frames]
     assert [image.name for image in sources] == ["a", "deep/a", *frames]  # again
     assert len(sources) == 7
     red = [int(image.read()[..., 0].mean()) for image in sources if "walk" in image.name]
     assert red == pytest.approx([0, 40, 80, 120, 160], abs=4)
-    with pytest.raises(DatasetError, match=r"in/a.png and .*deep/a.JPG would both be called a"):
-        Sources([tmp_path / "in" / "a.png", tmp_path / "in" / "deep" / "a.JPG"], without=tmp_path)
-    with pytest.raises(DatasetError, match="no file or folder"):
-        Sources([tmp_path / "absent"], without=tmp_path)
+    with pytest.raises(DatasetError, match=r"in/a.png and .*deep/a.JPG would both be written as a"):
+        Sources([tmp_path / "in" / "a.png", tmp_path / "in" / "deep" / "a.JPG"], exclude=tmp_path)
+    with pytest.raises(DatasetError, match="there is no file or folder"):
+        Sources([tmp_path / "absent"], exclude=tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="holds no images"):
-        Sources([tmp_path / "empty"], without=tmp_path)
+    with pytest.raises(DatasetError, match="contains no images"):
+        Sources([tmp_path / "empty"], exclude=tmp_path)
 
 
 def test_a_video_that_breaks_off_says_so(tmp_path):
@@ -221,9 +221,9 @@ def test_a_video_that_breaks_off_says_so(tmp_path):
     content = (tmp_path / "whole.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
     (tmp_path / "none.mp4").write_bytes(b"no video")
-    assert len(list(Sources([tmp_path / "whole.avi"], without=tmp_path / "out"))) == 12
-    for name, reason in (("cut.avi", "ends after [1-9] of 12 frames"), ("none.mp4", "ends after 0 of 1 frames")):
-        images = list(Sources([tmp_path / name], without=tmp_path / "out"))
+    assert len(list(Sources([tmp_path / "whole.avi"], exclude=tmp_path / "out"))) == 12
+    for name, reason in (("cut.avi", "ends after [1-9] of 12 frames"), ("none.mp4", "cannot open the video")):
+        images = list(Sources([tmp_path / name], exclude=tmp_path / "out"))
         with pytest.raises(DatasetError, match=reason):
             images[-1].read()
 
@@ -247,7 +247,7 @@ def project(tmp_path_factory):
     (root / "truth").mkdir()
     images = {
         "rgb.png": Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)),
-        "grey.png": Image.fromarray(rng.integers(0, 256, (64, 96), dtype=np.uint8)),
+        "gray.png": Image.fromarray(rng.integers(0, 256, (64, 96), dtype=np.uint8)),
         "alpha.png": Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8)),
         "deep16.png": Image.fromarray(rng.integers(0, 65536, (64, 96), dtype=np.uint16)),
         "palette.gif": Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert("P"),
@@ -273,7 +273,7 @@ def test_prediction_is_that_of_the_config(project, predictor):
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, expected, rtol=1e-5)
     assert depth.std() > 0.01
-    assert predictor.quantity == "metre"
+    assert predictor.quantity == "meter"
     again = predictor([rgb[::-1], rgb])
     np.testing.assert_allclose(again[1], depth, rtol=1e-4)
     assert np.abs(again[0] - depth).max() > 0.1
@@ -281,7 +281,7 @@ def test_prediction_is_that_of_the_config(project, predictor):
 
 def test_tiles_are_predicted_alone_and_blended(predictor):
     rgb = np.random.default_rng(1).integers(0, 256, (48, 144, 3), dtype=np.uint8)
-    depth = predictor.tiled(rgb, tile=64, overlap=16, batch=2)  # tiles at 0, 40, 80
+    depth = predictor.tiled(rgb, tile=64, overlap=16, batch_size=2)  # tiles at 0, 40, 80
     tiles = [predictor([rgb[:, x : x + 64]])[0] for x in (0, 40, 80)]
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth[:, :40], tiles[0][:, :40], rtol=1e-4)
@@ -294,32 +294,32 @@ def test_tiles_are_predicted_alone_and_blended(predictor):
     np.testing.assert_allclose(share, [17 / 18, 17 / 19, *share[2:-2], 2 / 19, 1 / 18], atol=0.02)
     assert (np.diff(share) < 0).all()
     np.testing.assert_allclose(
-        predictor.tiled(rgb, tile=64, overlap=16, batch=1), depth, rtol=1e-4
+        predictor.tiled(rgb, tile=64, overlap=16, batch_size=1), depth, rtol=1e-4
     )
-    np.testing.assert_allclose(predictor.tiled(rgb, tile=200, overlap=16, batch=1), predictor([rgb])[0], rtol=1e-5)
+    np.testing.assert_allclose(predictor.tiled(rgb, tile=200, overlap=16, batch_size=1), predictor([rgb])[0], rtol=1e-5)
     for overlap in (64, -1):
-        with pytest.raises(ConfigError, match="cannot overlap"):
-            predictor.tiled(rgb, tile=64, overlap=overlap, batch=1)
+        with pytest.raises(ConfigError, match="tiles of 64 pixels allow 0 to 63"):
+            predictor.tiled(rgb, tile=64, overlap=overlap, batch_size=1)
 
 
-def test_models_without_metres_say_so(project):
+def test_models_without_meters_say_so(project):
     cfg = Config.fromfile(project / "depth.py")
     cfg.model.losses = [dict(type="ScaleAndShiftInvariantLoss", space="disparity"), dict(type="GradientLoss")]
     relative = DepthPredictor(cfg, project / "depth.pth")
     assert relative.quantity == "relative disparity"
     with pytest.raises(ConfigError, match="tiles of relative disparity"):
-        relative.tiled(np.zeros((64, 64, 3), np.uint8), tile=32, overlap=0, batch=1)
+        relative.tiled(np.zeros((64, 64, 3), np.uint8), tile=32, overlap=0, batch_size=1)
     cfg.model.losses = [dict(type="ScaleAndShiftInvariantLoss", space="depth"), dict(type="SigLoss")]
-    assert DepthPredictor(cfg, project / "depth.pth").quantity == "metre"
+    assert DepthPredictor(cfg, project / "depth.pth").quantity == "meter"
 
 
 def test_wrong_models_and_weights(project, tmp_path):
-    with pytest.raises(ConfigError, match="describes no PEDepthEstimator"):
+    with pytest.raises(ConfigError, match="is not a config of a PEDepthEstimator"):
         DepthPredictor(Config.fromfile(REPO / "configs" / "pe_spatial_linear_ade20k.py"), project / "depth.pth")
     state = torch.load(project / "depth.pth")["state_dict"]
     state.pop("decode_head.conv.bias")
     torch.save(state, tmp_path / "less.pth")
-    with pytest.raises(CheckpointError, match=r"less.pth is no checkpoint of this config: .*decode_head.conv.bias"):
+    with pytest.raises(CheckpointError, match=r"less.pth does not fit this config: .*decode_head.conv.bias"):
         DepthPredictor(Config.fromfile(project / "depth.py"), tmp_path / "less.pth")
 
 
@@ -343,15 +343,15 @@ def infer(project, tmp_path, monkeypatch, capsys):
 
 
 def test_tool_writes_what_was_asked_for_and_says_what_it_is(infer, predictor, project, tmp_path):
-    out, end = infer("--batch", "2", "--write", "png", "colour", "ply", "--gt", project / "truth", "--scale", "5000")
+    out, end = infer("--batch", "2", "--write", "png", "color", "ply", "--gt", project / "truth", "--scale", "5000")
     assert end == ""
-    assert "5 predicted, 0 found, 0 unreadable; unit metre, 0 is missing" in out
-    assert "cameras of the clouds: 5 GUESS" in out
+    assert "5 predicted, 0 kept, 0 unreadable; unit: meter, missing pixels are 0" in out
+    assert "cameras of the point clouds: 5 GUESS" in out
     assert "abs_rel" in out
     about = json.loads((tmp_path / "out" / "metadata.json").read_text())
-    assert about["unit"] == "metre"
+    assert about["unit"] == "meter"
     assert about["png_scale"] == 5000
-    assert set(about["images"]) == {"rgb", "grey", "alpha", "deep16", "palette"}
+    assert set(about["images"]) == {"rgb", "gray", "alpha", "deep16", "palette"}
     assert about["images"]["rgb"]["intrinsics"]["source"].startswith("GUESS")
     alone = predictor([read_rgb(project / "in" / "alpha.png")])[0]
     np.testing.assert_allclose(np.load(tmp_path / "out" / "alpha.npy"), alone, rtol=1e-4)  # its next is larger
@@ -362,16 +362,16 @@ def test_tool_writes_what_was_asked_for_and_says_what_it_is(infer, predictor, pr
     assert Image.open(tmp_path / "out" / "rgb_depth.png").text["depth_scale"] == "5000"
     truth = np.asarray(Image.open(project / "truth" / "rgb.png")).astype(np.float32) / 1000
     assert about["images"]["rgb"]["abs_rel"] == pytest.approx(float((abs(depth - truth) / truth).mean()), rel=1e-4)
-    low, high = about["colours"]["range"]
+    low, high = about["colors"]["range"]
     every = [np.load(path) for path in (tmp_path / "out").glob("*.npy")] + [truth]
     assert len(every) == 6
     assert low == pytest.approx(min(np.percentile(x, 2) for x in every), rel=1e-5)
     assert high == pytest.approx(max(np.percentile(x, 98) for x in every), rel=1e-5)
-    drawn = np.asarray(Image.open(tmp_path / "out" / "grey_colour.png"))
-    assert np.array_equal(drawn[:, :96], draw_depth(np.load(tmp_path / "out" / "grey.npy"), (low, high), "Spectral"))
+    drawn = np.asarray(Image.open(tmp_path / "out" / "gray_color.png"))
+    assert np.array_equal(drawn[:, :96], draw_depth(np.load(tmp_path / "out" / "gray.npy"), (low, high), "Spectral"))
     for name in ("rgb_error.png", "rgb_truth.png", "rgb.ply", "alpha.ply"):
         assert (tmp_path / "out" / name).is_file()
-    assert not (tmp_path / "out" / "grey_error.png").exists()
+    assert not (tmp_path / "out" / "gray_error.png").exists()
     assert len(points_of((tmp_path / "out" / "alpha.ply").read_bytes())[1]) == 50 * 70
 
 
@@ -379,18 +379,18 @@ def test_tool_goes_on_with_what_is_missing_and_names_what_is_broken(infer, tmp_p
     (tmp_path / "in" / "broken.png").write_bytes(b"no image")
     video(tmp_path / "in" / "walk.avi", frames=3)
     out, end = infer("--write")
-    assert end == "error: 1 images could not be read (named above); the others are done"
-    assert "8 predicted, 0 found, 1 unreadable" in out
+    assert end == "error: 1 images could not be read (listed above); the others are finished"
+    assert "8 predicted, 0 kept, 1 unreadable" in out
     kept = tmp_path / "out" / "rgb.npy"
     before = kept.stat().st_mtime_ns
     (tmp_path / "out" / "walk" / "000001.npy").unlink()
     (tmp_path / "in" / "broken.png").unlink()
     out, end = infer("--write")
-    assert "1 predicted, 7 found, 0 unreadable" in out
+    assert "1 predicted, 7 kept, 0 unreadable" in out
     assert (end, kept.stat().st_mtime_ns) == ("", before)
     assert sorted(path.name for path in (tmp_path / "out" / "walk").iterdir()) == [f"00000{i}.npy" for i in range(3)]
     _, end = infer("--write", "--tile", "48", "--overlap", "8")
-    assert end == "error: out holds predictions of another tile; give another --out, or --overwrite"
+    assert end == "error: out holds predictions with another tile; choose another --out, or --overwrite"
     out, end = infer("--write", "--tile", "48", "--overlap", "8", "--overwrite")
     assert "8 predicted" in out
     assert kept.stat().st_mtime_ns != before
@@ -399,23 +399,23 @@ def test_tool_goes_on_with_what_is_missing_and_names_what_is_broken(infer, tmp_p
 def test_tool_counts_saturated_pixels_and_takes_a_table_and_a_range(infer, project, tmp_path):
     depth = np.full((64, 96), 200, np.uint16)
     Image.fromarray(depth).save(tmp_path / "d.png")
-    (tmp_path / "pairs.csv").write_text("rgb,depth,units_per_metre\nin/rgb.png,d.png,100\n")
+    (tmp_path / "pairs.csv").write_text("rgb,depth,units_per_meter\nin/rgb.png,d.png,100\n")
     infer("--write")
     far = np.where(np.arange(96) < 3, 20.0, 1.5).astype(np.float32)
     np.save(tmp_path / "out" / "rgb.npy", far[None].repeat(64, 0))
     out, end = infer("--gt", "pairs.csv", "--scale", "5000", "--range", "1", "3")
     assert end == ""
-    assert "192 pixels in 1 images are beyond 13.107 at --scale 5000" in out
+    assert "192 pixels in 1 images exceed 13.107 m" in out
     about = json.loads((tmp_path / "out" / "metadata.json").read_text())
-    assert about["colours"]["range"] == [1, 3]
+    assert about["colors"]["range"] == [1, 3]
     assert about["images"]["rgb"]["abs_rel"] == pytest.approx((3 * 9 + 93 * 0.25) / 96)
     _, end = infer("--gt", str(project / "in"))  # images of 8 bits
-    assert "is an image of depth and no measurement" in end or "one channel" in end
+    assert "too coarse for depth" in end or "one channel" in end
     (tmp_path / "elsewhere").mkdir()
     _, end = infer("--gt", "elsewhere")
-    assert "has no depth map of any of the 5 images" in end
+    assert "has a depth map for none of the 5 images" in end
     _, end = infer("--write", "ply", "--intrinsics", "90", "90", "900", "20")
-    assert "not those of an image" in end
+    assert "do not fit an image" in end
 
 
 @pytest.mark.slow
@@ -423,4 +423,4 @@ def test_tool_as_a_user_runs_it(project, tmp_path):
     options = ("--config", project / "depth.py", "--checkpoint", project / "depth.pth", "--out", tmp_path / "out")
     log = tool("infer_depth", project / "in", *options, cwd=tmp_path)
     assert "5 predicted" in log
-    assert (tmp_path / "out" / "rgb_colour.png").is_file()
+    assert (tmp_path / "out" / "rgb_color.png").is_file()

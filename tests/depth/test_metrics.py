@@ -27,7 +27,7 @@ from pe_spatial.depth.metrics import (
     paste_prediction,
     range_metrics,
 )
-from pe_spatial.depth.transforms import bottom_centre_box
+from pe_spatial.depth.transforms import bottom_center_box
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmseg
@@ -37,7 +37,7 @@ PLAIN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "d1", "d2", "d3", "ma
 
 @pytest.fixture(scope="module")
 def indoor(shared):
-    """Arrays, facts, and the maps in metres, (4, 480, 640)."""
+    """Arrays, facts, and the maps in meters, (4, 480, 640)."""
     folder = shared / "golden/depth"
     arrays = np.load(folder / "metrics_480x640.npz")
     maps = [torch.from_numpy(arrays[key].astype(np.float32) / 1000) for key in ("pred_mm", "gt_mm")]
@@ -114,7 +114,7 @@ def test_means_leave_empty_images_out_and_count_them(indoor, log):
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-6)
         assert got["empty"] == 1
     assert "depth of 3 images, from 0.001 m to 10 m" in log[-1]
-    assert "1 more images have no valid pixel and are left out, the first is a.png" in log[-1]
+    assert "1 more images have no valid pixel and are omitted (such as a.png)" in log[-1]
 
 
 def test_crops_are_the_references_at_every_size(indoor):
@@ -132,7 +132,7 @@ def test_crops_are_the_references_at_every_size(indoor):
 def test_kitti_pasted_and_cut(shared, indoor, crop):
     arrays = np.load(shared / "golden/depth/metrics_driving_375x1242.npz")
     pred, target = (torch.from_numpy(arrays[key].astype(np.float32) / 256) for key in ("pred_256", "gt_256"))
-    left, top, right, bottom = bottom_centre_box(*target.shape, size=pred.shape)
+    left, top, right, bottom = bottom_center_box(*target.shape, size=pred.shape)
     assert (top, left) == (375 - 352, int((1242 - 1216) / 2))
     for name, truth, pasted in (("kb_crop", target, True), ("cropped_gt", target[top:bottom, left:right], False)):
         metric = CheckedDepthMetric(crop=crop, max_depth=80, pasted=pasted)
@@ -140,7 +140,7 @@ def test_kitti_pasted_and_cut(shared, indoor, crop):
         (expected,) = arrays[f"bts_{name}/{crop.removeprefix('kitti_')}"]
         got = [row[key] for key in order(indoor[1], "bts")]
         assert got == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    with pytest.raises(DatasetError, match=r"prediction of \(352, 1216\) cannot be pasted on a depth map of 100x1242"):
+    with pytest.raises(DatasetError, match=r"prediction of 352x1216 does not fit into a depth map of 100x1242"):
         paste_prediction(pred, 100, 1242)
 
 
@@ -175,7 +175,7 @@ def test_each_pair_may_have_its_own_range():
     with pytest.raises(ConfigError, match="neither CheckedDepthMetric nor the dataset has a max_depth"):
         evaluate(CheckedDepthMetric(), [sample(target, target)])
     assert evaluate(CheckedDepthMetric(), [sample(target, target, max_depth=80)])["rmse"] == 0
-    with pytest.raises(DatasetError, match=r"none of the 1 images has a valid pixel, the first is a.png; check the sc"):
+    with pytest.raises(DatasetError, match=r"none of the 1 images has a valid pixel \(such as a.png\); check the sc"):
         evaluate(CheckedDepthMetric(max_depth=10), [sample(target, target, max_depth=80)])
 
 
@@ -337,7 +337,7 @@ def test_resident_memory_does_not_grow_with_the_images():
         (dict(silog="dinov2"), "silog is 'dinov2'; allowed are 'bts', 'mmseg'"),
         (dict(max_depth=0.0005), "min_depth is 0.001 and max_depth 0.0005"),
         (dict(min_depth=0), "0 < min_depth < max_depth"),
-        (dict(limits=(5, 2)), r"limits is \(5, 2\); they rise"),
+        (dict(limits=(5, 2)), r"limits are \(5, 2\); they must rise"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -347,8 +347,8 @@ def test_wrong_options_are_refused(options, message):
 
 def test_samples_without_truth_or_prediction_are_named():
     target = torch.ones(8, 8)
-    for key, remedy in (("gt_depth_map", "the test pipeline needs LoadDepth"), ("pred_depth_map", "a model of depth")):
+    for key, remedy in (("gt_depth_map", "the test pipeline needs LoadDepth"), ("pred_depth_map", "a depth model")):
         one = sample(target, target)
         delattr(one, key)
-        with pytest.raises(ConfigError, match=f"a.png comes to the evaluation without {key}; .*{remedy}"):
+        with pytest.raises(ConfigError, match=f"the sample of .*a.png has no {key}; .*{remedy}"):
             evaluate(CheckedDepthMetric(max_depth=10), [one])

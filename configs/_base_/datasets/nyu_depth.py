@@ -1,15 +1,15 @@
-# NYUv2 as BTS split it (24231 pairs of 640 x 480 in training, the 654 of the Eigen split in testing), with the
-# augmentation of BTS, BinsFormer, DINOv2 and DINOv3. Depth is 16-bit millimetres, 0 where it is missing.
-# Another folder: --data-root FOLDER (tools/prepare_nyu.py checks it, and says where the files come from).
+# NYUv2 in the split of BTS (24231 pairs of 640 x 480 for training, the 654 of the Eigen split for testing), with the
+# augmentation of BTS, BinsFormer, DINOv2 and DINOv3. Depth is in 16-bit millimeters, 0 where it is missing.
+# Another folder: --data-root FOLDER (tools/prepare_nyu.py checks it; its --help tells where to get the files).
 
 data_root = 'data/nyu/'
-max_depth = 10.0  # metres
+max_depth = 10.0  # meters
 crop_size = (416, 544)  # (h, w) in pixels
 
 train_pipeline = [
     dict(type='LoadCheckedImage', skip_broken=True),
     dict(type='LoadDepth', skip_empty=True),
-    dict(type='DepthCrop', box=(43, 45, 608, 472)),  # without the white border: 427 x 565
+    dict(type='DepthCrop', box=(43, 45, 608, 472)),  # remove the white border: 427 x 565
     dict(type='DepthRandomRotate', degrees=2.5, prob=0.5),
     dict(type='DepthRandomFlip', prob=0.5),
     dict(type='DepthRandomCrop', size=crop_size),
@@ -25,7 +25,7 @@ dataset = dict(
     max_depth=max_depth,
     intrinsics=(518.8579, 519.4696, 325.5824, 253.7362))
 train_dataloader = dict(
-    batch_size=2,  # a GPU; 8 GPUs make the 16 of the schedule
+    batch_size=2,  # per GPU; the schedule is for 8 GPUs
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
