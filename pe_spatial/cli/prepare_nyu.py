@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--every is {args.every}; it must be at least 1")
     if not args.root.is_dir():
         raise DatasetError(f"there is no folder {args.root}; see --help for its content")
-    rows, problems = [("split", "expected", "listed", "read", "broken")], []
+    rows: list[tuple[object, ...]] = [("split", "expected", "listed", "read", "broken")]
+    problems: list[str] = []
     for split, (expected, *_) in SPLITS.items():
         report = check_split(args.root, split, every=args.every, progress=partial(tqdm, desc=split, leave=False))
         rows.append((split, expected, report.listed, report.read, report.broken))

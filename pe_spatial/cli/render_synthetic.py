@@ -1,4 +1,4 @@
-"""Write the synthetic RGB-D world: images, COCO json with tracks, depth, instance maps.
+"""Render the synthetic RGB-D world: images, COCO annotations with tracks, depth and instance maps.
 
 For detection (the defaults), and for video:
     python tools/render_synthetic.py data/synthetic --workers 2
@@ -12,15 +12,15 @@ from pe_spatial.synthetic import SPLITS, write_dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", help="folder to create; an equal set is reused, another one is an error")
+    parser.add_argument("root", help="folder to create; a dataset with the same options is reused")
     for split in SPLITS:
         default = {"train": 200, "val": 50}.get(split, 0)
-        parser.add_argument(f"--{split}", type=int, default=default, metavar="SCENES", help=f"default {default}")
+        parser.add_argument(f"--{split}", type=int, default=default, metavar="SCENES", help=f"default: {default}")
     parser.add_argument("--frames", type=int, default=2, help="frames per scene (default 2)")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"), help="pixels")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"), help="size in pixels")
     parser.add_argument("--duration", type=float, default=2.0, help="seconds per scene (default 2)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes (default 1)")
 
 
 def run(args: argparse.Namespace) -> None:

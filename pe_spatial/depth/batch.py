@@ -53,17 +53,17 @@ class OutputOptions:
     formats: Collection[str] = ("png", "color")
     png_scale: float = 1000
     colors: str = "Spectral"
-    color_range: Sequence[float] | None = None
-    percentiles: Sequence[float] = (2, 98)
+    color_range: tuple[float, float] | None = None
+    percentiles: tuple[float, float] = (2, 98)
     intrinsics: Sequence[float] | None = None
     fov: float = 60
     edge_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.color_range and not self.color_range[0] < self.color_range[1]:
-            raise ConfigError(f"the color range is {tuple(self.color_range)}; it must rise")
+            raise ConfigError(f"the color range is {self.color_range}; it must rise")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise ConfigError(f"percentiles are {tuple(self.percentiles)}; they must rise, between 0 and 100")
+            raise ConfigError(f"percentiles are {self.percentiles}; they must rise, between 0 and 100")
 
     def camera(self, image: InputImage, size: tuple[int, int]) -> Intrinsics:
         """Return the camera of an image of `size` (H, W)."""
@@ -199,7 +199,7 @@ class DepthFolder:
     def color_range(self, options: OutputOptions, truth: GroundTruth | None) -> tuple[float, float]:
         """Return the range of the colors, shared by all images and their ground truth."""
         if options.color_range:
-            return tuple(options.color_range)
+            return options.color_range
         ranges = []
         for image, depth in self.predictions("color range"):
             target = truth.read(image, depth.shape) if truth else None
@@ -241,16 +241,12 @@ class DepthFolder:
     ) -> dict[str, Any]:  # fmt: skip
         base = self.folder / image.name
         entry = {"source": str(image.path), **_statistics(depth)}
-
-        def colored(depth: np.ndarray) -> bytes:
-            label = "depth [m]" if quantity == "meter" else quantity
-            return encode_rgb(add_bar(draw_depth(depth, limits, options.colors), limits, options.colors, label))
-
         if "png" in options.formats:
             data, entry["saturated"] = encode_png16(depth, options.png_scale, {"depth_unit": quantity})
             _write(data, f"{base}_depth.png")
+        label = "depth [m]" if quantity == "meter" else quantity
         if limits:
-            _write(colored(depth), f"{base}_color.png")
+            _write(_colored(depth, limits, options.colors, label), f"{base}_color.png")
         if "ply" in options.formats:
             points = without_edges(depth, options.edge_ratio) if options.edge_ratio else depth
             camera = options.camera(image, depth.shape)
@@ -263,8 +259,12 @@ class DepthFolder:
             error = add_bar(draw_error(depth, target), ERROR_RANGE, ERROR_COLORS, "|depth - truth| / truth")
             _write(encode_rgb(error), f"{base}_error.png")
             if limits:
-                _write(colored(target), f"{base}_truth.png")
+                _write(_colored(target, limits, options.colors, label), f"{base}_truth.png")
         return entry
+
+
+def _colored(depth: np.ndarray, limits: tuple[float, float], colors: str, label: str) -> bytes:
+    return encode_rgb(add_bar(draw_depth(depth, limits, colors), limits, colors, label))
 
 
 def _statistics(depth: np.ndarray) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """Return img_path, depth_path, depth_scale, min_depth and, where known, max_depth and intrinsics."""
         self.without_depth = 0
-        pairs = list(self._folder_pairs() if self.names else self._file_pairs())
+        pairs = list(self._folder_pairs(*self.names) if self.names else self._file_pairs())
         if not pairs:
             raise DatasetError(f"{self._source()} contains no pairs; check data_root (--data-root) and ann_file")
         missing = self._drop_missing(pairs)
@@ -169,15 +169,15 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
                 )
             yield self._pair(row["rgb"], row["depth"], own)
 
-    def _folder_pairs(self) -> Iterator[dict[str, Any]]:
+    def _folder_pairs(self, image_name: str, depth_name: str) -> Iterator[dict[str, Any]]:
         root = Path(self.data_prefix["img_path"])
         if not root.is_dir():
             raise DatasetError(f"there is no folder {root}; check data_root (--data-root) and data_prefix")
-        head, tail = self.names[0].split("{}")
+        head, tail = image_name.split("{}")
         for path in sorted(root.rglob(f"{head}*{tail}")):
             stem = path.name[len(head) : len(path.name) - len(tail)]
             image = path.relative_to(root)
-            yield self._pair(str(image), str(image.with_name(self.names[1].replace("{}", stem))), {})
+            yield self._pair(str(image), str(image.with_name(depth_name.replace("{}", stem))), {})
 
     def _pair(self, image: str, depth: str, own: Mapping[str, Any]) -> dict[str, Any]:
         values = {key: own.get(key) if value is None else value for key, value in self.common.items()}

@@ -7,6 +7,7 @@ upsampling, which gives the same result at a quarter of the cost; levels can hav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from mmengine.registry import MODELS
@@ -111,6 +112,8 @@ class DPTDepthHead(nn.Module):
         grad_checkpointing: recompute the fusions in the backward pass; the two finest dominate the memory.
     """
 
+    depths: Tensor | None
+
     def __init__(  # noqa: PLR0913  (one option for each decision in which published heads differ)
         self,
         in_channels: Sequence[int],
@@ -161,7 +164,7 @@ class DPTDepthHead(nn.Module):
         self.hidden = nn.Conv2d(channels // 2, 32, 3, padding=1)
         self.out = nn.Conv2d(32, bins or 1, 1)
         nn.init.normal_(self.out.weight, std=0.01)
-        nn.init.constant_(self.out.bias, 0.0 if bins else init_depth - min_depth)
+        nn.init.constant_(self.out.bias, 0.0 if bins else init_depth - min_depth)  # type: ignore[arg-type]
         one_of("spacing", spacing, SPACINGS)
         self.register_buffer(
             "depths", bin_depths(bins, min_depth, max_depth, spacing) if bins else None, persistent=False
@@ -169,7 +172,7 @@ class DPTDepthHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
         """Maps (B, C, h, w), with token 'class' also class tokens (B, C) -> depth (B, 1, H, W) in meters."""
-        tokens = class_tokens or [None] * len(maps)
+        tokens: Sequence[Tensor | None] = class_tokens or [None] * len(maps)
         levels = [reassemble(maps[i], tokens[i]) for i, reassemble in zip(self.in_index, self.reassemble, strict=True)]
         x = self.narrow(F.relu(self.project(self._fuse(levels))))
         if self.depths is not None:
@@ -177,7 +180,7 @@ class DPTDepthHead(nn.Module):
         return F.relu(self.out(F.relu(self.hidden(double(x)))).float()) + self.min_depth
 
     def _fuse(self, levels: Sequence[Tensor]) -> Tensor:
-        x = None
+        x: Any = None
         for level, conv, fusion in list(zip(levels, self.convs, self.fusions, strict=True))[::-1]:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(fusion, x, conv(level), use_reentrant=False)

@@ -72,7 +72,7 @@ class DepthEstimator(BaseModel):
         data_preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor)
-        self.backbone = _build_backbone(backbone)
+        self.backbone: Any = _build_backbone(backbone)
         self.decode_head = _build_head(decode_head, self.backbone)
         self.losses = nn.ModuleList(MODELS.build(cfg) for cfg in losses)
         self.frozen = frozen
@@ -96,7 +96,7 @@ class DepthEstimator(BaseModel):
         resized (`ori_shape`); 'tensor' returns the depth (B, 1, H, W) of the complete image, as in training.
         """
         if mode == "loss":
-            return self.loss(inputs, data_samples)
+            return self.loss(inputs, data_samples)  # type: ignore[arg-type]
         if mode == "predict":
             return self.predict(inputs, data_samples)
         one_of("mode", mode, ("tensor", "loss", "predict"))
@@ -165,7 +165,7 @@ def _build_backbone(cfg: Mapping[str, Any]) -> nn.Module:
     return MODELS.build(cfg)
 
 
-def _build_head(cfg: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+def _build_head(cfg: Mapping[str, Any], backbone: Any) -> nn.Module:
     width = getattr(backbone, "embed_dim", None)
     if isinstance(width, int):
         if "in_channels" in cfg:
@@ -189,14 +189,14 @@ def _checked_test_cfg(
     stride: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     one_of("test_cfg.mode", mode, MODES)
-    windows = (crop_size, stride)
-    if mode == "slide" and not all(v and len(v) == 2 and min(v) > 0 for v in windows):
-        raise ConfigError(f"crop_size and stride are {windows}; test_cfg.mode 'slide' needs both, (h, w) in pixels")
-    if mode == "slide" and (stride[0] > crop_size[0] or stride[1] > crop_size[1]):
+    windows = crop, step = tuple(crop_size or ()), tuple(stride or ())
+    if mode == "slide" and not all(len(v) == 2 and min(v) > 0 for v in windows):
+        raise ConfigError(f"crop_size and stride are {crop} and {step}; mode 'slide' needs both, (h, w) in pixels")
+    if mode == "slide" and (step[0] > crop[0] or step[1] > crop[1]):
         raise ConfigError(f"test_cfg.stride {stride} exceeds crop_size {crop_size}, which would omit pixels")
     if mode == "whole" and any(windows):
         raise ConfigError("test_cfg.crop_size and stride need mode 'slide'; set it, or remove them")
-    return dict(mode=mode, flip=flip, crop_size=crop_size, stride=stride)
+    return dict(mode=mode, flip=flip, crop_size=crop, stride=step)
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ SPACINGS = ("uniform", "log")
 WEIGHTINGS = ("linear", "softmax", "sigmoid")
 TOKENS = (None, "class", "mean")
 NORMS = (None, "batch", "layer")
+_Option = TypeVar("_Option", str, str | None)
 
 
 def bin_depths(bins: int, min_depth: float, max_depth: float, spacing: str) -> Tensor:
@@ -50,7 +52,7 @@ def expected_depth(logits: Tensor, depths: Tensor, weighting: str) -> Tensor:
         return (torch.einsum("bnhw,n->bhw", weights, depths) / weights.sum(1))[:, None]
 
 
-def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> str | None:
+def one_of(name: str, value: _Option, allowed: Sequence[_Option]) -> _Option:
     """Return `value`; ConfigError if it is not one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
@@ -84,6 +86,7 @@ class Level(nn.Module):
             patches = self.norm(patches)
             token = patches.mean((2, 3), keepdim=True)
         else:
+            assert class_token is not None
             tokens = self.norm(torch.cat((class_token[..., None], patches.flatten(2)), 2)[..., None])  # (B, C, 1+hw, 1)
             token, patches = tokens[:, :, :1], tokens[:, :, 1:, 0].unflatten(2, patches.shape[-2:])
         return patches + token if self.join == "add" else torch.cat((patches, token.expand_as(patches)), 1)
@@ -107,6 +110,8 @@ class BinsDepthHead(nn.Module):
         upsample: factor on the grid of the logits, bilinear.
     """
 
+    depths: Tensor
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -126,16 +131,17 @@ class BinsDepthHead(nn.Module):
         self.weighting = one_of("weighting", weighting, WEIGHTINGS)
         self.token = token
         self.upsample = upsample
-        self.levels = nn.ModuleList(Level(channels, token=token, norm=norm) for channels in in_channels)
-        self.conv = nn.Conv2d(sum(level.out_channels for level in self.levels), bins, 1)
+        levels = [Level(channels, token=token, norm=norm) for channels in in_channels]
+        self.levels = nn.ModuleList(levels)
+        self.conv = nn.Conv2d(sum(level.out_channels for level in levels), bins, 1)
         nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
         depths = bin_depths(bins, min_depth, max_depth, one_of("spacing", spacing, SPACINGS))
         self.register_buffer("depths", depths, persistent=False)
 
     def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
         """Maps (B, C, h, w), for 'class' also class tokens (B, C) -> depth (B, 1, h * upsample, w * upsample)."""
-        tokens = class_tokens or [None] * len(maps)
+        tokens: Sequence[Tensor | None] = class_tokens or [None] * len(maps)
         features = [level(x, token) for level, x, token in zip(self.levels, maps, tokens, strict=True)]
         size = features[0].shape[-2:]
         logits = self.conv(torch.cat([resize(x, size) for x in features], 1))

@@ -95,7 +95,7 @@ def _frames(name: str, path: Path) -> Iterator[InputImage]:
     number = 0
     try:
         for rgb in decode_video(path):
-            yield InputImage(f"{name}/{number:06d}", path, lambda rgb=rgb: rgb)
+            yield InputImage(f"{name}/{number:06d}", path, partial(np.asarray, rgb))
             number += 1
     except DatasetError as error:
         yield InputImage(f"{name}/{number:06d}", path, partial(_fail, error))

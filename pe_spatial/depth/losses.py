@@ -6,6 +6,7 @@ All compute in float32, also under autocast, and give 0 with a gradient of 0 if 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -58,8 +59,9 @@ class _DepthLoss(nn.Module):
         return list(torch.distributed.nn.all_reduce(torch.stack(values)))
 
     def extra_repr(self) -> str:
-        """Say the options."""
-        return f"max_depth={self.max_depth}, loss_weight={self.loss_weight}, across_ranks={self.across_ranks}"
+        """Show the options."""
+        options = {name: value for name, value in vars(self).items() if name != "training" and name[0] != "_"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 @MODELS.register_module()
@@ -76,8 +78,9 @@ class SigLoss(_DepthLoss):
     """
 
     EPS = 1e-3
+    calls: Tensor
 
-    def __init__(self, *, warm_up: int = 100, **options: float | None) -> None:
+    def __init__(self, *, warm_up: int = 100, **options: Any) -> None:
         super().__init__(**options)
         self.warm_up = warm_up
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
@@ -93,10 +96,6 @@ class SigLoss(_DepthLoss):
         if self.training:
             self.calls += 1
         return _safe_sqrt(spread + 0.15 * mean.square())
-
-    def extra_repr(self) -> str:
-        """Say the options."""
-        return f"warm_up={self.warm_up}, {super().extra_repr()}"
 
 
 @MODELS.register_module()
@@ -116,7 +115,7 @@ class GradientLoss(_DepthLoss):
     EPS = 1e-3
     STRIDES = (1, 2, 4, 6)
 
-    def __init__(self, *, log: bool = True, **options: float | None) -> None:
+    def __init__(self, *, log: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.log = log
 
@@ -127,10 +126,6 @@ class GradientLoss(_DepthLoss):
         else:
             difference = torch.where(valid, pred - target, 0)
         return _slopes(difference, valid, strides=self.STRIDES, step=2, sums=self._sums)
-
-    def extra_repr(self) -> str:
-        """Say the options."""
-        return f"log={self.log}, {super().extra_repr()}"
 
 
 @MODELS.register_module()
@@ -147,7 +142,7 @@ class SiLog(_DepthLoss):
 
     EPS = 1e-6
 
-    def __init__(self, *, variance_focus: float = 0.5, **options: float | None) -> None:
+    def __init__(self, *, variance_focus: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         if not 0 <= variance_focus <= 1:
             raise ConfigError(f"variance_focus is {variance_focus}; give a value from 0 to 1")
@@ -162,10 +157,6 @@ class SiLog(_DepthLoss):
         images = _safe_sqrt(square - self.variance_focus * mean.square())
         total, number = self._sums(images.sum(), (count > 0).sum(dtype=torch.float32))
         return total / number.clamp(min=1)
-
-    def extra_repr(self) -> str:
-        """Say the options."""
-        return f"variance_focus={self.variance_focus}, {super().extra_repr()}"
 
 
 @MODELS.register_module()
@@ -184,7 +175,7 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
 
     STRIDES = (1, 2, 4, 8)
 
-    def __init__(self, *, space: str = "disparity", slopes: float = 0.5, **options: float | None) -> None:
+    def __init__(self, *, space: str = "disparity", slopes: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         if space not in ("disparity", "depth"):
             raise ConfigError(f"space is {space!r}; allowed are 'disparity' and 'depth'")
@@ -207,10 +198,6 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
         squares, number = self._sums(difference.square().sum(), valid.sum(dtype=torch.float32))
         loss = squares / (2 * number.clamp(min=1))
         return loss + self.slopes * _slopes(difference, valid, strides=self.STRIDES, step=1, sums=self._sums)
-
-    def extra_repr(self) -> str:
-        """Say the options."""
-        return f"space={self.space!r}, slopes={self.slopes}, {super().extra_repr()}"
 
 
 def _log_difference(pred: Tensor, target: Tensor, valid: Tensor, *, eps: float) -> Tensor:

@@ -300,7 +300,7 @@ class CheckedDepthMetric(BaseMetric):
         """Log the tables, write the CSV; return the means of the metrics, and the number of empty images."""
         table = np.array([row for _, row in results])  # (images, columns)
         if self.csv_path:
-            self._write_csv(results)
+            _write_csv(self.csv_path, ["img_path", *self.columns], results)
         empty = [path for path, row in results if not row[0]]
         if len(empty) == len(results):
             raise DatasetError(
@@ -334,11 +334,12 @@ class CheckedDepthMetric(BaseMetric):
             lines.append(f"{len(empty)} more images have no valid pixel and are omitted (such as {empty[0]})")
         return lines
 
-    def _write_csv(self, results: Sequence[tuple[str, tuple[float, ...]]]) -> None:
-        with atomic_write(self.csv_path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["img_path", *self.columns])
-            writer.writerows([path, *(f"{value:.7g}" for value in row)] for path, row in results)
+
+def _write_csv(path: str, columns: Sequence[str], rows: Sequence[tuple[str, tuple[float, ...]]]) -> None:
+    with atomic_write(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([name, *(f"{value:.7g}" for value in row)] for name, row in rows)
 
 
 def _nanmean(values: np.ndarray) -> float:

@@ -177,8 +177,7 @@ class DepthCrop(BaseTransform):
             raise ConfigError(f"box is {box} and bottom_center is {bottom_center}; give exactly one of them")
         if box is not None and not (len(box) == 4 and 0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
             raise ConfigError(f"box is {tuple(box)}; give (left, top, right, bottom) in pixels, not empty")
-        self.box = box
-        self.bottom_center = bottom_center
+        self.box, self.bottom_center = box, bottom_center or ()
         self.image_only = image_only
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -323,12 +322,12 @@ class DepthColorAug(BaseTransform):
     def __init__(
         self,
         *,
-        gamma: Sequence[float] = (0.9, 1.1),
-        brightness: Sequence[float] = (0.75, 1.25),
-        color: Sequence[float] = (0.9, 1.1),
+        gamma: tuple[float, float] = (0.9, 1.1),
+        brightness: tuple[float, float] = (0.75, 1.25),
+        color: tuple[float, float] = (0.9, 1.1),
         prob: float = 0.5,
     ) -> None:
-        self.gamma, self.brightness, self.color = tuple(gamma), tuple(brightness), tuple(color)
+        self.gamma, self.brightness, self.color = gamma, brightness, color
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -338,8 +337,8 @@ class DepthColorAug(BaseTransform):
         gamma, brightness = np.random.uniform(*self.gamma), np.random.uniform(*self.brightness)
         factor = brightness * np.random.uniform(*self.color, size=3)
         table = ((np.arange(256) / 255) ** gamma)[:, None] * factor  # (256, 3)
-        table = np.round(255 * table.clip(0, 1)).astype(np.uint8)[None]
-        results["img"] = cv2.LUT(np.ascontiguousarray(results["img"]), table)
+        levels = np.round(255 * table.clip(0, 1)).astype(np.uint8)[None]
+        results["img"] = cv2.LUT(np.ascontiguousarray(results["img"]), levels)
         return results
 
 

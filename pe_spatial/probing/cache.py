@@ -166,7 +166,7 @@ class CachedPreprocessor(BaseDataPreprocessor):
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """Return inputs (B, 3, H, W), which take no memory, and the data samples."""
         data = self.cast_data(data)
-        features = {key: torch.stack(data[key]).float() for key in ("maps", "tokens") if key in data}
+        features: Features = {key: torch.stack(data[key]).float() for key in ("maps", "tokens") if key in data}
         self.encoder.read = lambda _: features
         images = torch.zeros((), device=self.device).expand(len(data["maps"]), 3, *self.size)
         return dict(inputs=images, data_samples=data["data_samples"])
@@ -175,7 +175,7 @@ class CachedPreprocessor(BaseDataPreprocessor):
 class SharedEncoderPass:
     """Runs the encoder once for several models that ask for the same images in the same order."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.calls: list[list[Features]] = []
 

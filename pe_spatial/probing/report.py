@@ -46,7 +46,7 @@ def write_report(
     score, higher_is_better = choose_score(next(iter(metrics.values())), score)
     scores = {layer: values[score] for layer, values in metrics.items()}
     backbone = sweep.cfg.model.backbone
-    report = dict(
+    report: dict[str, Any] = dict(
         config=config,
         encoder=str(backbone.get("variant")),
         checkpoint=str(backbone.get("init_cfg")),

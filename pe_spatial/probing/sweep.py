@@ -121,7 +121,7 @@ class LayerSweep:
             _set_epochs(self.cfg, -(-len(self.images) // self.cfg.train_dataloader.batch_size) * epochs, epochs)
         self._reader = self._build(self.layers[0]).to(get_device()).eval()  # prepares images for the encoder
         self._open_cache()
-        self._probes: dict[int, nn.Module] = {}
+        self._probes: dict[int, Any] = {}
 
     def _pipeline(self) -> list[Any]:
         """The pipeline of evaluation, with the labels read at the start, so that they are resized with the image."""
@@ -216,7 +216,7 @@ class LayerSweep:
             if not (cached - values).abs().max() <= 0.01 * values.abs().max():
                 raise ConfigError(f"row {row} of {self.cache.path(name)} is damaged; delete {self.cache.folder}")
 
-    def _build(self, layer: int) -> nn.Module:
+    def _build(self, layer: int) -> Any:
         """Return the config's model with a new head on `layer` and without the encoder."""
         backbone = dict(type=CachedEncoder, encoder=self.encoder, out_indices=[layer] * self._times_read)
         set_random_seed(self.seed)
@@ -357,8 +357,8 @@ def _set_epochs(cfg: Config, iterations: int, epochs: int) -> None:
     key, new = ("max_iters", iterations) if "max_iters" in cfg.train_cfg else ("max_epochs", epochs)
     old = cfg.train_cfg[key]
     cfg.train_cfg[key] = new
-    schedules = cfg.get("param_scheduler") or []
-    for schedule in [schedules] if isinstance(schedules, Mapping) else schedules:
+    schedules: Any = cfg.get("param_scheduler") or []
+    for schedule in schedules if isinstance(schedules, list | tuple) else [schedules]:
         for name in ("begin", "end", "T_max", "total_steps", "step_size", "milestones"):
             value = schedule.get(name)
             if value is not None and value != float("inf"):

@@ -211,7 +211,8 @@ def _solid(rng: np.random.Generator, number: int, category: str, center: np.ndar
     xy = center + offset * np.array([math.cos(bearing), math.sin(bearing)])
     lowest = _reach_down(category, half, _rotation(*angles))
     z = lowest + (rng.uniform(0.15, 0.8) if floating else 0.0)
-    sway, spin = np.zeros(3), 0.0
+    sway: np.ndarray = np.zeros(3)
+    spin = 0.0
     if rng.random() < 0.5:
         direction = rng.normal(size=3) * (1.0, 1.0, 0.3 if floating else 0.0)
         sway = direction / np.linalg.norm(direction) * rng.uniform(0.1, 0.35)

@@ -293,7 +293,7 @@ def test_hierarchical_backbone_of_mmsegmentation():
         ),
         (lambda: named_layers("first", 12), "out_indices is 'first'; allowed are block numbers and 'last', 'even'"),
         (lambda: grid_model(mode="slide_flip"), "test_cfg.mode is 'slide_flip'; allowed are 'whole', 'slide'"),
-        (lambda: grid_model(mode="slide"), "test_cfg.mode 'slide' needs both"),
+        (lambda: grid_model(mode="slide"), "mode 'slide' needs both"),
         (lambda: grid_model(mode="slide", crop_size=(4, 4), stride=(4, 5)), "would omit pixels"),
         (lambda: grid_model(crop_size=(4, 4)), "need mode 'slide'"),
     ],

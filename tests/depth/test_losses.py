@@ -254,6 +254,6 @@ def test_statistics_across_ranks_make_the_loss_that_of_the_whole_batch(tmp_path)
 
 def test_registered():
     loss = MODELS.build(dict(type="SigLoss", warm_up=0, max_depth=10, loss_weight=2.0))
-    assert repr(loss) == "SigLoss(warm_up=0, max_depth=10, loss_weight=2.0, across_ranks=False)"
+    assert repr(loss) == "SigLoss(max_depth=10, loss_weight=2.0, across_ranks=False, warm_up=0)"
     for name in ("GradientLoss", "SiLog", "ScaleAndShiftInvariantLoss"):
         assert name in repr(MODELS.build(dict(type=name)))
