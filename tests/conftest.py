@@ -1,6 +1,7 @@
 """Fixtures of all tests, and a bound on threads."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,21 @@ TINY_NO_CLASS = replace(TINY, class_token=False, init_values=0.1)
 
 
 def shared_folder(environ: Mapping[str, str]) -> Path:
-    """Find the reference data; skip where they are absent, but fail in CI, where they must be there."""
+    """Find the folder of real images; skip where it is absent, but fail in CI, where it must be there."""
     path = (REPO / environ.get("PE_SPATIAL_SHARED", "../shared")).resolve()
     if not path.is_dir():
-        reason = f"no reference data at {path}; set PE_SPATIAL_SHARED to the folder that holds them"
-        (pytest.fail if environ.get("CI") else pytest.skip)(reason)
+        (pytest.fail if environ.get("CI") else pytest.skip)(
+            "needs the real images of ../shared/data; set PE_SPATIAL_SHARED to the folder that holds data/"
+        )
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line for each reason how many tests were skipped."""
+    reports = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports if report.longrepr)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"SKIPPED [{count}] {reason}")
 
 
 @pytest.hookimpl(trylast=True)
@@ -43,13 +53,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data and images that are too large for the repository."""
+    """The folder of real images and videos, which licenses keep out of the repository."""
     return shared_folder(os.environ)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Reference values computed with the released code, copied from `shared / 'golden'`."""
+    """The folder of reference values computed with the released code; `helpers.golden` reads them."""
     return REPO / "tests" / "golden"
 
 

@@ -1,6 +1,5 @@
 """Every config builds, and says what its header and the released recipe say."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
+from helpers.golden import read_json
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
@@ -73,8 +73,8 @@ CONTRACTS = {
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_released_file_fills_the_config_and_nothing_is_left_over(shared, name):
-    contract = json.loads((shared / f"golden/maskrcnn/contract_{name}.json").read_text())
+def test_released_file_fills_the_config_and_nothing_is_left_over(golden, name):
+    contract = read_json(golden / f"maskrcnn/contract_{name}.json")
     cfg = load(CONFIGS / f"{CONTRACTS[name]}.py")
     if name == "unreleased_cascade_PEspatial_G_lvis":
         lvis = load(CONFIGS / "pe_spatial_maskrcnn_lvis_g14.py").model.roi_head

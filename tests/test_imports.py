@@ -160,9 +160,9 @@ def test_absent_reference_data_are_a_failure_in_ci(ci, outcome, tmp_path):
         "-m",
         "pytest",
         "-q",
-        "tests/encoder/test_vit.py",
+        "tests/tracking/vos/test_jandf.py",
         "-k",
-        "golden_files",
+        "real_predictions and libby",
         "-p",
         "no:cacheprovider",
     ]
@@ -176,4 +176,4 @@ def test_absent_reference_data_are_a_failure_in_ci(ci, outcome, tmp_path):
     )
     assert done.returncode == (1 if ci else 0)
     assert f"1 {outcome}" in done.stdout
-    assert "no reference data at" in done.stdout
+    assert "needs the real images of ../shared/data" in done.stdout

@@ -11,6 +11,8 @@ from command_line import REPO, tool
 
 pytest.importorskip("cv2")  # comes with OpenMMLab
 
+from helpers.golden import read_json
+
 from pe_spatial.tracking.vos.masks import write_mask
 
 pytestmark = pytest.mark.mmseg
@@ -32,8 +34,8 @@ def failing(*args, cwd):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_outputs(shared, tmp_path):
-    golden = shared / "golden/jandf"
+def test_outputs(golden, tmp_path):
+    golden = golden / "jandf"
     out = ["--json", tmp_path / "new/scores.json", "--csv", tmp_path / "objects.csv"]
     printed = tool("eval_vos", golden / "davis", golden / "results", *out, "--workers", 2, cwd=tmp_path)
     assert "5 sequences, 10 objects, protocol davis" in printed
@@ -41,7 +43,7 @@ def test_outputs(shared, tmp_path):
     assert "3 frames with void pixels" in printed
     assert "64/64" in printed  # the bar
 
-    expected = json.loads((golden / "expected.json").read_text())
+    expected = read_json(golden / "expected.json")
     got = json.loads((tmp_path / "new/scores.json").read_text())
     assert got["protocol"] == "davis"
     assert set(got) == {"protocol", "global_results", "per_sequence", "per_object", "per_frame", "counts"}
@@ -80,8 +82,8 @@ def test_options(tmp_path):
     )
 
 
-def test_errors_are_one_sentence_and_write_nothing(shared, tmp_path):
-    golden = shared / "golden/jandf"
+def test_errors_are_one_sentence_and_write_nothing(golden, tmp_path):
+    golden = golden / "jandf"
     (tmp_path / "list.txt").write_text("short-empty\n")
     options = ["--sequences", "list.txt", "--json", "scores.json"]
     error = failing(golden / "davis", golden / "results_extra_id", *options, cwd=tmp_path)

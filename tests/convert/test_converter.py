@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import file, same_bits, shapes_of
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, PerceptionEncoder, SimpleFeaturePyramid
@@ -42,15 +43,16 @@ def empty(shapes):
 
 
 @pytest.fixture(scope="module")
-def detectors(shared):
-    return {name: shared / "golden" / "maskrcnn" / f"{name}.pth" for name in DETECTORS}
+def detectors(golden):
+    return {name: checkpoint_file(golden / "maskrcnn" / f"{name}.pth") for name in DETECTORS}
 
 
 @pytest.fixture(scope="module")
-def contracts(shared):
-    folder = shared / "golden" / "maskrcnn"
-    assert sorted(path.stem.removeprefix("contract_") for path in folder.glob("contract_*.json")) == sorted(CONTRACTS)
-    return {name: json.loads((folder / f"contract_{name}.json").read_text())["keys"] for name in CONTRACTS}
+def contracts(golden):
+    folder = golden / "maskrcnn"
+    stored = [path.name.removeprefix("contract_").partition(".")[0] for path in folder.glob("contract_*.json*")]
+    assert sorted(stored) == sorted(CONTRACTS)
+    return {name: read_json(folder / f"contract_{name}.json")["keys"] for name in CONTRACTS}
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_names_and_shapes_are_those_of_the_config(contracts):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_released_encoder_maps_and_comes_back(golden, variant):
-    shapes = json.loads((golden / "encoder/release_state_dicts.json").read_text())[RELEASED_NAMES[variant]]
+    shapes = read_json(golden / "encoder/release_state_dicts.json")[RELEASED_NAMES[variant]]
     with torch.device("meta"):
         expected = shapes_of(PerceptionEncoder(variant).state_dict())
     there = convert(file(empty(shapes)), "pe_spatial")
@@ -138,7 +140,7 @@ def test_every_released_encoder_maps_and_comes_back(golden, variant):
 
 
 def test_contrastive_names_lose_their_prefix_and_the_text_tower(golden):
-    shapes = json.loads((golden / "encoder/release_state_dicts.json").read_text())["PE-Core-T16-384"]
+    shapes = read_json(golden / "encoder/release_state_dicts.json")["PE-Core-T16-384"]
     text = {"positional_embedding": [32, 512], "transformer.resblocks.0.ln_1.bias": [512], "logit_scale": []}
     both = {f"visual.{name}": shape for name, shape in shapes.items()} | text
     for prefix in ("", "module."):
@@ -174,9 +176,9 @@ def test_detector_round_trip_is_bit_identical(detectors, tmp_path, name, suffix,
         assert torch.load(tmp_path / f"ours{suffix}", weights_only=True).keys() == {"state_dict", "meta"}
 
 
-def test_reference_numbers_come_out_under_our_names(ours, shared):
+def test_reference_numbers_come_out_under_our_names(ours, golden):
     """Each part is computed from the reference's input of it, with the weights that our names give."""
-    arrays = {k: torch.from_numpy(v) for k, v in np.load(shared / "golden/maskrcnn/maskrcnn.npz").items()}
+    arrays = {k: torch.from_numpy(v) for k, v in read_arrays(golden / "maskrcnn/maskrcnn.npz").items()}
 
     def part(x, name, **options):
         function = {2: F.linear, 4: F.conv2d}[ours[f"{name}.weight"].ndim]
@@ -234,14 +236,15 @@ def test_detector_keeps_its_values_by_name(detectors, name):
 
 
 def test_another_layout_passes_to_mmdet_as_it_is(ours, golden):
-    for state in (ours, {"neck.weight": torch.ones(1)}, read_checkpoint(golden / "encoder/encoder_cls_p16.pt").state):
+    encoder = read_checkpoint(checkpoint_file(golden / "encoder/encoder_cls_p16.pt")).state
+    for state in (ours, {"neck.weight": torch.ones(1)}, encoder):
         assert to_mmdet(file(state)) == state
 
 
 @pytest.mark.parametrize("name", ["cls_p16", "nocls_layerscale_p14"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_encoder_round_trip_is_bit_identical(golden, tmp_path, name, suffix):
-    source = read_checkpoint(golden / f"encoder/encoder_{name}.pt")
+    source = read_checkpoint(checkpoint_file(golden / f"encoder/encoder_{name}.pt"))
     for way in ("pe_spatial", "timm"):
         write_checkpoint(tmp_path / f"{way}{suffix}", convert(source, way))
         write_checkpoint(tmp_path / f"back{suffix}", convert(read_checkpoint(tmp_path / f"{way}{suffix}"), "release"))
@@ -253,7 +256,7 @@ def test_encoder_round_trip_is_bit_identical(golden, tmp_path, name, suffix):
 
 @pytest.mark.parametrize("name", ["cls_p16", "nocls_layerscale_p14"])
 def test_encoder_through_detectron2(golden, tmp_path, name):
-    source = read_checkpoint(golden / f"encoder/encoder_{name}.pt")
+    source = read_checkpoint(checkpoint_file(golden / f"encoder/encoder_{name}.pt"))
     write_checkpoint(tmp_path / "d2.pth", convert(source, "detectron2"))
     there = read_checkpoint(tmp_path / "d2.pth")
     direct, around = convert(source, "pe_spatial").state, convert(there, "pe_spatial").state
@@ -264,13 +267,13 @@ def test_encoder_through_detectron2(golden, tmp_path, name):
 
 def test_initialisation_of_the_reference_detectors_is_reproduced(golden):
     """The fixture has no block, which makes an encoder of it."""
-    arrays = np.load(golden / "maskrcnn/convert.npz")
+    arrays = read_arrays(golden / "maskrcnn/convert.npz")
     shapes = {"attn.in_proj_weight": (18, 6), "attn.in_proj_bias": (18,), "attn.out_proj.weight": (6, 6)}
     shapes |= {"mlp.c_fc.weight": (24, 6), "mlp.c_fc.bias": (24,), "mlp.c_proj.weight": (6, 24)}
     others = ("attn.out_proj.bias", "mlp.c_proj.bias", "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
     shapes |= dict.fromkeys(others, (6,))
     block = {f"module.visual.transformer.resblocks.0.{name}": torch.randn(shape) for name, shape in shapes.items()}
-    given = {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("in/")}
+    given = {name[3:]: torch.from_numpy(arrays[name]) for name in arrays if name.startswith("in/")}
     done = convert(file(given | block | {"module.visual.ln_pre.bias": torch.zeros(6)}), "detectron2")
     for name in ("conv1.weight", "positional_embedding", "ln_pre.weight"):
         assert_close(done.state[name], torch.from_numpy(arrays[f"keep_pe/{name}"]), rtol=0, atol=1e-6)
@@ -294,7 +297,7 @@ def test_tables_of_no_known_geometry_are_left_out_and_said(ours, reference):
 
 
 def test_views_do_not_take_their_storage_to_the_file(golden, tmp_path):
-    state = read_checkpoint(golden / "encoder/encoder_cls_p16.pt").state
+    state = read_checkpoint(checkpoint_file(golden / "encoder/encoder_cls_p16.pt")).state
     used = sum(value.nbytes for value in state.values())
     whole = torch.cat([value.flatten() for value in state.values()] + [torch.zeros(used)])
     parts = torch.split(whole, [value.numel() for value in state.values()] + [used])
@@ -383,7 +386,7 @@ def test_facts_that_make_no_sense_are_refused(ours, facts):
 
 
 def test_checkpoints_of_other_models_are_refused(golden):
-    state = read_checkpoint(golden / "encoder/encoder_cls_p16.pt").state
+    state = read_checkpoint(checkpoint_file(golden / "encoder/encoder_cls_p16.pt")).state
     for names in (["layer1.0.conv1.weight", "fc.bias"], ["backbone.bottom_up.stem.conv1.weight"]):
         with pytest.raises(CheckpointError, match=f"no encoder or detector .*, but {names[0]}"):
             convert(file(dict.fromkeys(names, torch.ones(1))), "pe_spatial")
@@ -439,7 +442,7 @@ def test_tool_converts_and_prints_the_table(detectors, tmp_path):
 
 
 def test_tool_names_what_it_dropped_and_resized(golden, tmp_path, tool):
-    state = read_checkpoint(golden / "encoder/encoder_nocls_layerscale_p14.pt").state
+    state = read_checkpoint(checkpoint_file(golden / "encoder/encoder_nocls_layerscale_p14.pt")).state
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "in.pt")
     out, sentence = tool(tmp_path / "in.pt", tmp_path / "out.pth", "--to", "detectron2")
     assert sentence == ""
@@ -470,7 +473,7 @@ def test_help_says_what_the_layouts_mean(tool):
     ],
 )
 def test_tool_ends_in_one_sentence_and_writes_nothing(golden, tmp_path, tool, name, out, words):
-    good = golden / "encoder" / "encoder_cls_p16.pt"
+    good = checkpoint_file(golden / "encoder" / "encoder_cls_p16.pt")
     state = read_checkpoint(good).state
     (tmp_path / "good.pth").write_bytes(good.read_bytes())
     (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:300_000])
@@ -501,7 +504,7 @@ def test_an_end_in_the_middle_of_writing_leaves_nothing(golden, tmp_path, monkey
 
     monkeypatch.setattr(torch, "save", write_half)
     monkeypatch.setattr("safetensors.torch.save_file", write_half)
-    done = convert(read_checkpoint(golden / "encoder/encoder_cls_p16.pt"), "pe_spatial")
+    done = convert(read_checkpoint(checkpoint_file(golden / "encoder/encoder_cls_p16.pt")), "pe_spatial")
     refused = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(refused, match="No space left on device" if isinstance(error, OSError) else None):
         write_checkpoint(out, done)

@@ -1,16 +1,15 @@
 """DETA's checkpoints: the released file maps completely, its values arrive, and what is dropped or refused says why."""
 
-import json
 import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import file, same_bits, shapes_of
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder, from_pretrained, preset_options
@@ -48,13 +47,13 @@ SMALL = EncoderConfig(
 
 
 @pytest.fixture(scope="module")
-def folder(shared):
-    return shared / "golden" / "deta"
+def folder(golden):
+    return golden / "deta"
 
 
 @pytest.fixture(scope="module")
 def contract(folder):
-    return json.loads((folder / "contract_deta_coco_1824pix.json").read_text())
+    return read_json(folder / "contract_deta_coco_1824pix.json")
 
 
 @pytest.fixture
@@ -66,12 +65,12 @@ def released(contract):
 @pytest.fixture
 def reference(folder):
     """The small DETA, as the reference's trainer wrote it."""
-    return read_checkpoint(folder / "deta.pth")
+    return read_checkpoint(checkpoint_file(folder / "deta.pth"))
 
 
 @pytest.fixture
 def arrays(folder):
-    return {name: torch.from_numpy(value) for name, value in np.load(folder / "deta.npz").items()}
+    return {name: torch.from_numpy(value) for name, value in read_arrays(folder / "deta.npz").items()}
 
 
 # --- the released file
@@ -135,7 +134,7 @@ def test_names_and_shapes_are_those_of_the_config(released):
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.utils import import_modules_from_strings
 
-    parts = ("integrations.openmmlab", "detection.deta", "detection.deta_head")
+    parts = ("integrations.openmmlab", "detection.deta", "detection.deta.head")
     import_modules_from_strings([f"pe_spatial.{part}" for part in parts])
     init_default_scope("mmdet")
     cfg = Config.fromfile(REPO / "configs/_base_/models/deta_pe.py")
@@ -338,7 +337,8 @@ def test_no_way_to_projects_without_deta(reference, layout):
 def test_tool_says_what_became_of_the_classes(folder, tmp_path, monkeypatch, capsys, options):
     out = tmp_path / "ours.pth"
     tool = REPO / "tools" / "convert_checkpoint.py"
-    monkeypatch.setattr(sys, "argv", [str(tool), str(folder / "deta.pth"), str(out), "--to", "mmdet", *options])
+    source = str(checkpoint_file(folder / "deta.pth"))
+    monkeypatch.setattr(sys, "argv", [str(tool), source, str(out), "--to", "mmdet", *options])
     runpy.run_path(str(tool), run_name="__main__")
     printed = capsys.readouterr().out
     classes = read_checkpoint(out).state["bbox_head.cls_branches.0.bias"].shape[0]

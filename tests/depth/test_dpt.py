@@ -1,14 +1,14 @@
 """The DPT head: equal to the reference at every stage, at odd grids and at every width."""
 
-import json
 import re
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("mmengine")
+from helpers.golden import read_arrays, read_json
+
 from pe_spatial.depth.dpt import DPTDepthHead
 from pe_spatial.errors import ConfigError
 
@@ -17,8 +17,8 @@ WIDTHS = {"T": 192, "S": 384, "B": 768, "L": 1024, "G": 1536}
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
-    arrays = np.load(shared / "golden/depth/dpt_head.npz")
+def reference(golden):
+    arrays = read_arrays(golden / "depth/dpt_head.npz")
     return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
@@ -70,13 +70,13 @@ def inputs(reference, grid):
 
 @pytest.mark.parametrize("readout", TOKENS)
 @pytest.mark.parametrize("grid", ["4x6", "5x7"])
-def test_equals_the_reference(reference, shared, grid, readout):
+def test_equals_the_reference(reference, golden, grid, readout):
     head = reference_head(reference, readout)
     case = f"dpt_{grid}"
     with torch.no_grad():
         depth = head(*inputs(reference, grid))
     assert_close(depth, reference[f"{case}/{readout}/head_output"])
-    size = json.loads((shared / "golden/depth/heads.json").read_text())["cases"][case]["image_size"]
+    size = read_json(golden / "depth/heads.json")["cases"][case]["image_size"]
     resized = F.interpolate(depth.clamp(1e-3, 10.0), size, mode="bilinear", align_corners=False)
     assert_close(resized, reference[f"{case}/{readout}/resized_output"])
 

@@ -1,13 +1,13 @@
 """Bins and linear probes: equal to the references' values, and what each option means."""
 
-import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("mmengine")
+from helpers.golden import read_arrays, read_json
+
 from pe_spatial.depth.heads import BinsDepthHead, Level, bin_depths, expected_depth
 from pe_spatial.errors import ConfigError
 
@@ -15,8 +15,8 @@ RANGES = {"nyu": (1e-3, 10.0), "driving": (1e-3, 80.0)}
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
-    arrays = np.load(shared / "golden/depth/linear_bins_head.npz")
+def reference(golden):
+    arrays = read_arrays(golden / "depth/linear_bins_head.npz")
     return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
@@ -32,7 +32,7 @@ def test_expectation_equals_the_reference(reference, limits, weighting, spacing)
 
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("grid", ["4x6", "5x7"])
-def test_linear_probe_equals_the_reference(reference, shared, layers, grid):
+def test_linear_probe_equals_the_reference(reference, golden, layers, grid):
     head = BinsDepthHead([8] * layers, token="class", upsample=4)
     head.conv.load_state_dict(
         {name: reference[f"linear{layers}/weights/conv_depth.{name}"] for name in ("weight", "bias")}
@@ -41,7 +41,7 @@ def test_linear_probe_equals_the_reference(reference, shared, layers, grid):
     maps = [reference[f"{case}/patch_{i}"] for i in range(layers)]
     depth = head(maps, [reference[f"{case}/cls_{i}"] for i in range(layers)])
     torch.testing.assert_close(depth, reference[f"{case}/head_output"], rtol=1e-5, atol=1e-5)
-    size = json.loads((shared / "golden/depth/heads.json").read_text())["cases"][case]["image_size"]
+    size = read_json(golden / "depth/heads.json")["cases"][case]["image_size"]
     resized = F.interpolate(depth.clamp(1e-3, 10.0), size, mode="bilinear", align_corners=False)
     torch.testing.assert_close(resized, reference[f"{case}/resized_output"], rtol=1e-5, atol=1e-5)
 

@@ -1,6 +1,5 @@
 """Losses of depth: reference values and gradients, missing pixels, precision, ranks."""
 
-import json
 import math
 import os
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
+from helpers.golden import read_arrays, read_json
 from mmengine.registry import MODELS
 from torch import multiprocessing
 
@@ -29,9 +29,9 @@ LOSSES = {
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
-    folder = shared / "golden/depth"
-    return np.load(folder / "losses.npz"), json.loads((folder / "losses.json").read_text())
+def reference(golden):
+    folder = golden / "depth"
+    return read_arrays(folder / "losses.npz"), read_json(folder / "losses.json")
 
 
 def value_and_gradient(loss, pred, target):

@@ -1,7 +1,6 @@
 """Depth metrics: every reference, crops, alignment, empty images, tables, bounded memory."""
 
 import csv
-import json
 import math
 import pickle
 import weakref
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmseg")
+from helpers.golden import read_arrays, read_json
 from mmengine.evaluator import Evaluator
 from mmengine.registry import METRICS, DefaultScope
 from mmengine.structures import PixelData
@@ -36,12 +36,12 @@ PLAIN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "d1", "d2", "d3", "ma
 
 
 @pytest.fixture(scope="module")
-def indoor(shared):
+def indoor(golden):
     """Arrays, facts, and the maps in meters, (4, 480, 640)."""
-    folder = shared / "golden/depth"
-    arrays = np.load(folder / "metrics_480x640.npz")
+    folder = golden / "depth"
+    arrays = read_arrays(folder / "metrics_480x640.npz")
     maps = [torch.from_numpy(arrays[key].astype(np.float32) / 1000) for key in ("pred_mm", "gt_mm")]
-    return arrays, json.loads((folder / "metrics.json").read_text()), *maps
+    return arrays, read_json(folder / "metrics.json"), *maps
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_crops_are_the_references_at_every_size(indoor):
 
 
 @pytest.mark.parametrize("crop", ["none", "garg", "kitti_eigen"])
-def test_kitti_pasted_and_cut(shared, indoor, crop):
-    arrays = np.load(shared / "golden/depth/metrics_driving_375x1242.npz")
+def test_kitti_pasted_and_cut(golden, indoor, crop):
+    arrays = read_arrays(golden / "depth/metrics_driving_375x1242.npz")
     pred, target = (torch.from_numpy(arrays[key].astype(np.float32) / 256) for key in ("pred_256", "gt_256"))
     left, top, right, bottom = bottom_center_box(*target.shape, size=pred.shape)
     assert (top, left) == (375 - 352, int((1242 - 1216) / 2))

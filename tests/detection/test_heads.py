@@ -1,7 +1,6 @@
 """Detectors of MMDetection equal Detectron2's: the released layout goes in, every stage and the detections come out."""
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from mmdet.models.task_modules.samplers import RandomSampler, SamplingResult
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi
@@ -34,15 +34,15 @@ class Fixture:
     """One of the two shrunk models of the reference, built from our config, with the reference's values."""
 
     def __init__(self, folder, name):
-        self.facts = json.loads((folder / f"{name}.json").read_text())
-        self.train_facts = json.loads((folder / f"{name}_train.json").read_text())
-        self.arrays = dict(np.load(folder / "maskrcnn.npz")) | dict(np.load(folder / f"{name}.npz"))
-        self.train_arrays = dict(np.load(folder / f"{name}_train.npz"))
-        self.masks = json.loads((folder / f"{name}_masks_rle.json").read_text())
+        self.facts = read_json(folder / f"{name}.json")
+        self.train_facts = read_json(folder / f"{name}_train.json")
+        self.arrays = read_arrays(folder / "maskrcnn.npz") | read_arrays(folder / f"{name}.npz")
+        self.train_arrays = read_arrays(folder / f"{name}_train.npz")
+        self.masks = read_json(folder / f"{name}_masks_rle.json")
         self.folder, self.name = folder, name
         self.cfg = self.shrunk_config()
         self.model = MODELS.build(self.cfg.model).eval()
-        self.model.load_state_dict(to_mmdet(read_checkpoint(folder / f"{name}.pth")), strict=True)
+        self.model.load_state_dict(to_mmdet(read_checkpoint(checkpoint_file(folder / f"{name}.pth"))), strict=True)
 
     def shrunk_config(self):
         cfg = Config.fromfile(CONFIGS / ENTRIES[self.name])
@@ -98,8 +98,8 @@ class Fixture:
 
 
 @pytest.fixture(scope="module", params=list(ENTRIES))
-def fixture(shared, request):
-    return Fixture(shared / "golden" / "maskrcnn", request.param)
+def fixture(golden, request):
+    return Fixture(golden / "maskrcnn", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_gradients(fixture, trainer):
     facts = fixture.train_facts["modes"]["all"]
     model = trainer("all")
     sum(losses_of(fixture, "all", model).values()).backward()
-    released = read_checkpoint(fixture.folder / f"{fixture.name}.pth")
+    released = read_checkpoint(checkpoint_file(fixture.folder / f"{fixture.name}.pth"))
     ours = {value.data_ptr(): name for name, value in to_mmdet(released).items()}  # conversion copies nothing
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, norm in facts["grad_l2"].items():
@@ -322,8 +322,8 @@ def test_gradients(fixture, trainer):
     assert not gradients
 
 
-def test_cascade_trains_on_no_empty_box_and_survives_images_without_proposals(shared):
-    fixture = Fixture(shared / "golden" / "maskrcnn", "cascade")
+def test_cascade_trains_on_no_empty_box_and_survives_images_without_proposals(golden):
+    fixture = Fixture(golden / "maskrcnn", "cascade")
     head = fixture.model.roi_head.train()
     sizes, refine, run = [], head._refine, head._bbox_forward
 
@@ -352,8 +352,8 @@ def test_cascade_trains_on_no_empty_box_and_survives_images_without_proposals(sh
         assert [len(r) == 0 for r in results] == [p is none for p in images]
 
 
-def test_cascade_refuses_heads_that_it_cannot_refine(shared):
-    fixture = Fixture(shared / "golden" / "maskrcnn", "cascade")
+def test_cascade_refuses_heads_that_it_cannot_refine(golden):
+    fixture = Fixture(golden / "maskrcnn", "cascade")
     cfg = copy.deepcopy(fixture.cfg.model.roi_head)
     cfg.bbox_head[1].reg_class_agnostic = False
     with pytest.raises(ConfigError, match="needs box heads"):
@@ -364,10 +364,10 @@ def test_cascade_refuses_heads_that_it_cannot_refine(shared):
 
 
 @pytest.fixture(scope="module")
-def ops(shared):
-    folder = shared / "golden" / "maskrcnn"
-    arrays = {name: torch.from_numpy(value) for name, value in np.load(folder / "ops.npz").items()}
-    return arrays, json.loads((folder / "ops.json").read_text())
+def ops(golden):
+    folder = golden / "maskrcnn"
+    arrays = {name: torch.from_numpy(value) for name, value in read_arrays(folder / "ops.npz").items()}
+    return arrays, read_json(folder / "ops.json")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
 from coco_files import annotation
+from helpers.golden import read_arrays, read_json
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from mmengine.evaluator import Evaluator
@@ -102,8 +103,8 @@ def dataset(root, split="train", **options):
 
 
 @pytest.fixture(scope="module")
-def federated(shared):
-    arrays = np.load(shared / "golden" / "maskrcnn" / "ops.npz")
+def federated(golden):
+    arrays = read_arrays(golden / "maskrcnn" / "ops.npz")
     return {key: torch.from_numpy(value) for key, value in arrays.items() if key.startswith(("fed", "sigmoid"))}
 
 
@@ -494,8 +495,8 @@ def test_perfect_predictions_of_more_than_100_objects_are_perfect(lvis):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_layout(shared, name):
-    contract = json.loads((shared / f"golden/maskrcnn/contract_mask_rcnn_{RELEASED[name]}.json").read_text())
+def test_released_layout(golden, name):
+    contract = read_json(golden / f"maskrcnn/contract_mask_rcnn_{RELEASED[name]}.json")
     with torch.device("meta"):
         state = MODELS.build(load(CONFIGS / f"{name}.py").model).state_dict()
     released = sorted(tuple(shape) for key, shape in contract["keys"].items() if "rope" not in key)

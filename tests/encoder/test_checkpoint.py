@@ -3,7 +3,6 @@
 import argparse
 import functools
 import http.server
-import json
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -42,7 +42,7 @@ LAYOUTS = [("release", RELEASED_NAMES[v], v) for v in VARIANTS] + [("timm", timm
 
 @pytest.fixture
 def checkpoint(golden):
-    return golden / "encoder" / "encoder_cls_p16.pt"
+    return checkpoint_file(golden / "encoder" / "encoder_cls_p16.pt")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def state(checkpoint) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("layout", "name", "variant"), LAYOUTS)
 def test_every_released_layout_loads_strictly(golden, layout, name, variant):
-    shapes = json.loads((golden / f"encoder/{layout}_state_dicts.json").read_text())[name]
+    shapes = read_json(golden / f"encoder/{layout}_state_dicts.json")[name]
     with torch.device("meta"):
         model = PerceptionEncoder(variant)
         report = load_state(model, {key: torch.empty(shape) for key, shape in shapes.items()})
@@ -72,7 +72,7 @@ def test_reference_files_hold_26_layouts(golden):
     assert {(layout, name) for layout, name, _ in LAYOUTS} == {
         (layout, name)
         for layout in ("release", "timm")
-        for name in json.loads((golden / f"encoder/{layout}_state_dicts.json").read_text())
+        for name in read_json(golden / f"encoder/{layout}_state_dicts.json")
     }
 
 
@@ -119,7 +119,7 @@ def test_blocks_not_built_are_left_out_by_name(checkpoint):
 def test_patch_kernel_is_resized_and_reported(golden):
     kw = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "depth": 4, "num_heads": 2, "mlp_ratio": 280 / 48}
     config = EncoderConfig(**kw, class_token=False, init_values=0.1)
-    path = golden / "encoder" / "encoder_nocls_layerscale_p14.pt"
+    path = checkpoint_file(golden / "encoder" / "encoder_nocls_layerscale_p14.pt")
     model = PerceptionEncoder(config, patch_size=16)
     assert load_checkpoint(model, path).resized == {"patch_embed.proj.weight": "(48, 3, 14, 14) -> (48, 3, 16, 16)"}
     assert_close(model.patch_embed.proj.weight.data, resize_patch_kernel(read_state_dict(path)["conv1.weight"], 16))
@@ -382,7 +382,7 @@ def test_from_pretrained_keeps_the_patches_of_a_file_that_was_resized(tmp_path):
 
 @pytest.mark.parametrize("class_token", [False, True])
 def test_released_positions_are_resized_to_pos_grid_as_the_reference_converter_does(golden, class_token):
-    arrays = {name: torch.from_numpy(value) for name, value in np.load(golden / "maskrcnn/convert.npz").items()}
+    arrays = {name: torch.from_numpy(value) for name, value in read_arrays(golden / "maskrcnn/convert.npz").items()}
     config = EncoderConfig(img_size=112, patch_size=14, embed_dim=8, depth=1, num_heads=2, class_token=class_token)
     model = PerceptionEncoder(config, patch_size=16, pos_grid=6)
     state = PerceptionEncoder(config).state_dict()

@@ -1,9 +1,9 @@
 """Layer-wise learning-rate decay: equal to the released recipe's factors, and what is a norm or a bias."""
 
-import json
 
 import pytest
 import torch
+from helpers.golden import read_json, read_weights
 
 from pe_spatial import VARIANTS, PerceptionEncoder
 from pe_spatial.encoder.checkpoint import to_timm_names
@@ -12,9 +12,9 @@ from pe_spatial.encoder.layer_decay import is_norm_or_bias, layer_of, lr_factor
 
 @pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])
 def test_equals_released_factors(golden, name):
-    factors = json.loads((golden / f"vitdet/{name}.json").read_text())["lr_decay"]
+    factors = read_json(golden / f"vitdet/{name}.json")["lr_decay"]
     theirs = [key for key in factors if key.startswith("net.")]
-    state = torch.load(golden / f"vitdet/{name}.pth", weights_only=True)["model"]
+    state = read_weights(golden / f"vitdet/{name}.pth")
     ours = to_timm_names({key.removeprefix("net."): state[key] for key in theirs})[0]
     assert len(ours) == len(theirs) > 40
     for new, old in zip(ours, theirs, strict=True):

@@ -1,8 +1,8 @@
 """Pyramids: released reference values, strides and channels, bad input."""
 
-import numpy as np
 import pytest
 import torch
+from helpers.golden import read_arrays, read_weights
 from torch.testing import assert_close
 
 from pe_spatial import FusedFeaturePyramid, SimpleFeaturePyramid
@@ -11,8 +11,8 @@ from pe_spatial.encoder.pyramid import ChannelLayerNorm, DETAFeaturePyramid, Pla
 
 @pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])
 def test_equals_released_pyramid(golden, name):
-    values = {k: torch.from_numpy(v) for k, v in np.load(golden / f"vitdet/{name}.npz").items()}
-    state = torch.load(golden / f"vitdet/{name}.pth", weights_only=True)["model"]
+    values = {k: torch.from_numpy(v) for k, v in read_arrays(golden / f"vitdet/{name}.npz").items()}
+    state = read_weights(golden / f"vitdet/{name}.pth")
     pyramid = SimpleFeaturePyramid(48, out_channels=32)
     # Both list level by level, each in the order of its layers.
     theirs = [value for key, value in state.items() if key.startswith("simfp_")]

@@ -1,9 +1,9 @@
 """Learned positions and patch kernels at other sizes."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.golden import read_arrays
 from torch.testing import assert_close
 
 from pe_spatial.encoder.resize import POS_EMBED_MODES, resize_patch_kernel, resize_pos_embed
@@ -44,7 +44,7 @@ def test_modes_differ():
 
 @pytest.mark.parametrize("case", ["keep_pe", "output_pixel_96", "output_pixel_128_same_grid"])
 def test_patch_kernel_equals_released_converter(golden, case):
-    values = np.load(golden / "maskrcnn" / "convert.npz")
+    values = read_arrays(golden / "maskrcnn" / "convert.npz")
     kernel = torch.from_numpy(values["in/module.visual.conv1.weight"])
     assert_close(
         resize_patch_kernel(kernel, 16), torch.from_numpy(values[f"{case}/conv1.weight"]), rtol=1e-4, atol=1e-5
@@ -54,7 +54,7 @@ def test_patch_kernel_equals_released_converter(golden, case):
 
 
 def test_bicubic_positions_equal_released_converter(golden):
-    values = np.load(golden / "maskrcnn" / "convert.npz")
+    values = read_arrays(golden / "maskrcnn" / "convert.npz")
     positions = torch.from_numpy(values["in/module.visual.positional_embedding"]).view(1, 8, 8, 6)
     expected = torch.from_numpy(values["output_pixel_96/positional_embedding"]).view(1, 6, 6, 6)
     found = {m: (resize_pos_embed(positions, (6, 6), mode=m) - expected).abs().max() for m in POS_EMBED_MODES}

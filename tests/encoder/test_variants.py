@@ -1,10 +1,10 @@
 """The table of variants, their names, and the presets of geometry."""
 
-import json
 from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
+from helpers.golden import read_json
 
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.encoder.variants import PRESETS, RELEASED_NAMES, get_config, preset_options, vitdet_recipe
@@ -26,7 +26,7 @@ def test_parameter_counts(name, count):
 
 
 def test_every_released_name_is_known_in_both_spellings(golden):
-    released = json.loads((golden / "encoder/release_state_dicts.json").read_text())
+    released = read_json(golden / "encoder/release_state_dicts.json")
     assert set(RELEASED_NAMES.values()) == set(released)
     for ours, theirs in RELEASED_NAMES.items():
         assert get_config(ours) is get_config(theirs) is VARIANTS[ours]

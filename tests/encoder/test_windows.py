@@ -1,10 +1,9 @@
 """Windowed attention: released reference values, partition and inverse, what windows and padding may and may not do."""
 
-import json
 
-import numpy as np
 import pytest
 import torch
+from helpers.golden import read_arrays, read_json, read_weights
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
@@ -23,7 +22,7 @@ def images(h: int, w: int) -> torch.Tensor:
 
 
 def released_detector_encoder(folder, name, **options) -> tuple[PerceptionEncoder, dict[str, torch.Tensor]]:
-    kw = json.loads((folder / f"{name}.json").read_text())["backbone"]
+    kw = read_json(folder / f"{name}.json")["backbone"]
     config = EncoderConfig(
         img_size=kw["pretrain_img_size"],
         patch_size=kw["patch_size"],
@@ -42,10 +41,10 @@ def released_detector_encoder(folder, name, **options) -> tuple[PerceptionEncode
         "rope_grid": kw["pt_hw_seq_len"],
     }
     model = PerceptionEncoder(config, **{**geometry, **options}).eval()
-    state = torch.load(folder / f"{name}.pth", weights_only=True)["model"]
+    state = read_weights(folder / f"{name}.pth")
     report = load_state(model, {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")})
     assert set(report.left_out.values()) == {"rotary constants, computed here"}
-    return model, {k: torch.from_numpy(v) for k, v in np.load(folder / f"{name}.npz").items()}
+    return model, {k: torch.from_numpy(v) for k, v in read_arrays(folder / f"{name}.npz").items()}
 
 
 @pytest.mark.parametrize("name", ["vitdet_window4_layerscale", "vitdet_window3_padded"])

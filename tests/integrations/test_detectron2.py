@@ -1,13 +1,13 @@
 """In Detectron2: the core's maps, padding that counts, the released recipe and the released detectors."""
 
 import importlib.util
-import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, FusedFeaturePyramid, PerceptionEncoder, SimpleFeaturePyramid, preset_options
@@ -268,18 +268,18 @@ def shrunk_recipe(facts):
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
-    folder = shared / "golden" / "maskrcnn"
-    facts = json.loads((folder / "maskrcnn.json").read_text())
+def reference(golden):
+    folder = golden / "maskrcnn"
+    facts = read_json(folder / "maskrcnn.json")
     cfg = shrunk_recipe(facts)
     model = instantiate(cfg.model).eval()
-    ours.load_released_detector(model, folder / "maskrcnn.pth")
+    ours.load_released_detector(model, checkpoint_file(folder / "maskrcnn.pth"))
     return folder, facts, cfg, model
 
 
 def test_recipe_gives_the_released_detections(reference):
     folder, facts, cfg, model = reference
-    arrays, masks = np.load(folder / "maskrcnn.npz"), json.loads((folder / "maskrcnn_masks_rle.json").read_text())
+    arrays, masks = read_arrays(folder / "maskrcnn.npz"), read_json(folder / "maskrcnn_masks_rle.json")
     mapper = instantiate(cfg.dataloader.test.mapper)
     inputs = []
     for index, name in enumerate(facts["files"]):
@@ -327,9 +327,9 @@ def test_recipe_has_the_released_learning_rates_and_weight_decay(reference):
 
 
 @pytest.mark.parametrize("variant", ["pe_spatial_g14_448", "pe_core_g14_448"])
-def test_recipe_at_full_width_takes_every_released_tensor(shared, variant):
+def test_recipe_at_full_width_takes_every_released_tensor(golden, variant):
     file = {"pe_spatial_g14_448": "PEspatial_G_coco36ep", "pe_core_g14_448": "PEcore_G_coco75ep"}[variant]
-    contract = json.loads((shared / "golden" / "maskrcnn" / f"contract_mask_rcnn_{file}.json").read_text())
+    contract = read_json(golden / "maskrcnn" / f"contract_mask_rcnn_{file}.json")
     cfg = LazyConfig.load(str(RECIPE))
     LazyConfig.apply_overrides(cfg, [f"model.backbone.variant={variant}", "model.backbone.weights=null"])
     with torch.device("meta"):
@@ -380,7 +380,7 @@ def test_released_and_own_checkpoints_through_detectron2(reference, tmp_path, ca
     fresh = [instantiate(cfg.model) for _ in range(2)]
     DetectionCheckpointer(model, str(tmp_path)).save("own")
     with caplog.at_level(logging.WARNING):
-        DetectionCheckpointer(fresh[0]).load(str(folder / "maskrcnn.pth"))
+        DetectionCheckpointer(fresh[0]).load(str(checkpoint_file(folder / "maskrcnn.pth")))
         DetectionCheckpointer(fresh[1]).load(str(tmp_path / "own.pth"))
     assert caplog.messages == []
     for other in fresh:
@@ -389,7 +389,7 @@ def test_released_and_own_checkpoints_through_detectron2(reference, tmp_path, ca
 
 def test_detector_that_does_not_fit_is_refused(reference, tmp_path):
     folder, _, cfg, model = reference
-    state = read_state_dict(folder / "maskrcnn.pth")
+    state = read_state_dict(checkpoint_file(folder / "maskrcnn.pth"))
     torch.save({name: value for name, value in state.items() if "simfp_3.1.norm" not in name}, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match=r"missing in it: backbone\.pyramid\.levels\.1\.2\.weight"):
         ours.load_released_detector(model, tmp_path / "part.pth")
@@ -399,5 +399,5 @@ def test_detector_that_does_not_fit_is_refused(reference, tmp_path):
         ours.load_released_detector(model, tmp_path / "more.pth")
     cfg.model.roi_heads.num_classes += 1
     with pytest.raises(CheckpointError, match="other shapes than this model: size mismatch for roi_heads"):
-        ours.load_released_detector(instantiate(cfg.model), folder / "maskrcnn.pth")
+        ours.load_released_detector(instantiate(cfg.model), checkpoint_file(folder / "maskrcnn.pth"))
     cfg.model.roi_heads.num_classes -= 1

@@ -1,13 +1,13 @@
 """Registration in OpenMMLab: what configs can build, how weights get in, how learning rates decay."""
 
 import copy
-import json
 import logging
 
 import pytest
 import torch
 
 pytest.importorskip("mmdet")
+from helpers.golden import read_json
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
@@ -240,7 +240,7 @@ def settings(model, optim_wrapper):
 def test_learning_rates_equal_the_reference(golden, case):
     from pe_spatial.encoder.checkpoint import to_timm_names
 
-    reference = json.loads((golden / "vitdet" / f"{case}.json").read_text())
+    reference = read_json(golden / "vitdet" / f"{case}.json")
     backbone = reference["backbone"]
     detector = Detector(
         variant=dict(

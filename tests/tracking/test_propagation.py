@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.golden import read_arrays
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,12 +21,12 @@ SETTINGS = [(case, setting) for case, settings in CASES.items() for setting in s
 
 
 @pytest.fixture(scope="module")
-def golden_case(shared):
+def golden_case(golden):
     """Return `case -> (description, arrays)`."""
 
     def read(case):
-        path = shared / "golden" / "labelprop" / f"{case}.json"
-        return json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+        path = golden / "labelprop" / f"{case}.json"
+        return json.loads(path.read_text()), read_arrays(path.with_suffix(".npz"))
 
     return read
 

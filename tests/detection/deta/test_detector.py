@@ -1,7 +1,6 @@
 """DETA in MMDetection equals the reference: its layout goes in; every stage, detections and gradients come out."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
@@ -40,12 +40,12 @@ class Fixture:
     """The shrunk model of the reference, built from our config, with the reference's values."""
 
     def __init__(self, folder):
-        self.facts = json.loads((folder / "deta.json").read_text())
-        self.criterion = json.loads((folder / "criterion.json").read_text())
-        self.arrays = dict(np.load(folder / "deta.npz"))
-        self.targets = dict(np.load(folder / "criterion.npz"))
-        self.detections = dict(np.load(folder / "postprocess.npz"))
-        self.weights = convert(read_checkpoint(folder / "deta.pth"), "mmdet", all_classes=True)
+        self.facts = read_json(folder / "deta.json")
+        self.criterion = read_json(folder / "criterion.json")
+        self.arrays = read_arrays(folder / "deta.npz")
+        self.targets = read_arrays(folder / "criterion.npz")
+        self.detections = read_arrays(folder / "postprocess.npz")
+        self.weights = convert(read_checkpoint(checkpoint_file(folder / "deta.pth")), "mmdet", all_classes=True)
         self.cfg = self.shrunk_config()
         self.model = self.build()
 
@@ -104,8 +104,8 @@ class Fixture:
 
 
 @pytest.fixture(scope="module")
-def fixture(shared):
-    return Fixture(shared / "golden" / "deta")
+def fixture(golden):
+    return Fixture(golden / "deta")
 
 
 @pytest.fixture(scope="module")
@@ -411,12 +411,12 @@ def test_config_builds_at_full_width():
     assert not {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} - {0.0}
 
 
-def test_pipeline_of_the_released_evaluation_gives_the_recorded_input(shared):
+def test_pipeline_of_the_released_evaluation_gives_the_recorded_input(golden):
     """The entry config's own steps, at the size of the fixture: a canvas of 256 px, long sides of 32 px less."""
     cfg = Config.fromfile(CONFIGS / "pe_spatial_deta_g14.py")
     import_modules_from_strings(**cfg.custom_imports)
-    folder = shared / "golden" / "deta"
-    facts, arrays = json.loads((folder / "deta.json").read_text()), np.load(folder / "deta.npz")
+    folder = golden / "deta"
+    facts, arrays = read_json(folder / "deta.json"), read_arrays(folder / "deta.npz")
     side = facts["hyper"]["lsj_img_size"]
     for step in cfg.test_dataloader.dataset.pipeline:
         if step.type == "ShortSideResize":

@@ -1,13 +1,12 @@
 """DETA's matches and losses equal the released code's: both assigners, every term, the gradients of its heads."""
 
-import json
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.golden import checkpoint_file, read_arrays, read_json
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
@@ -40,8 +39,8 @@ def build_head(num_classes, **options):
 
 
 def load(folder, name):
-    arrays = {key: torch.from_numpy(value) for key, value in np.load(folder / f"{name}.npz").items()}
-    return arrays, json.loads((folder / f"{name}.json").read_text())
+    arrays = {key: torch.from_numpy(value) for key, value in read_arrays(folder / f"{name}.npz").items()}
+    return arrays, read_json(folder / f"{name}.json")
 
 
 def image(boxes, labels, height, width):
@@ -77,8 +76,8 @@ def assert_matches(ours, pairs):
 
 
 @pytest.fixture(scope="module")
-def folder(shared):
-    return shared / "golden" / "deta"
+def folder(golden):
+    return golden / "deta"
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,7 @@ class Fixture:
         self.arrays, _ = load(folder, "deta")
         targets, self.facts = load(folder, "criterion")
         self.arrays |= targets
-        self.weights = read_checkpoint(folder / "deta.pth").state
+        self.weights = read_checkpoint(checkpoint_file(folder / "deta.pth")).state
         self.head = build_head(91)
         self.head.load_state_dict({self.our_name(name): self.weights[name] for name in self.head_names()})
         self.enc_output, self.enc_output_norm = nn.Linear(64, 64), nn.LayerNorm(64)

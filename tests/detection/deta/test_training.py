@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("mmdet")
 from coco_files import annotation, write_coco
+from helpers.golden import checkpoint_file, read_json
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
@@ -130,11 +131,11 @@ def test_header_names_command_hardware_cost_and_expectation(path):
     assert max(map(len, path.read_text().splitlines())) <= 120
 
 
-def test_every_parameter_has_the_rate_that_the_release_trained_it_with(shared):
+def test_every_parameter_has_the_rate_that_the_release_trained_it_with(golden):
     """Carried through the conversion, the rates of the reference's optimizer are those of ours, one for one."""
-    folder = shared / "golden" / "deta"
-    rates = json.loads((folder / "deta.json").read_text())["learning_rate_by_parameter"]
-    file = read_checkpoint(folder / "deta.pth")
+    folder = golden / "deta"
+    rates = read_json(folder / "deta.json")["learning_rate_by_parameter"]
+    file = read_checkpoint(checkpoint_file(folder / "deta.pth"))
     rates |= {name.removeprefix("transformer.decoder."): rate for name, rate in rates.items()}  # the heads' aliases
     state = {
         name: value if "freqs" in name else torch.full_like(value, rates[name])  # the conversion checks rotary tables
@@ -150,8 +151,8 @@ def test_every_parameter_has_the_rate_that_the_release_trained_it_with(shared):
     assert sorted(set(found.values())) == pytest.approx([5e-6, 5e-5])
 
 
-def test_as_many_parameters_as_in_the_release_have_the_lower_rate(shared):
-    facts = json.loads((shared / "golden" / "deta" / "release_finetune_learning_rates.json").read_text())["lr_groups"]
+def test_as_many_parameters_as_in_the_release_have_the_lower_rate(golden):
+    facts = read_json(golden / "deta" / "release_finetune_learning_rates.json")["lr_groups"]
     cfg = load("stage4_coco_1824")
     with torch.device("meta"):
         wrapper = build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)

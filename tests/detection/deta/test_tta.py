@@ -1,6 +1,5 @@
 """Soft-NMS, post-processing and test-time augmentation of DETA equal the reference, at any number of views at once."""
 
-import json
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.golden import read_arrays, read_json
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
@@ -36,12 +36,12 @@ POSTPROCESS = {
 
 
 @pytest.fixture(scope="module")
-def folder(shared):
-    return shared / "golden" / "deta"
+def folder(golden):
+    return golden / "deta"
 
 
 def load(path):
-    return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+    return {key: torch.from_numpy(value) for key, value in read_arrays(path).items()}
 
 
 def check(ours, arrays, prefix):
@@ -178,7 +178,7 @@ def test_postprocess(folder, source, name):
 
 
 def test_every_golden_case_is_compared(folder):
-    cases = {key.split("/")[1] for key in np.load(folder / "postprocess.npz").files if key.endswith("0_boxes")}
+    cases = {key.split("/")[1] for key in read_arrays(folder / "postprocess.npz") if key.endswith("0_boxes")}
     assert cases == set(POSTPROCESS)
 
 
@@ -223,7 +223,7 @@ def views_of(arrays, facts, case, view_options):
 @pytest.mark.parametrize("canvas", [1824, 1728])
 def test_merge(folder, canvas, case):
     arrays = load(folder / f"tta_synthetic_{canvas}.npz")
-    facts = json.loads((folder / f"tta_synthetic_{canvas}.json").read_text())
+    facts = read_json(folder / f"tta_synthetic_{canvas}.json")
     assert [list(pair) for pair in RECIPES[canvas]["size_ranges"]] == facts["scale_ranges"]
     scale = facts["cases"][case]["options"].get("quad_scale")
     options = dict(method="linear") if case == "soft_linear" else dict(method="quad", quad_scale=scale)
@@ -253,7 +253,7 @@ def test_nothing_found_in_any_view():
 @pytest.fixture(scope="module")
 def photo(folder):
     """The photo of the reference at the size of the first view, as the loader gives it: BGR, 0 to 255."""
-    facts = json.loads((folder / "tta_end_to_end.json").read_text())
+    facts = read_json(folder / "tta_end_to_end.json")
     image = Image.open(folder / facts["file"]).convert("RGB")
     height, width = facts["antialias"]["image_sizes"][0]
     pixels = np.asarray(image.resize((width, height), Image.BILINEAR))
@@ -267,7 +267,7 @@ def normalised(photo):
 
 @pytest.mark.parametrize("case", ["antialias", "no_antialias"])
 def test_images_of_the_views(folder, photo, case):
-    arrays, facts = load(folder / "tta_end_to_end.npz"), json.loads((folder / "tta_end_to_end.json").read_text())
+    arrays, facts = load(folder / "tta_end_to_end.npz"), read_json(folder / "tta_end_to_end.json")
     views = make_views(normalised(photo), long_sides=facts["tta_image_size"], antialias=case == "antialias")
     assert [list(view.shape[1:]) for view in views] == facts[case]["image_sizes"]
     assert_close(views[6], arrays[f"{case}/image_scale6"], rtol=1e-5, atol=1e-5)
@@ -325,7 +325,7 @@ def end_to_end(facts):
 @pytest.mark.parametrize("case", ["antialias", "no_antialias"])
 def test_end_to_end(folder, photo, case):
     """From the photo through eight views of the shrunk model to the merged detections."""
-    arrays, facts = load(folder / "tta_end_to_end.npz"), json.loads((folder / "tta_end_to_end.json").read_text())
+    arrays, facts = load(folder / "tta_end_to_end.npz"), read_json(folder / "tta_end_to_end.json")
     model = DETATTA(Fixture(folder).model, antialias=case == "antialias", **end_to_end(facts)).eval()
     with torch.no_grad():
         (ours,) = model.test_step(dict(inputs=[photo[0]], data_samples=[photo[1]]))

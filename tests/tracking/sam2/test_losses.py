@@ -1,10 +1,10 @@
 """SAM 2's training loss against the released values; absent objects, competing candidates."""
 
-import json
 
 import numpy as np
 import pytest
 import torch
+from helpers.golden import read_arrays, read_json
 from torch.testing import assert_close
 
 from pe_spatial.tracking.sam2.losses import MultiStepLoss, Prediction
@@ -29,9 +29,9 @@ NAMES = {"loss_mask": "loss_mask", "loss_dice": "loss_dice", "loss_iou": "loss_i
 
 
 @pytest.fixture
-def reference(shared):
-    folder = shared / "golden/sam2"
-    values, facts = np.load(folder / "losses.npz"), json.loads((folder / "losses.json").read_text())
+def reference(golden):
+    folder = golden / "sam2"
+    values, facts = read_arrays(folder / "losses.npz"), read_json(folder / "losses.json")
     targets = torch.from_numpy(np.unpackbits(values["targets"], axis=-1).astype(bool))
     frames = [
         [

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.golden import read_arrays, read_weights
 from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -89,7 +90,7 @@ class Case:
     """A reference case with its model, whose image encoder gives the recorded features."""
 
     def __init__(self, folder, name, tmp_path):
-        self.values = np.load(folder / f"{name}.npz")
+        self.values = read_arrays(folder / f"{name}.npz")
         changed = {}
         if "short_memory" in name:
             changed = dict(
@@ -102,11 +103,11 @@ class Case:
         encoder = EncoderConfig(img_size=self.size, patch_size=self.size // 16, embed_dim=32, depth=1, num_heads=2)
         self.model = build_pe_sam2(encoder, 16, true_stride=True, flags=changed, **SMALL)
         assert (self.model.image_size, self.model.backbone_stride) == (self.size, self.size // 16)
-        weights = torch.load(folder / "weights.pt", weights_only=True)
+        weights = read_weights(folder / "weights.pt")
         weights["maskmem_tpos_enc"] = weights["maskmem_tpos_enc"][: self.model.num_maskmem]
         torch.save({"model": weights}, tmp_path / "weights.pt")
         load_sam2_weights(self.model, tmp_path / "weights.pt")
-        features = np.load(folder / "features.npz")
+        features = read_arrays(folder / "features.npz")
         levels = [torch.from_numpy(features[f"stride{s}"]).float() / 24 for s in (4, 8, 16)]
         self.frames = len(levels[0])
         self.model.image_encoder = Recorded(levels, self.model.image_encoder.neck)
@@ -150,8 +151,8 @@ def outputs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mask_prompt_stride16", "mask_prompt_stride14", "point_prompt_stride16"])
-def test_equals_reference_frame_by_frame(shared, tmp_path, outputs, name):
-    case = Case(shared / "golden/sam2", name, tmp_path)
+def test_equals_reference_frame_by_frame(golden, tmp_path, outputs, name):
+    case = Case(golden / "sam2", name, tmp_path)
     if "point" in name:
         points, labels = case.values["input/points_frame0"], case.values["input/labels_frame0"]
         prompts = {i: Prompt(points=points[i], labels=labels[i]) for i in range(2)}
@@ -167,9 +168,9 @@ def test_equals_reference_frame_by_frame(shared, tmp_path, outputs, name):
             assert_close(mean_std, case.tensor(f"frame{t}/high_res_mean_std"), rtol=0, atol=5e-4)
 
 
-def test_equals_reference_with_two_conditioning_frames_and_short_memory(shared, tmp_path, outputs):
+def test_equals_reference_with_two_conditioning_frames_and_short_memory(golden, tmp_path, outputs):
     """The later conditioning frame runs first, and on it an object is absent: not for a stream, but for its parts."""
-    case = Case(shared / "golden/sam2", "two_conditioning_frames_short_memory", tmp_path)
+    case = Case(golden / "sam2", "two_conditioning_frames_short_memory", tmp_path)
     for t in [0, 5, *(t for t in range(case.frames) if t not in (0, 5))]:
         prompts = {i: _Input(mask=mask.float()[None]) for i, mask in enumerate(case.mask(t))} if t in (0, 5) else {}
         inputs = case.tracker._inputs(t, prompts)
@@ -186,8 +187,8 @@ def test_equals_reference_with_two_conditioning_frames_and_short_memory(shared, 
         ("two_conditioning_frames_short_memory", [0, 5]),
     ],
 )
-def test_each_frame_equals_reference_with_the_recorded_memories(shared, tmp_path, outputs, name, prompted):
-    case = Case(shared / "golden/sam2", name, tmp_path)
+def test_each_frame_equals_reference_with_the_recorded_memories(golden, tmp_path, outputs, name, prompted):
+    case = Case(golden / "sam2", name, tmp_path)
     for t in range(case.frames):
         if t in prompted:
             continue

@@ -1,10 +1,10 @@
 """SAM 2's training procedure against the released code: its random choices, its predictions, its memory."""
 
-import json
 
 import numpy as np
 import pytest
 import torch
+from helpers.golden import read_arrays, read_json, read_weights
 from torch import nn
 from torch.testing import assert_close
 
@@ -31,18 +31,18 @@ class Recorded(nn.Module):
 
 
 @pytest.fixture
-def recorded(shared, tmp_path):
+def recorded(golden, tmp_path):
     """Return a function: the model with the fixture's weights, which sees so many frames."""
-    folder = shared / "golden/sam2"
+    folder = golden / "sam2"
 
     def make(frames, size=256, **flags):
         encoder = EncoderConfig(img_size=size, patch_size=size // 16, embed_dim=32, depth=1, num_heads=2)
         model = build_pe_sam2(encoder, 16, true_stride=True, flags=flags, **SMALL)
-        weights = torch.load(folder / "weights.pt", weights_only=True)
+        weights = read_weights(folder / "weights.pt")
         weights["maskmem_tpos_enc"] = weights["maskmem_tpos_enc"][: model.num_maskmem]
         torch.save({"model": weights}, tmp_path / "weights.pt")
         load_sam2_weights(model, tmp_path / "weights.pt")
-        features = np.load(folder / "features.npz")
+        features = read_arrays(folder / "features.npz")
         levels = [torch.from_numpy(features[f"stride{s}"]).float()[:frames] / 24 for s in (4, 8, 16)]
         model.image_encoder = Recorded(levels, model.image_encoder.neck)
         return model
@@ -71,7 +71,7 @@ def test_equals_the_released_training(recorded, golden, seed):
     Corrections fall anywhere on the object here: where they fall on what is wrong, rounding, which depends on the
     processor, moves the rim of that and now and then a click. Side by side on one machine those are equal too.
     """
-    expected = json.loads((golden / "sam2/training.json").read_text())[seed]
+    expected = read_json(golden / "sam2/training.json")[seed]
     plan = Prompting(corrections=2, from_truth=1.0).draw(6, np.random.default_rng(int(seed)))
     assert {str(t): kind for t, kind in plan.prompts.items()} == expected["prompts"]
     assert sorted(plan.corrections) == expected["corrected"]
@@ -100,9 +100,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_reference_frame_by_frame(shared, recorded, name, monkeypatch):
+def test_equals_reference_frame_by_frame(golden, recorded, name, monkeypatch):
     """The clip that trains, in evaluation mode, against the recorded logits, scores, pointers and memories."""
-    values, size = np.load(shared / f"golden/sam2/{name}.npz"), 224 if "stride14" in name else 256
+    values, size = read_arrays(golden / f"sam2/{name}.npz"), 224 if "stride14" in name else 256
     flags = {}
     if "short_memory" in name:
         flags = dict(

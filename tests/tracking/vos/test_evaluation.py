@@ -1,6 +1,5 @@
 """Scores of folders of masks: both protocols, every layout, every rule, every refusal, and the metric of the Runner."""
 
-import json
 import math
 import shutil
 
@@ -9,6 +8,8 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("cv2")  # comes with OpenMMLab
+
+from helpers.golden import read_arrays, read_json
 
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.vos.evaluation import COUNTS, evaluate, read_sequences
@@ -34,13 +35,13 @@ VOS_BENCHMARK = {
 
 
 @pytest.fixture(scope="module")
-def jandf(shared):
-    return shared / "golden/jandf"
+def jandf(golden):
+    return golden / "jandf"
 
 
 @pytest.fixture(scope="module")
 def expected(jandf):
-    return json.loads((jandf / "expected.json").read_text())
+    return read_json(jandf / "expected.json")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_global_results_and_objects(scored, expected):
 
 
 def test_frames_and_sequences(scored, jandf):
-    per_frame = np.load(jandf / "per_frame.npz")
+    per_frame = read_arrays(jandf / "per_frame.npz")
     for key in (key for key in per_frame if not key.endswith("excluded")):
         sequence, measure = key.split("/")
         for i, row in enumerate(per_frame[key], 1):

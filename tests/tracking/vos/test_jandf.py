@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("cv2")  # comes with OpenMMLab
 
+from helpers.golden import read_arrays
+
 from pe_spatial.tracking.vos.jandf import boundary_f, region_similarity, statistics
 from pe_spatial.tracking.vos.masks import read_mask
 
@@ -16,8 +18,8 @@ EXACT = dict(rtol=0, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
-def edge_cases(shared):
-    file = np.load(shared / "golden/jandf/edge_cases.npz")
+def edge_cases(golden):
+    file = read_arrays(golden / "jandf/edge_cases.npz")
     width = int(file["width"])
     masks = {name: np.unpackbits(file[name], axis=-1)[..., :width].astype(bool) for name in ("gt", "pred", "void")}
     return file, masks
@@ -43,10 +45,10 @@ def test_j_and_void_of_edge_cases(edge_cases):
 
 
 @pytest.mark.parametrize("sequence", ["drift-touch", "vanish-empty", "thin-border", "gap-late-void", "short-empty"])
-def test_every_frame_of_the_sequences(shared, sequence):
+def test_every_frame_of_the_sequences(golden, sequence):
     """All frames and all objects, first and last frame included."""
-    golden = shared / "golden/jandf"
-    expected = np.load(golden / "per_frame.npz")
+    golden = golden / "jandf"
+    expected = read_arrays(golden / "per_frame.npz")
     count, frames = expected[f"{sequence}/J"].shape
     objects = np.arange(1, count + 1)[:, None, None]
     for t in range(frames):
@@ -134,8 +136,8 @@ def test_masks_of_another_size_or_type_are_refused(other):
             measure(masks, other)
 
 
-def test_statistics_of_golden_vectors(shared):
-    file = np.load(shared / "golden/jandf/statistics.npz")
+def test_statistics_of_golden_vectors(golden):
+    file = read_arrays(golden / "jandf/statistics.npz")
     names = [key.removesuffix("/values") for key in file if key.endswith("/values")]
     assert len(names) > 5
     for name in names:

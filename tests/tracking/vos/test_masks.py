@@ -17,13 +17,13 @@ from pe_spatial.tracking.vos.masks import (
 IDS = np.arange(256, dtype=np.uint8).reshape(8, 32)
 
 
-def test_what_is_written_is_read_and_has_the_palette_of_the_data_sets(tmp_path, shared):
+def test_what_is_written_is_read_and_has_the_palette_of_the_data_sets(tmp_path, golden):
     write_mask(tmp_path / "video" / "00000.png", IDS)
     ids, has_palette = read_mask_and_kind(tmp_path / "video" / "00000.png")
     assert has_palette
     assert ids.dtype == np.uint8
     np.testing.assert_array_equal(ids, IDS)
-    davis = Image.open(shared / "golden/jandf/davis/Annotations/480p/drift-touch/00000.png").getpalette()
+    davis = Image.open(golden / "jandf/davis/Annotations/480p/drift-touch/00000.png").getpalette()
     np.testing.assert_array_equal(PALETTE, np.reshape(davis, (256, 3)))
     assert Image.open(tmp_path / "video" / "00000.png").getpalette() == davis
     assert [path.name for path in (tmp_path / "video").iterdir()] == ["00000.png"]
