@@ -13,20 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from pe_spatial.depth import outputs, pointcloud
 from pe_spatial.depth.datasets import DepthPairDataset
 from pe_spatial.depth.inference import DepthPredictor, InputImage, Sources
-from pe_spatial.depth.outputs import (
-    ERROR_COLORS,
-    ERROR_RANGE,
-    add_bar,
-    depth_range,
-    draw_depth,
-    draw_error,
-    encode_png16,
-    encode_rgb,
-    is_valid,
-)
-from pe_spatial.depth.pointcloud import Intrinsics, encode_ply, exif_camera, given_camera, guessed_camera, without_edges
+from pe_spatial.depth.outputs import is_valid
 from pe_spatial.depth.transforms import read_depth
 from pe_spatial.encoder.files import locate
 from pe_spatial.engine.checkpoints import AtomicLocalBackend
@@ -64,12 +54,6 @@ class OutputOptions:
             raise ConfigError(f"the color range is {self.color_range}; it must rise")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ConfigError(f"percentiles are {self.percentiles}; they must rise, between 0 and 100")
-
-    def camera(self, image: InputImage, size: tuple[int, int]) -> Intrinsics:
-        """Return the camera of an image of `size` (H, W)."""
-        if self.intrinsics:
-            return given_camera(self.intrinsics, size)
-        return exif_camera(image.path, size) or guessed_camera(size, self.fov)
 
 
 class GroundTruth:
@@ -203,7 +187,7 @@ class DepthFolder:
         ranges = []
         for image, depth in self.predictions("color range"):
             target = truth.read(image, depth.shape) if truth else None
-            ranges += [depth_range(x, options.percentiles) for x in (depth, target) if x is not None]
+            ranges += [outputs.depth_range(x, options.percentiles) for x in (depth, target) if x is not None]
         lows, highs = zip(*filter(None, ranges), strict=True) if any(ranges) else ((0.0,), (1.0,))
         return min(lows), max(highs)
 
@@ -242,29 +226,28 @@ class DepthFolder:
         base = self.folder / image.name
         entry = {"source": str(image.path), **_statistics(depth)}
         if "png" in options.formats:
-            data, entry["saturated"] = encode_png16(depth, options.png_scale, {"depth_unit": quantity})
+            data, entry["saturated"] = outputs.encode_png16(depth, options.png_scale, {"depth_unit": quantity})
             _write(data, f"{base}_depth.png")
         label = "depth [m]" if quantity == "meter" else quantity
         if limits:
-            _write(_colored(depth, limits, options.colors, label), f"{base}_color.png")
+            _write(outputs.encode_color(depth, limits, options.colors, label), f"{base}_color.png")
         if "ply" in options.formats:
-            points = without_edges(depth, options.edge_ratio) if options.edge_ratio else depth
-            camera = options.camera(image, depth.shape)
-            data, entry["points"] = encode_ply(points, image.read(), camera, [f"unit {quantity}"])
+            points = pointcloud.without_edges(depth, options.edge_ratio) if options.edge_ratio else depth
+            if options.intrinsics:
+                camera = pointcloud.given_camera(options.intrinsics, depth.shape)
+            else:
+                exif = pointcloud.exif_camera(image.path, depth.shape)
+                camera = exif or pointcloud.guessed_camera(depth.shape, options.fov)
+            data, entry["points"] = pointcloud.encode_ply(points, image.read(), camera, [f"unit {quantity}"])
             entry["intrinsics"] = vars(camera).copy()
             _write(data, f"{base}.ply")
         if target is not None:
             both = is_valid(depth) & is_valid(target)
             entry["abs_rel"] = float((np.abs(depth - target)[both] / target[both]).mean()) if both.any() else None
-            error = add_bar(draw_error(depth, target), ERROR_RANGE, ERROR_COLORS, "|depth - truth| / truth")
-            _write(encode_rgb(error), f"{base}_error.png")
+            _write(outputs.encode_error(depth, target), f"{base}_error.png")
             if limits:
-                _write(_colored(target, limits, options.colors, label), f"{base}_truth.png")
+                _write(outputs.encode_color(target, limits, options.colors, label), f"{base}_truth.png")
         return entry
-
-
-def _colored(depth: np.ndarray, limits: tuple[float, float], colors: str, label: str) -> bytes:
-    return encode_rgb(add_bar(draw_depth(depth, limits, colors), limits, colors, label))
 
 
 def _statistics(depth: np.ndarray) -> dict[str, Any]:

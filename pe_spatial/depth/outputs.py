@@ -51,8 +51,14 @@ def encode_png16(depth: np.ndarray, scale: float, text: Mapping[str, str]) -> tu
     return _png(Image.fromarray(pixels), pnginfo=chunks), saturated
 
 
-def encode_rgb(image: np.ndarray) -> bytes:
-    """Return (H, W, 3) uint8 as a PNG."""
+def encode_color(depth: np.ndarray, limits: tuple[float, float], colors: str, label: str) -> bytes:
+    """Return a PNG of `draw_depth` with a color bar."""
+    return _png(Image.fromarray(add_bar(draw_depth(depth, limits, colors), limits, colors, label)))
+
+
+def encode_error(depth: np.ndarray, truth: np.ndarray) -> bytes:
+    """Return a PNG of `draw_error` with a color bar."""
+    image = add_bar(draw_error(depth, truth), ERROR_RANGE, ERROR_COLORS, "|depth - truth| / truth")
     return _png(Image.fromarray(image))
 
 
