@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="how processes were started"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add --verbose; `quiet_start` reads it."""
+    parser.add_argument("--verbose", action="store_true", help="show everything that goes to the log file")
+
+
+def quiet_start(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Return the context in which a run starts with a summary alone, unless --verbose."""
+    from pe_spatial.engine.console import QuietStart
+
+    return nullcontext() if args.verbose else QuietStart()
 
 
 def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:

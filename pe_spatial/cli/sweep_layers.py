@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from pe_spatial.encoder.files import CheckpointError
-    from pe_spatial.engine.runner import explain_missing_weights
+    from pe_spatial.engine.training import explain_missing_weights
     from pe_spatial.probing.report import format_table, write_report
     from pe_spatial.probing.sweep import LayerSweep, ProgressBar
 

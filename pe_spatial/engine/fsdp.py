@@ -34,6 +34,7 @@ from torch.utils.serialization import config as serialization
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.engine.console import QuietStartMixin
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import BFloat16OptimWrapper
 
@@ -211,7 +212,7 @@ def consolidate(file: str | Path, target: str | Path) -> None:
 
 
 @RUNNERS.register_module()
-class ShardedRunner(Runner):
+class ShardedRunner(QuietStartMixin, Runner):
     """Runner whose training is sharded by `shard` instead of replicated by DDP; with one process it is a plain Runner.
 
     Checkpoints are exactly those of a plain Runner: either resumes what the other saved, on any number of processes.

@@ -10,7 +10,8 @@ from tiny_run import tiny_config
 from pe_spatial.cli.main import build_parser
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.configs import config_in
-from pe_spatial.engine.runner import build_runner, explain_failure
+from pe_spatial.engine.runner import build_runner
+from pe_spatial.engine.training import explain_failure
 from pe_spatial.errors import TrainingError
 
 
@@ -23,7 +24,7 @@ def test_options_given_twice_all_count():
 
 def test_a_config_without_a_launcher_builds_a_runner(tmp_path):
     """As the demo's, which no command line has been through."""
-    assert type(build_runner(tiny_config(tmp_path))).__name__ == "Runner"
+    assert type(build_runner(tiny_config(tmp_path))).__name__ == "QuietRunner"
 
 
 def test_config_comes_back_from_a_checkpoint(tmp_path):

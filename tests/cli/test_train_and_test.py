@@ -149,7 +149,7 @@ def test_killed_run_resumes_where_it_saved(project, tmp_path):
 
 def test_auto_scale_lr_and_amp(project, tmp_path):
     log = tool(
-        "train", "tiny.py", "--data-root", "data", "--work-dir", tmp_path, "--auto-scale-lr", "--amp",
+        "train", "tiny.py", "--data-root", "data", "--work-dir", tmp_path, "--auto-scale-lr", "--amp", "--verbose",
         "--cfg-options", "train_cfg.max_iters=1", "train_cfg.val_interval=9", "optim_wrapper.type=OptimWrapper",
         cwd=project,
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
         (
             ("tiny.py", "--data-root", "data", "--cfg-options", "model.backbone.init_cfg.checkpoint=gone.pt"),
             "no checkpoint at gone.pt; download it.* --cfg-options model.backbone.init_cfg.checkpoint=FILE; "
-            "or start from random weights on purpose with --cfg-options model.backbone.init_cfg=None",
+            "or train from random weights on purpose with --cfg-options model.backbone.init_cfg=None",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_errors_are_one_sentence(sentence, tmp_path, args, message):
 def test_checkpoint_of_another_model_or_with_code_is_refused(trained, tmp_path, sentence):
     project, _ = trained
     options = ("--data-root", "data", "--work-dir", tmp_path)
-    assert "is no checkpoint of this config" in sentence("test", "tiny.py", "encoder.pt", *options)
+    assert "does not match the model of this config" in sentence("test", "tiny.py", "encoder.pt", *options)
     assert "holds no state of a run" in sentence("train", "tiny.py", "--resume", "encoder.pt", *options)
 
     class Code:
@@ -221,7 +221,7 @@ def test_checkpoint_of_another_model_or_with_code_is_refused(trained, tmp_path, 
     checkpoint["state_dict"].pop("backbone.encoder.pos_embed")
     torch.save(checkpoint, tmp_path / "other.pth")
     refused = sentence("test", "tiny.py", tmp_path / "other.pth", *options)
-    assert "is no checkpoint of this config" in refused
+    assert "does not match the model of this config" in refused
     assert "pos_embed" in refused
 
 

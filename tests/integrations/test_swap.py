@@ -5,7 +5,6 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,10 +367,10 @@ def test_tool_ends_in_one_sentence(tool, args, words):
 
 
 def test_train_swaps_on_the_fly(tool, monkeypatch):
-    from pe_spatial.cli import train
+    from pe_spatial.engine import training
 
     seen = []
-    monkeypatch.setattr(train, "build_runner", lambda cfg: seen.append(cfg) or SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(training, "train", seen.append)
     options = ("--cfg-options", "model.backbone.any_size=False")
     tool("train", ATSS, "--swap", "pe_spatial_s16_512", "--layers", "9", *options)
     assert seen[0].model.backbone.variant == "pe_spatial_s16_512"

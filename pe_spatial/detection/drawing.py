@@ -1,0 +1,29 @@
+"""Images of a detector's predictions beside the ground truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.registry import VISUALIZERS
+from mmengine.runner import Runner
+from PIL import Image
+
+
+def draw_sheet(runner: Runner, path: Path, count: int) -> None:
+    """Write one image of `count` validation images in two columns: ground truth beside predictions, each."""
+    dataset = runner.val_dataloader.dataset
+    visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="demo"))
+    visualizer.dataset_meta = dataset.metainfo
+    runner.model.eval()
+    pairs = []
+    for i in np.linspace(0, len(dataset) - 1, count).astype(int):
+        item = dataset[i]
+        with torch.no_grad():
+            (result,) = runner.model.test_step(dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]]))
+        rgb = np.asarray(Image.open(item["data_samples"].img_path).convert("RGB"))
+        visualizer.add_datasample("demo", rgb, result.cpu(), draw_gt=True, draw_pred=True, pred_score_thr=0.4)
+        pairs.append(visualizer.get_image())
+    rows = [np.concatenate(pairs[i : i + 2], axis=1) for i in range(0, count, 2)]
+    Image.fromarray(np.concatenate(rows)).save(path)

@@ -1,0 +1,120 @@
+"""Training of a config: options of a run, its errors as sentences."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
+from pe_spatial.engine.determinism import make_deterministic
+from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
+from pe_spatial.engine.runner import build_runner, load_strictly, start_processes
+from pe_spatial.engine.summary import encoders, summarize
+from pe_spatial.errors import ConfigError, TrainingError
+
+
+def prepare_training(
+    cfg: Config,
+    *,
+    resume: str | None = None,
+    bfloat16: bool = False,
+    scale_lr: bool = False,
+    seed: int | None = None,
+    deterministic: bool = False,
+    non_finite_steps: int = 1,
+) -> None:
+    """Put the options of a run into its config.
+
+    Args:
+        resume: a checkpoint, or 'auto' for the latest of the work dir, if there is one. A run that a launcher started
+            again after a failure resumes in any case.
+        bfloat16: train under autocast to bfloat16, whatever optimizer wrapper the config has.
+        scale_lr: scale the learning rate from the config's `auto_scale_lr.base_batch_size` to the real batch size.
+        seed: of all random numbers.
+        deterministic: same seed (default 0), same losses to the last bit, also after resuming.
+        non_finite_steps: see `add_fault_tolerance`.
+    """
+    start_processes(cfg)
+    if bfloat16:
+        replaced = ("type", "loss_scale", "dtype", "use_fsdp")
+        kept = {key: value for key, value in cfg.optim_wrapper.items() if key not in replaced}
+        cfg.optim_wrapper = dict(type="BFloat16OptimWrapper", **kept)
+    if scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise ConfigError(f"{cfg.filename} has no auto_scale_lr.base_batch_size to scale the learning rate from")
+        cfg.auto_scale_lr.enable = True
+    if _was_restarted():
+        resume = resume or "auto"
+    checkpoint = find_checkpoint(resume, cfg.work_dir) if resume else None
+    if checkpoint:  # otherwise the run starts as its config says, with its load_from
+        cfg.resume, cfg.load_from = True, checkpoint
+    if not cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
+        check_complete(cfg.load_from)
+    add_fault_tolerance(cfg, non_finite_steps=non_finite_steps)
+    if deterministic:
+        make_deterministic(cfg, seed or 0)
+    elif seed is not None:
+        cfg.randomness = dict(cfg.get("randomness") or {}, seed=seed)
+
+
+def _was_restarted() -> bool:
+    """Return whether the launcher started any of the processes in place of one that was lost.
+
+    Not every process knows: on nodes that lost none, torchrun starts them again without counting it.
+    """
+    counts = [int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0) for launcher in ("TORCHELASTIC", "SLURM")]
+    return bool(max_across_ranks(max(counts)))
+
+
+def train(cfg: Config) -> Runner:
+    """Train what a prepared config describes; errors that a user can fix become sentences."""
+    runner = build_runner(cfg)
+    if cfg.get("resume"):
+        load_strictly(runner)
+    runner.logger.info(f"Training\n{summarize(runner, training=True)}")
+    try:
+        runner.train()
+    except CheckpointError as error:
+        raise explain_missing_weights(cfg, error) from error
+    except RuntimeError as error:
+        explained = explain_failure(cfg, runner.iter + 1, error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        end_workers()
+    return runner
+
+
+def explain_missing_weights(cfg: Config, error: CheckpointError) -> CheckpointError:
+    """Add to a checkpoint's error the options of this config that fix it."""
+    place = next((place for place, options in encoders(cfg.model) if options.get("init_cfg")), None)
+    if place is None:
+        return error
+    return CheckpointError(
+        f"{error}, with --cfg-options {place}.init_cfg.checkpoint=FILE; "
+        f"or train from random weights on purpose with --cfg-options {place}.init_cfg=None"
+    )
+
+
+def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError:
+    """Return the error of a training step as a sentence with the options that fix it, if it is a known one."""
+    text = str(error)
+    loader = cfg.train_dataloader
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        encoder = next((place for place, _ in encoders(cfg.model)), "model.backbone")
+        return TrainingError(
+            f"out of memory in step {step}: lower train_dataloader.batch_size (now {loader.get('batch_size')}; "
+            f"optim_wrapper.accumulative_counts makes up for it), set {encoder}.grad_checkpointing=True, use --amp, or "
+            f"smaller images; pe-spatial plan {cfg.filename} estimates what a step needs"
+        )
+    if "DataLoader timed out" in text:
+        return TrainingError(
+            f"step {step} waited {loader.get('timeout')} s for a data worker: the storage hangs, or images take "
+            "longer than that. Check the storage, raise train_dataloader.timeout, or set num_workers=0 to see where."
+        )
+    return error
