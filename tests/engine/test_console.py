@@ -19,7 +19,7 @@ class Talkative(Hook):
     """What libraries do at the start of a run."""
 
     def before_run(self, _):
-        print("loading annotations into memory...")
+        print("loading annotations into memory...")  # noqa: T201
         warnings.warn("a library's warning", stacklevel=1)
         print_log("a parameter is skipped since its requires_grad=False", "current", logging.WARNING)
         print_log("a setting was ignored", "current", logging.WARNING)
@@ -28,10 +28,11 @@ class Talkative(Hook):
 
 
 def test_only_summary_warnings_and_progress_are_shown(tmp_path, capsys):
-    cfg = tiny_config(tmp_path, log_level="INFO", log_processor=dict(by_epoch=False), custom_hooks=[dict(type=Talkative)])
+    options = dict(log_level="INFO", log_processor=dict(by_epoch=False))
+    cfg = tiny_config(tmp_path, custom_hooks=[dict(type=Talkative)], **options)
     stdout = sys.stdout
     with QuietStart():
-        print("imported without an extra")
+        print("imported without an extra")  # noqa: T201
         prepare_training(cfg)
         runner = train(cfg)
     assert sys.stdout is stdout
