@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pe_spatial.atomic import atomic_write
 from pe_spatial.convert.layouts import (
     ALIAS,
     COCO_CATEGORY_IDS,
@@ -199,30 +199,24 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
     """
     path = Path(path)
     check_destination(path, conversion.path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     facts = {} if conversion.geometry is None else {"pe_spatial": asdict(conversion.geometry)}
     state = {name: _compact(value) for name, value in conversion.state.items()}
     wrapped: dict[str, Any] = {"model": state} if conversion.layout_out in ENCODERS else {"state_dict": state}
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+        with atomic_write(path) as unfinished:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import save_file
 
-            described = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
-            save_file(_unshared(state), partial, described)
-        elif conversion.layout_out == "release":
-            torch.save(state, partial)
-        else:
-            torch.save(wrapped | ({"meta": facts} if conversion.layout_out == "mmdet" else {}), partial)
-        partial.chmod(mode)  # safetensors gives its files to their owner alone, whatever the umask
-        os.replace(partial, path)
+                described = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
+                save_file(_unshared(state), unfinished, described)
+            elif conversion.layout_out == "release":
+                torch.save(state, unfinished)
+            else:
+                torch.save(wrapped | ({"meta": facts} if conversion.layout_out == "mmdet" else {}), unfinished)
     except Exception as error:
         # OSError from the file system, RuntimeError from torch, SafetensorError
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be written ({reason}); nothing was left there") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -20,13 +20,14 @@ import json
 import math
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pe_spatial.atomic import atomic_folder
 
 from .render import Frame, render_frame
 from .scene import CATEGORIES, sample_scene
@@ -87,18 +88,16 @@ def write_dataset(
     }
     if _is_complete(root, world):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as parent:
-        build = Path(parent) / "world"
-        (build / "annotations").mkdir(parents=True)
-        for split in world["scenes"]:
-            _write_json(build / "annotations" / f"instances_{split}.json", _write_split(build, split, world, workers))
-        _write_json(build / "world.json", world)
-        try:
-            build.rename(root)
-        except OSError:  # somebody else was faster
-            if not _is_complete(root, world):
-                raise
+    try:
+        with atomic_folder(root) as build:
+            (build / "annotations").mkdir()
+            for split in world["scenes"]:
+                images = _write_split(build, split, world, workers)
+                _write_json(build / "annotations" / f"instances_{split}.json", images)
+            _write_json(build / "world.json", world)
+    except OSError:  # another process may have finished first
+        if not _is_complete(root, world):
+            raise
     return root
 
 
