@@ -76,8 +76,8 @@ find_unused_parameters = True  # clips prompted by masks leave some of the decod
 default_scope = 'mmengine'
 custom_imports = dict(
     imports=[
-        'pe_spatial.tracking.sam2.tracker', 'pe_spatial.tracking.sam2.clips',
-        'pe_spatial.tracking.sam2.clip_transforms',
+        'pe_spatial.tracking.sam2.tracker', 'pe_spatial.tracking.sam2.datasets',
+        'pe_spatial.tracking.sam2.transforms',
         'pe_spatial.tracking.vos.datasets', 'pe_spatial.tracking.vos.metric'
     ],
     allow_failed_imports=False)

@@ -18,7 +18,7 @@
 #
 # The authors used DINO's script (perception_models#46); preset='dino' is that script, with its settings. Their paper
 # confirms its 7 frames of context. It says nothing of the size of the frames, for which the script's short side of
-# 480 px is taken here, nor of their normalisation, for which it is the encoder's own (model.normalization=dino for the
+# 480 px is taken here, nor of their normalization, for which it is the encoder's own (model.normalization=dino for the
 # script's).
 
 data_root = 'data/davis/'

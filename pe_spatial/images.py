@@ -35,8 +35,8 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
         if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
             if image.getextrema()[1] > 65535:
                 raise ValueError("pixels of 32 bits have no defined range")
-            grey = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(grey)
+            gray = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(gray)
         elif image.mode == "F":
             raise ValueError("floating-point pixels have no defined range")
         return np.array(image.convert("RGB"))  # a copy: asarray would be read-only

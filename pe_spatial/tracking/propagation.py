@@ -23,13 +23,13 @@ class LabelPropagation:
 
     Every patch of a new frame takes the mean label of the patches most like it in the first frame and in the last
     `context` frames, weighted by softmax(cosine / temperature). Memory and time per frame depend on neither the number
-    of frames nor, with a radius, on more than the neighbourhood of each patch.
+    of frames nor, with a radius, on more than the neighborhood of each patch.
 
     Args:
         context: frames that are remembered beside the first one, at least 1.
-        radius: of the neighbourhood in which patches are compared, in patches, the same in each frame; None compares
+        radius: of the neighborhood in which patches are compared, in patches, the same in each frame; None compares
             all (0 in the script).
-        shape: of the neighbourhood: 'square' (as in the script) or 'circle' (as in DINOv3's evaluation).
+        shape: of the neighborhood: 'square' (as in the script) or 'circle' (as in DINOv3's evaluation).
         topk: patches that count, over all frames together; equals of the last one count too.
         temperature: of the softmax; 0.1 in the script.
     """
@@ -154,7 +154,7 @@ def hard_mask(soft: Tensor, ids: Tensor, size: tuple[int, int], *, patch_size: i
         ids: of their channels (K,).
         size: (H, W) of the mask, in pixels.
         patch_size: in pixels, to resize as the script: by the patch size, and the winners from there to `size` by their
-            nearest neighbour. None resizes the labels to `size` at once.
+            nearest neighbor. None resizes the labels to `size` at once.
 
     Returns:
         (H, W) of the type of `ids`.
@@ -174,7 +174,7 @@ def hard_mask(soft: Tensor, ids: Tensor, size: tuple[int, int], *, patch_size: i
 
 
 def nearest(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (..., H, W) to `size` by nearest neighbours as Pillow does, to the pixel.
+    """Resize (..., H, W) to `size` by nearest neighbors as Pillow does, to the pixel.
 
     Pillow adds up the step from pixel to pixel in double precision, and so do we: the sums decide ties.
     """

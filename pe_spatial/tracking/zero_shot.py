@@ -16,7 +16,7 @@ from torch import Tensor
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
-from pe_spatial.tracking.vos.video import Clip
+from pe_spatial.tracking.vos.clip import Clip
 
 PRESETS = ("dino", "aligned")
 NORMALIZATIONS = ("encoder", "dino")

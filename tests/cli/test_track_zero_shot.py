@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmengine")
+from pe_spatial.tracking.vos.video import Clip, list_frames
 from test_zero_shot import SIZE, TINY, moving, write_davis
 
 from pe_spatial import PerceptionEncoder
 from pe_spatial.tracking.vos.evaluation import evaluate
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
-from pe_spatial.tracking.vos.video import Clip, list_frames
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "track_zero_shot.py")

@@ -47,8 +47,8 @@ def moving(count=5, size=SIZE):
         mask = np.zeros(size, np.uint8)
         cv2.circle(mask, (30 + 4 * t, 48), 20, 2, -1)
         cv2.circle(mask, (size[1] - 25, 70 - 4 * t), 16, 1, -1)
-        colours = np.array([[0, 0, 0], [200, 30, 30], [20, 220, 90]], np.uint8)
-        yield f"{t:05d}", np.where(mask[..., None] > 0, colours[mask], noise), mask
+        colors = np.array([[0, 0, 0], [200, 30, 30], [20, 220, 90]], np.uint8)
+        yield f"{t:05d}", np.where(mask[..., None] > 0, colors[mask], noise), mask
 
 
 def write_davis(root, names=("cat", "dog"), count=5, size=SIZE):
@@ -151,7 +151,7 @@ def test_tracking_is_encoder_propagation_and_upsampling(preset, patch):
 
 
 def test_it_follows_what_moves():
-    """Random weights are enough for two coloured discs; standing still is not."""
+    """Random weights are enough for two colored discs; standing still is not."""
     video = list(moving(8))
     (last,) = run(build(size=240, preset="aligned"), 8)[-1][1]
 

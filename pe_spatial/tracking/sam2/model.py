@@ -1,7 +1,7 @@
 """SAM 2.1 with a Perception Encoder as its image encoder: the trunk, its neck, and the model around them.
 
 Everything but the image encoder is the package `sam2`'s own classes, unmodified. It is imported when the first model is
-built, because importing it initialises hydra.
+built, because importing it initializes hydra.
 
 Every grid of g x g tokens counts as one of stride 16: the model works on images of 16 g pixels a side, and the trunk
 brings them to g patches of whatever side the encoder has. So models of patch 14 and 16 differ in the encoder alone.
@@ -33,7 +33,7 @@ STRIDE = 16
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of R, G, B in the range 0 to 1: how sam2 normalises images."""
+"""Of R, G, B in the range 0 to 1: how sam2 normalizes images."""
 
 PE_MEAN = PE_STD = 0.5
 
@@ -76,7 +76,7 @@ class PETrunk(nn.Module):
     Args:
         variant: as in `PerceptionEncoder`.
         grid: tokens a side.
-        image_size: pixels a side of the images that come, normalised with ImageNet's statistics.
+        image_size: pixels a side of the images that come, normalized with ImageNet's statistics.
         out_index: the block whose output is returned.
         frozen: run in evaluation mode and without autograd (as far as `frozen_stages`, where `options` give it).
         options: of `PerceptionEncoder`. Without `window_size` they add to the geometry above; with it they are the
@@ -110,7 +110,7 @@ class PETrunk(nn.Module):
         self.register_buffer("_shift", (mean - PE_MEAN) / PE_STD, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, S, S), S = `image_size`, normalised with ImageNet's statistics -> [(B, C, grid, grid)]."""
+        """(B, 3, S, S), S = `image_size`, normalized with ImageNet's statistics -> [(B, C, grid, grid)]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {tuple(images.shape)}, but the model was built for {self.image_size}x{self.image_size}; "

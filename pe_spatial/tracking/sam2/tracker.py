@@ -22,7 +22,8 @@ from pe_spatial.tracking.sam2.losses import MultiStepLoss
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD, build_pe_sam2, load_sam2_weights
 from pe_spatial.tracking.sam2.streaming import Prompt, StreamingTracker
 from pe_spatial.tracking.sam2.training import Prompting, predict_clip
-from pe_spatial.tracking.vos.video import Clip
+from pe_spatial.tracking.vos.clip import Clip
+from pe_spatial.tracking.vos.masks import join_masks
 
 PROMPTS = ("mask", "box", "click")
 
@@ -148,7 +149,7 @@ class PESAM2(BaseModel):
             found = self._step(tracker, rgb, truth.get(name, {}))
             if annotated is None or name in annotated:
                 names.append(name)
-                masks.append(_index_mask(found, rgb.shape[:2]) if annotated is None else found)
+                masks.append(join_masks(found, rgb.shape[:2]) if annotated is None else found)
         return dict(video=clip.name, frames=names, pred_masks=masks)
 
     def _step(
@@ -176,14 +177,6 @@ def _click(truth: np.ndarray, predicted: np.ndarray | None = None) -> Prompt:
 def _box(truth: np.ndarray) -> Prompt:
     rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
     return Prompt(box=(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-
-
-def _index_mask(masks: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Return (H, W) uint8 of masks that do not overlap."""
-    index = np.zeros(size, np.uint8)
-    for i, mask in masks.items():
-        index[mask] = i
-    return index
 
 
 @register_example(

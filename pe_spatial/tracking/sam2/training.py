@@ -103,7 +103,7 @@ def predict_clip(
     Args:
         model: in training mode it reads pointers of later frames too, and clicks fall anywhere on the object or on what
             is wrong; in evaluation mode they fall into the middle.
-        images: (B, T, 3, S, S) of B clips, normalised with ImageNet's statistics.
+        images: (B, T, 3, S, S) of B clips, normalized with ImageNet's statistics.
         targets: (T, N, S, S) bool.
         clip_of: (N,) long, the clip of each object.
         plan: for all clips.

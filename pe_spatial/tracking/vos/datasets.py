@@ -1,4 +1,4 @@
-"""Sets of videos in the layouts of DAVIS, MOSE, YouTube-VOS, LVOS and SA-V."""
+"""Datasets of videos for evaluation, in the layouts of DAVIS, MOSE, YouTube-VOS, LVOS and SA-V."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.evaluation import read_sequences
-from pe_spatial.tracking.vos.video import Clip, list_frames
+from pe_spatial.video import list_frames
 
 FOLDERS = {"davis": ("JPEGImages", "Annotations"), "sa-v": ("JPEGImages_24fps", "Annotations_6fps")}
-"""Of frames and annotations, by layout."""
+"""Folders of frames and of annotations, by layout."""
 
 
 @DATASETS.register_module()
@@ -22,13 +23,13 @@ class VideoDataset(Dataset):
     """One item for each sequence: `dict(clip=Clip)`. Frames and masks are read by the model, one at a time.
 
     Args:
-        data_root: the `root` of `davis_clips` or `sav_clips`.
-        sequences: file with the names of the sequences, one a line; None as in those.
-        layout: 'davis', also that of MOSE, YouTube-VOS and LVOS: one index mask for a frame. 'sa-v': one binary mask
-            for each object, which begins on the first annotated frame that shows it.
-        data_prefix: `img_path` and `ann_path`, relative to `data_root`, where the layout's folders have other names.
-        late_objects: of 'davis', whether objects that appear later are followed from there on, as YouTube-VOS and LVOS
-            want it, or, by the rule of DAVIS and MOSE, only those of the first frame.
+        data_root: `root` of `davis_clips` or `sav_clips`.
+        sequences: file with the names of the sequences, one per line; None for the default of those functions.
+        layout: 'davis' (also for MOSE, YouTube-VOS and LVOS): one index mask per frame. 'sa-v': one binary mask per
+            object, which begins on the first annotated frame that shows it.
+        data_prefix: `img_path` and `ann_path`, relative to `data_root`, if the folders differ from the layout's names.
+        late_objects: for 'davis': track objects that appear later from there on, as YouTube-VOS and LVOS require,
+            instead of only those of the first frame, as DAVIS and MOSE do.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class VideoDataset(Dataset):
         data_prefix: Mapping[str, str] | None = None,
         late_objects: bool = False,
     ) -> None:
-        self.metainfo: Mapping[str, Any] = {}  # mmengine asks for it
+        self.metainfo: Mapping[str, Any] = {}  # mmengine requires it
         names = read_sequences(sequences) if sequences else None
         if layout not in FOLDERS:
             raise ConfigError(f"layout is {layout!r}; choose {' or '.join(FOLDERS)}")
@@ -68,15 +69,15 @@ def davis_clips(
     folders: tuple[str, str] = FOLDERS["davis"],
     late_objects: bool = False,
 ) -> list[Clip]:
-    """List the sequences of a set in DAVIS' layout, each with the mask of its first frame, or with all its masks.
+    """List the sequences of a dataset in DAVIS' layout, with the mask of the first frame or with all masks.
 
     Args:
-        root: holds `folders`, each with or without a folder 480p, then a folder for each sequence.
-        sequences: names; None takes those of ImageSets/2017/val.txt, or where that is absent every folder of frames.
-        folders: of frames and of annotations.
-        late_objects: follow objects that appear later as well. Annotations of some frames are enough then.
+        root: contains `folders`, each with or without a folder 480p, then one folder per sequence.
+        sequences: names; None takes those of ImageSets/2017/val.txt or, if that is missing, every folder of frames.
+        folders: names of the folders of frames and of annotations.
+        late_objects: also track objects that appear later; annotations of some frames are enough then.
 
-    Raises DatasetError for absent folders, frames and masks.
+    Raises DatasetError for missing folders, frames and masks.
     """
     root = Path(root)
     images, masks = (_folder(root / name, "DAVIS'") for name in folders)
@@ -90,7 +91,7 @@ def davis_clips(
         first = annotations / f"{frames[0].stem}.png"
         if not late_objects and not first.is_file():
             raise DatasetError(
-                f"no mask {first} of the first frame of {images / name}, so there is nothing to follow; objects that "
+                f"the first frame of {images / name} has no mask {first}, so there is no object to track; objects that "
                 "begin later need late_objects"
             )
         clips.append(Clip(name, frames, annotations if late_objects else first))
@@ -100,14 +101,14 @@ def davis_clips(
 def sav_clips(
     root: str | Path, sequences: Sequence[str] | None = None, *, folders: tuple[str, str] = FOLDERS["sa-v"]
 ) -> list[Clip]:
-    """List the videos of a set in SA-V's layout, each with the masks of every object.
+    """List the videos of a dataset in SA-V's layout, with the masks of every object.
 
     Args:
-        root: holds `folders`: frames as <video>/<frame>.jpg, annotations as <video>/<object>/<frame>.png.
-        sequences: names (of sav_val.txt or sav_test.txt); None takes every folder of frames.
-        folders: of frames and of annotations.
+        root: contains `folders`: frames as <video>/<frame>.jpg, annotations as <video>/<object>/<frame>.png.
+        sequences: names, as sav_val.txt and sav_test.txt list them; None takes every folder of frames.
+        folders: names of the folders of frames and of annotations.
 
-    Raises DatasetError for absent folders and frames.
+    Raises DatasetError for missing folders and frames.
     """
     images, masks = (_folder(Path(root) / name, "SA-V's") for name in folders)
     return [
@@ -118,7 +119,7 @@ def sav_clips(
 
 def _folder(path: Path, layout: str) -> Path:
     if not path.is_dir():
-        raise DatasetError(f"no folder {path}; give the root of a set in {layout} layout")
+        raise DatasetError(f"no folder {path}; give the root of a dataset in {layout} layout")
     return path
 
 

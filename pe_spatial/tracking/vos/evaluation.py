@@ -40,7 +40,7 @@ COUNTS = {
     "void_frames": "frames with void pixels (255): background",
     "unpredicted_objects": "annotated objects that no scored frame predicts: empty masks",
     "invented_objects": "ids that predictions alone hold: vos-benchmark leaves them out, davis refuses them",
-    "grey_masks": "masks without a palette: their grey values are the ids",
+    "gray_masks": "masks without a palette: their gray values are the ids",
 }
 
 _CHUNK = 32  # frames of one job, so that a single long sequence keeps all workers busy
@@ -127,7 +127,7 @@ def evaluate(
         for (track, _, names), scores in zip(jobs, _run(jobs, workers), strict=True):
             frames[track] += scores
             bar.update(len(names))
-    return summarise(frames, official_decay=official_decay)
+    return summarize(frames, official_decay=official_decay)
 
 
 def read_sequences(path: str | Path) -> list[str]:
@@ -173,22 +173,22 @@ def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol
     return tracks
 
 
-def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Path, grey: bool = False) -> FrameScores:
+def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Path, gray: bool = False) -> FrameScores:
     """Score one predicted mask (H, W) uint8 by its annotation.
 
     Args:
         source: what errors call the prediction.
-        grey: whether it came from a file without a palette.
+        gray: whether it came from a file without a palette.
     """
     if pred.dtype != np.uint8:
         raise TypeError(f"{source} is {pred.dtype}; a mask is uint8")
-    gt, gt_grey = _read(track, track.folder / f"{frame}.png")
+    gt, gt_gray = _read(track, track.folder / f"{frame}.png")
     if pred.shape != gt.shape:
         raise DatasetError(
             f"{source} is {'x'.join(map(str, pred.shape))} (height x width), but its annotation is "
             f"{'x'.join(map(str, gt.shape))}; write predictions in the size of the annotation"
         )
-    counts = {"grey_masks": gt_grey + grey}
+    counts = {"gray_masks": gt_gray + gray}
     if track.binary:
         gt, pred = ((mask > 0).view(np.uint8) for mask in (gt, pred))
     annotated, predicted = _ids(gt), _ids(pred)
@@ -209,7 +209,7 @@ def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Pat
     return FrameScores(scores, annotated, predicted, counts)
 
 
-def summarise(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: bool = False) -> Evaluation:
+def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: bool = False) -> Evaluation:
     """Bring the scores of all scored frames of each track together."""
     protocol = next(iter(frames)).protocol
     counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -333,8 +333,8 @@ def _score_chunk(job: tuple[Track, Path, Sequence[str]]) -> list[FrameScores]:
     scores = []
     for frame in frames:
         path = _predictions(track, pred_dir) / f"{frame}.png"
-        pred, grey = _read(track, path)
-        scores.append(score_frame(track, frame, pred, source=path, grey=grey))
+        pred, gray = _read(track, path)
+        scores.append(score_frame(track, frame, pred, source=path, gray=gray))
     return scores
 
 

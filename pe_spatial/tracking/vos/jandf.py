@@ -120,9 +120,9 @@ def _boundary_f(gt: np.ndarray, pred: np.ndarray, radius: int) -> float:
 
 
 def _boundaries(gt: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Mark where a pixel differs from its right, lower or lower right neighbour: (2, h, w) bool, a box that holds all.
+    """Mark where a pixel differs from its right, lower or lower right neighbor: (2, h, w) bool, a box that holds all.
 
-    At the image's lower and right edge there is no neighbour to differ from: the edge is repeated.
+    At the image's lower and right edge there is no neighbor to differ from: the edge is repeated.
     """
     box = box_around(gt | pred)
     masks = np.stack(

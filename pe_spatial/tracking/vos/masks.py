@@ -1,8 +1,9 @@
-"""Object masks as files: PNGs whose pixels are object ids, or one folder of binary PNGs for each object."""
+"""Object masks: index masks (PNGs whose pixels are object ids), or one folder of binary PNGs for each object."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
 
 VOID = 255
-"""The id in index masks that belongs to no object, and is not background either."""
+"""The id in index masks for pixels that belong neither to an object nor to the background."""
 
-_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}  # byte 25 of a PNG
+_COLOR_TYPES = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}  # byte 25 of a PNG
 
 
 def _voc_palette() -> np.ndarray:
@@ -37,44 +38,61 @@ def read_mask(path: str | Path) -> np.ndarray:
 def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
     """Read a PNG whose pixels are object ids: (H, W) uint8, and whether it has a palette.
 
-    Without a palette the grey values (8 bits or 1) are the ids. Everything else raises DatasetError: an image in
-    colours has lost its ids, and so has grey of 2, 4 or 16 bits once a reader has stretched it to 8.
+    Without a palette the gray values (8 bits or 1) are the ids. Everything else raises DatasetError: an RGB image has
+    lost its ids, and so has gray of 2, 4 or 16 bits once a reader has scaled it to 8.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DatasetError(f"cannot open {path}: {error}") from error
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
-        raise DatasetError(f"{path} is no PNG; masks are PNGs whose pixels are object ids (mode P or 8-bit grey)")
-    bits, colour = data[24], _COLOUR_TYPES.get(data[25], "unknown")
-    if colour != "palette" and (colour, bits) not in {("grey", 1), ("grey", 8)}:
+        raise DatasetError(f"{path} is not a PNG; masks are PNGs whose pixels are object ids (mode P or 8-bit gray)")
+    bits, color = data[24], _COLOR_TYPES.get(data[25], "unknown")
+    if color != "palette" and (color, bits) not in {("gray", 1), ("gray", 8)}:
         raise DatasetError(
-            f"{path} is a {bits}-bit {colour} image, not an index mask; write the object ids as a palette PNG "
-            "(mode P) or as 8-bit grey"
+            f"{path} is a {bits}-bit {color} image, not an index mask; write the object ids as a palette PNG "
+            "(mode P) or as 8-bit gray"
         )
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
-        return np.array(image, dtype=np.uint8), colour == "palette"
+        return np.array(image, dtype=np.uint8), color == "palette"
     except MemoryError:
-        raise  # not the file's fault
+        raise  # says nothing about the file
     except Exception as error:  # PIL's plugins raise almost anything on broken data
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"{path} cannot be decoded ({reason}); write or download it again") from error
 
 
-def split_ids(mask: np.ndarray) -> dict[int, np.ndarray]:
-    """Split an index mask (H, W) uint8 into (H, W) bool by id, without background and void."""
-    ids = np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1)).tolist()
-    return {i: mask == i for i in ids if 0 < i < VOID}
+def split_masks(index: np.ndarray) -> dict[int, np.ndarray]:
+    """Split an index mask (H, W) uint8 into object id -> (H, W) bool, without background and void."""
+    ids = np.flatnonzero(np.bincount(index.ravel(), minlength=VOID + 1)).tolist()
+    return {i: index == i for i in ids if 0 < i < VOID}
+
+
+def join_masks(masks: Mapping[int, np.ndarray], size: tuple[int, ...]) -> np.ndarray:
+    """Join object id -> (H, W) bool into an index mask (H, W) uint8; where masks overlap, the last one wins."""
+    index = np.zeros(size, np.uint8)
+    for i, mask in masks.items():
+        if not 0 < i < VOID:
+            raise ValueError(f"object id {i} does not fit into an index mask; ids are 1 to {VOID - 1}")
+        index[mask] = i
+    return index
+
+
+def object_id(folder: Path) -> int:
+    """Return the number of an object in SA-V's layout from the name of its folder."""
+    if not folder.name.isdecimal():
+        raise DatasetError(f"{folder} is not named by a number; SA-V's layout is <video>/<number>/<frame>.png")
+    return int(folder.name)
 
 
 def read_binary_mask(path: str | Path) -> np.ndarray:
-    """Read the mask of one object, (H, W) bool: the pixels that are not 0; DatasetError if they have several values."""
+    """Read the mask of one object, (H, W) bool: the nonzero pixels; DatasetError if they have several values."""
     mask = read_mask(path)
     binary, highest = mask > 0, mask.max(initial=0)
     if np.count_nonzero(binary) != np.count_nonzero(mask == highest) and highest:
         raise DatasetError(
-            f"{path} holds several ids, but lies in a folder of one object; give binary masks (0 and one other value)"
+            f"{path} holds several ids, but its folder belongs to one object; give binary masks (0 and one other value)"
         )
     return binary
 
@@ -82,7 +100,7 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
 def read_object_masks(video: str | Path, frame: str) -> dict[str, np.ndarray]:
     """Read the masks of one frame from SA-V's layout, <video>/<object>/<frame>.png: object name -> (H, W) bool.
 
-    The masks may overlap. Objects that have no file for this frame are left out.
+    The masks may overlap. Objects without a file for this frame are omitted.
     """
     files = sorted(Path(video).glob(f"*/{frame}.png"))
     return {path.parent.name: read_binary_mask(path) for path in files}

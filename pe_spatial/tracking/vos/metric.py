@@ -13,9 +13,8 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.tracking.vos.evaluation import COUNTS, PROTOCOLS, Track, find_tracks, score_frame, summarise
-from pe_spatial.tracking.vos.masks import read_mask, write_mask
-from pe_spatial.tracking.vos.video import object_id
+from pe_spatial.tracking.vos.evaluation import COUNTS, PROTOCOLS, Track, find_tracks, score_frame, summarize
+from pe_spatial.tracking.vos.masks import object_id, read_mask, write_mask
 
 
 @METRICS.register_module()
@@ -100,7 +99,7 @@ class JandFMetric(BaseMetric):
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """Return the global results; the log tells which rules were applied."""
-        evaluation = summarise({track: scores for video in results for track, scores in video.items()})
+        evaluation = summarize({track: scores for video in results for track, scores in video.items()})
         for name, count in evaluation.counts.items():
             if count:
                 print_log(f"{count} {COUNTS[name]}", logger="current")

@@ -30,7 +30,7 @@ SMALL = dict(d_model=32, mem_dim=8, layers=1, feedforward=32)
 WINDOWED = dict(window_size=4, global_attn_indexes=(1,), pos_embed_mode="tile", rope_mode="interpolate", rope_grid=4)
 
 
-def normalised(images):
+def normalized(images):
     """(B, 3, H, W) in the range 0 to 1, with ImageNet's statistics."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
@@ -45,12 +45,12 @@ def without_trunk(model):
 
 @pytest.mark.parametrize(("config", "grid"), [(TINY, 4), (TINY, 3), (TINY14, 4), (TINY14, 2)])
 def test_trunk_up_to_the_native_grid_is_the_released_encoder(randomize, config, grid):
-    """Behind images in PE's normalisation, at `grid` patches whatever their size."""
+    """Behind images in PE's normalization, at `grid` patches whatever their size."""
     trunk = randomize(PETrunk(config, grid=grid, image_size=16 * grid)).eval()
     encoder = PerceptionEncoder(config, **preset_options("release", config)).eval()
     encoder.load_state_dict(trunk.encoder.state_dict())
     images = torch.rand(2, 3, 16 * grid, 16 * grid)
-    (found,) = trunk(normalised(images))
+    (found,) = trunk(normalized(images))
     side = config.patch_size * grid
     pe = F.interpolate(images, (side, side), mode="bilinear", antialias=True) * 2 - 1
     (expected,) = encoder(pe)
@@ -65,7 +65,7 @@ def test_trunk_above_the_native_grid_sees_windows(randomize):
     assert trunk.encoder.window_size == 4
     assert trunk.encoder.global_attn_indexes == (2, 5, 8, 11)
     assert (trunk.encoder.patch_size, trunk.encoder.mask_window_padding) == (16, False)
-    images = normalised(torch.rand(1, 3, 128, 128))
+    images = normalized(torch.rand(1, 3, 128, 128))
     (whole,) = trunk(images)
     one = PETrunk(config, grid=4, image_size=64, out_index=1).eval()
     one.load_state_dict(trunk.state_dict())

@@ -17,8 +17,9 @@ from pe_spatial.engine.fault_tolerance import add_fault_tolerance
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.sam2.tracker import PESAM2
 from pe_spatial.tracking.sam2.training import predict_clip
+from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.masks import write_mask
-from pe_spatial.tracking.vos.video import Clip, list_frames
+from pe_spatial.video import list_frames
 
 pytest.importorskip("sam2")
 
@@ -56,7 +57,7 @@ def batch(clips=2, frames=3, side=64):
 # -- losses
 
 
-def test_losses_are_those_of_the_batch_normalised_as_sam2_does(model):
+def test_losses_are_those_of_the_batch_normalized_as_sam2_does(model):
     images, masks = batch()
     found = model(images, masks, mode="loss")
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

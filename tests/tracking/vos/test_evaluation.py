@@ -109,7 +109,7 @@ def test_rules_are_counted(scored):
         "void_frames": 3,
         "unpredicted_objects": 1,
         "invented_objects": 0,
-        "grey_masks": 0,
+        "gray_masks": 0,
     }
     assert scored.counts.keys() == COUNTS.keys()
 
@@ -253,7 +253,7 @@ def test_masks_without_a_palette_are_counted(tmp_path):
     write(tmp_path / "pred/a", map(video, range(4)))
     Image.fromarray(video(2)).save(tmp_path / "pred/a/00002.png")
     result = evaluate(tmp_path / "gt", tmp_path / "pred")
-    assert result.counts["grey_masks"] == 1
+    assert result.counts["gray_masks"] == 1
     assert result.global_results["J&F-Mean"] == 1
 
 
@@ -310,7 +310,7 @@ def test_a_prediction_of_another_size_that_a_worker_finds(folders):
     refused(folders, r"^\S*pred/b/00002\.png is 20x31 .* but its annotation is 20x30", workers=2)
 
 
-def test_a_image_in_colours(folders):
+def test_a_image_in_colors(folders):
     Image.open(folders[1] / "a/00003.png").convert("RGB").save(folders[1] / "a/00003.png")
     refused(folders, r"pred/a/00003\.png is a 8-bit RGB image")
 

@@ -7,10 +7,12 @@ from PIL import Image
 from pe_spatial.errors import DatasetError
 from pe_spatial.tracking.vos.masks import (
     PALETTE,
+    join_masks,
     read_binary_mask,
     read_mask,
     read_mask_and_kind,
     read_object_masks,
+    split_masks,
     write_mask,
 )
 
@@ -50,9 +52,9 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_grey_values_are_ids_where_there_is_no_palette(tmp_path):
-    Image.fromarray(IDS).save(tmp_path / "grey.png")
-    ids, has_palette = read_mask_and_kind(tmp_path / "grey.png")
+def test_gray_values_are_ids_where_there_is_no_palette(tmp_path):
+    Image.fromarray(IDS).save(tmp_path / "gray.png")
+    ids, has_palette = read_mask_and_kind(tmp_path / "gray.png")
     assert not has_palette
     np.testing.assert_array_equal(ids, IDS)
     Image.fromarray(IDS > 100).save(tmp_path / "one_bit.png")
@@ -69,7 +71,7 @@ def test_palettes_of_few_bits_hold_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [("RGB", "8-bit RGB"), ("RGBA", "RGBA"), ("LA", "alpha"), ("I;16", "16-bit grey")]
+    ("mode", "words"), [("RGB", "8-bit RGB"), ("RGBA", "RGBA"), ("LA", "alpha"), ("I;16", "16-bit gray")]
 )
 def test_images_without_ids_are_refused(tmp_path, mode, words):
     Image.new(mode, (4, 3)).save(tmp_path / "a.png")
@@ -78,12 +80,12 @@ def test_images_without_ids_are_refused(tmp_path, mode, words):
     assert "\n" not in str(caught.value)
 
 
-def test_grey_of_few_bits_is_refused_because_readers_stretch_it(tmp_path):
+def test_gray_of_few_bits_is_refused_because_readers_stretch_it(tmp_path):
     Image.fromarray(IDS).save(tmp_path / "a.png")
     data = bytearray((tmp_path / "a.png").read_bytes())
     data[24] = 4
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(DatasetError, match="4-bit grey"):
+    with pytest.raises(DatasetError, match="4-bit gray"):
         read_mask(tmp_path / "a.png")
 
 
@@ -92,7 +94,7 @@ def test_broken_files_are_named(tmp_path):
         read_mask(tmp_path / "absent.png")
     Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").rename(tmp_path / "jpeg.png")
-    with pytest.raises(DatasetError, match=r"jpeg\.png is no PNG"):
+    with pytest.raises(DatasetError, match=r"jpeg\.png is not a PNG"):
         read_mask(tmp_path / "jpeg.png")
     rng = np.random.default_rng(0)
     write_mask(tmp_path / "cut.png", rng.integers(0, 255, (64, 64), dtype=np.uint8))
@@ -118,3 +120,17 @@ def test_a_mask_of_one_object_has_two_values(tmp_path):
     write_mask(tmp_path / "a.png", IDS % 3)
     with pytest.raises(DatasetError, match=r"a\.png holds several ids"):
         read_binary_mask(tmp_path / "a.png")
+
+
+def test_masks_are_joined_and_split():
+    a, b = np.zeros((2, 4, 6), bool)
+    a[:2], b[1:3] = True, True
+    index = join_masks({7: a, 2: b}, a.shape)
+    assert index.tolist() == [[7] * 6, [2] * 6, [2] * 6, [0] * 6]
+    index[3] = 255
+    masks = split_masks(index)
+    assert list(masks) == [2, 7]
+    assert np.array_equal(masks[2], b)
+    assert np.array_equal(masks[7], a & ~b)
+    with pytest.raises(ValueError, match="object id 255 does not fit"):
+        join_masks({255: a}, a.shape)

@@ -25,8 +25,8 @@ from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
 from pe_spatial.planning.registry import register_step
 from pe_spatial.tracking.vos.evaluation import read_sequences
-from pe_spatial.tracking.vos.masks import VOID, read_mask, read_object_masks, split_ids
-from pe_spatial.tracking.vos.video import list_frames, object_id
+from pe_spatial.tracking.vos.masks import VOID, object_id, read_mask, read_object_masks, split_masks
+from pe_spatial.video import list_frames
 
 _SAV_STEP = 4  # SA-V's masks are of every 4th frame (6 of 24 per second)
 _SAV_NAMES = ("manual", "auto")
@@ -87,7 +87,7 @@ class PngMasks:
         void = mask == VOID
         if void.any():
             mask[void] = self._void_is
-        return split_ids(mask)
+        return split_masks(mask)
 
     def where(self, frame: str) -> str:
         """Return the path, with * for several objects."""
@@ -97,7 +97,7 @@ class PngMasks:
     def _void_is(self) -> int:
         """The object that 255 is, judged by the first mask that is not empty."""
         masks = (read_mask(self.folder / f"{frame}.png") for frame in self.frames)
-        return int(not split_ids(next(mask for mask in masks if mask.any())))
+        return int(not split_masks(next(mask for mask in masks if mask.any())))
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
 
 @TRANSFORMS.register_module()
 class LoadClip(BaseTransform):
-    """Draw neighbouring frames and objects that the first of them shows, and read images and masks.
+    """Draw neighboring frames and objects that the first of them shows, and read images and masks.
 
     As SAM 2's RandomUniformSampler does: every window of annotated frames is as likely, and another one is drawn where
     the first frame shows no object. A video without such a window, or with too few annotated frames, is logged once,
@@ -342,7 +342,7 @@ class LoadClip(BaseTransform):
         self.skipped: set[str] = set()  # videos, in this process
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Add frames, masks, frame_names and objects, see `clip_transforms`; None for a video to skip."""
+        """Add frames, masks, frame_names and objects, see `transforms`; None for a video to skip."""
         path = results["img_path"]
         try:
             results.update(self._load(Path(path), results.pop("source")))

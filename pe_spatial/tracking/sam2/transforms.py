@@ -45,10 +45,10 @@ class ClipFlip(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipAffine(BaseTransform):
-    """Turn and shear the clip about the centre of its frames, images bilinear, masks by the nearest pixel.
+    """Turn and shear the clip about the center of its frames, images bilinear, masks by the nearest pixel.
 
     If that would leave an object without a pixel in the first frame, the clip stays as it is. What comes from outside
-    is SAM 2's mean colour in images, and background in masks.
+    is SAM 2's mean color in images, and background in masks.
 
     Args:
         degrees: the angle is drawn from -degrees to degrees.
@@ -84,13 +84,13 @@ def affine_matrix(angle: float, shear: float, size: tuple[int, int]) -> np.ndarr
 
     Args:
         angle, shear: as torchvision's `affine` has them.
-        size: (height, width); its centre stays in place.
+        size: (height, width); its center stays in place.
     """
     turn, slant = math.radians(angle), math.tan(math.radians(shear))
     cos, sin = math.cos(turn), math.sin(turn)
     linear = np.array([[cos, -cos * slant - sin], [sin, -sin * slant + cos]])
-    centre = (np.array(size[::-1]) - 1) / 2
-    return np.column_stack([linear, centre - linear @ centre])
+    center = (np.array(size[::-1]) - 1) / 2
+    return np.column_stack([linear, center - linear @ center])
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, interpolation: int, fill: Any) -> np.ndarray:
@@ -177,13 +177,13 @@ class ClipColorJitter(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipGrayscale(BaseTransform):
-    """Take the colours out of the clip, with a probability of `prob`."""
+    """Take the colors out of the clip, with a probability of `prob`."""
 
     def __init__(self, *, prob: float = 0.05) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Make it grey (three equal channels), or not."""
+        """Make it gray (three equal channels), or not."""
         if np.random.rand() < self.prob:
             results["frames"] = [
                 np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) for frame in results["frames"]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("mmcv")
 
-from pe_spatial.tracking.sam2.clip_transforms import (
+from pe_spatial.tracking.sam2.transforms import (
     ClipAffine,
     ClipColorJitter,
     ClipFlip,
@@ -41,7 +41,7 @@ def clip(*boxes, size=SIZE, frames=3):
 
 
 def noise(frames=2, size=SIZE):
-    """Images that show every shift; a smooth pattern with colours."""
+    """Images that show every shift; a smooth pattern with colors."""
     results = clip((20, 20, 50, 40), size=size, frames=frames)
     y, x = np.mgrid[: size[0], : size[1]]
     for t, image in enumerate(results["frames"]):
@@ -50,7 +50,7 @@ def noise(frames=2, size=SIZE):
 
 
 def assert_mask_covers_the_red(results, disagree):
-    """All but `disagree` of a mask's pixels, those at its rim where colours mix, are where the image is red."""
+    """All but `disagree` of a mask's pixels, those at its rim where colors mix, are where the image is red."""
     for t, frame in enumerate(results["frames"]):
         red, mask = frame[..., 0].astype(int) - frame[..., 1] > 120, results["masks"][:, t].any(0)
         assert mask.sum() > 50
@@ -105,7 +105,7 @@ def test_affine_is_torchvisions(monkeypatch, angle, shear, size):
     assert np.count_nonzero(expected ^ after["masks"][0]) <= 0.02 * expected.sum()
 
 
-def test_affine_keeps_the_centre_and_fills_with_the_mean_colour():
+def test_affine_keeps_the_center_and_fills_with_the_mean_color():
     matrix = affine_matrix(25, 20, SIZE)
     np.testing.assert_allclose(matrix @ [49.5, 29.5, 1], [49.5, 29.5])
     np.random.seed(1)

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from pe_spatial.engine.determinism import SeededIndex
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.synthetic import write_dataset
-from pe_spatial.tracking.sam2 import clip_transforms
-from pe_spatial.tracking.sam2.clips import LoadClip, PngMasks, VideoClipDataset
+from pe_spatial.tracking.sam2 import transforms
+from pe_spatial.tracking.sam2.datasets import LoadClip, PngMasks, VideoClipDataset
 from pe_spatial.tracking.vos.masks import write_mask
 
 SIZE = (24, 40)
-assert clip_transforms.PackClip  # registers
+assert transforms.PackClip  # registers
 
 
 def image(number, size=SIZE):
@@ -46,12 +46,12 @@ def save_frames(folder, numbers, name="{:05d}.png", size=SIZE):
         Image.fromarray(image(number, size)).save(folder / name.format(number))
 
 
-def save_masks(folder, numbers, objects, name="{:05d}.png", grey=False):
+def save_masks(folder, numbers, objects, name="{:05d}.png", gray=False):
     """`objects` of frame -> ids."""
     folder.mkdir(parents=True)
     for number in numbers:
         mask = ids(number, objects(number))
-        if grey:
+        if gray:
             Image.fromarray(mask).save(folder / name.format(number))
         else:
             write_mask(folder / name.format(number), mask)
@@ -172,9 +172,9 @@ def test_lists_of_videos(davis):
 
 @pytest.mark.parametrize("layout", ["youtube-vos", "mose"])
 def test_only_annotated_frames_take_part(tmp_path, layout):
-    """YouTube-VOS: every 5th; here also with images of all frames and grey masks with names of 8 digits."""
+    """YouTube-VOS: every 5th; here also with images of all frames and gray masks with names of 8 digits."""
     save_frames(tmp_path / "train" / "JPEGImages" / "0a", range(21))
-    save_masks(tmp_path / "train" / "Annotations" / "0a", range(0, 21, 5), lambda _: (1, 4), "{:08d}.png", grey=True)
+    save_masks(tmp_path / "train" / "Annotations" / "0a", range(0, 21, 5), lambda _: (1, 4), "{:08d}.png", gray=True)
     videos = dataset(tmp_path, layout)
     starts = set()
     for seed in range(12):
@@ -197,11 +197,11 @@ def test_names_that_are_no_numbers_have_to_be_equal(tmp_path):
 
 def test_void_is_background_but_the_object_of_davis_2016(tmp_path):
     folder = tmp_path / "m"
-    save_masks(folder, range(4), lambda t: [(), (1, 255), (255,), (2, 255)][t], grey=True)
+    save_masks(folder, range(4), lambda t: [(), (1, 255), (255,), (2, 255)][t], gray=True)
     masks = PngMasks(folder)
     assert [sorted(masks.read(frame)) for frame in masks.frames] == [[], [1], [], [2]]
     binary = tmp_path / "binary"
-    save_masks(binary, range(3), lambda t: (255,) if t else (), grey=True)
+    save_masks(binary, range(3), lambda t: (255,) if t else (), gray=True)
     masks = PngMasks(binary)
     assert [sorted(masks.read(frame)) for frame in masks.frames] == [[], [1], [1]]
     assert np.array_equal(masks.read("00002")[1], ids(2, (255,)) == 255)
