@@ -13,10 +13,10 @@
 # Another size:     --cfg-options model.backbone.variant=pe_spatial_g14_448       (t16_512, s16_512, b16_512, l14_448)
 # Another layer:    --cfg-options "model.backbone.out_indices=[10]"               (from 0: the authors' layer 11)
 # Another encoder:  --cfg-options model.backbone.variant=timm:vit_base_patch14_dinov2.lvd142m
-# Aligned patches:  --cfg-options model.preset=aligned model.size=420          (DINOv3's short side for patches of 14)
+# Aligned patches:  --cfg-options model.protocol=aligned model.size=420          (DINOv3's short side for patches of 14)
 # All layers:       tools/track_zero_shot.py --layers all
 #
-# The authors used DINO's script (perception_models#46); preset='dino' is that script, with its settings. Their paper
+# The authors used DINO's script (perception_models#46); protocol='dino' is that script, with its settings. Their paper
 # confirms its 7 frames of context. It says nothing of the size of the frames, for which the script's short side of
 # 480 px is taken here, nor of their normalization, for which it is the encoder's own (model.normalization=dino for the
 # script's).
@@ -30,7 +30,7 @@ model = dict(
         variant='pe_spatial_b16_512',
         out_indices=[-1],
         init_cfg=dict(type='Pretrained', checkpoint='released')),
-    preset='dino',
+    protocol='dino',
     size=480,
     normalization='encoder',
     propagation=dict(context=7, radius=12, shape='square', topk=5, temperature=0.1))

@@ -1,4 +1,4 @@
-"""Tracking without training: any encoder, any layer, and label propagation, as a model of mmengine."""
+"""Tracking without training: label propagation by the features of any encoder and layer, as an mmengine model."""
 
 from __future__ import annotations
 
@@ -18,77 +18,80 @@ from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
 from pe_spatial.tracking.vos.clip import Clip
 
-PRESETS = ("dino", "aligned")
+PROTOCOLS = ("dino", "aligned")
 NORMALIZATIONS = ("encoder", "dino")
-_DINO = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # .228 is the script's; ImageNet has .229
+_DINO = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # the script has .228; ImageNet has .229
 _PE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @MODELS.register_module()
 class ZeroShotTracker(BaseModel):
-    """Follow the objects of a first mask by the features of an encoder, which stays as it is.
+    """Track the objects of a first mask by the features of a frozen encoder.
 
     Args:
-        backbone: config of an encoder, such as `dict(type='PerceptionEncoder', variant=..., out_indices=[-1])`. Each of
-            its layers is tracked with on its own, all from one forward pass.
-        preset: how a frame becomes patches and a result pixels.
-            'dino' is the script that PE's authors scored DAVIS by, facebookresearch/dino@7c446df:
-            eval_video_segmentation.py: the short side becomes `size`, the long one is rounded down to a multiple of 64.
-            What is left of a frame beyond whole patches is cut off, and the result nevertheless stretched over the
-            whole frame (480 x 832 px and patches of 14: 34 x 59 patches, 1 % off at the far edge).
+        backbone: config of an encoder, such as `dict(type='PerceptionEncoder', variant=..., out_indices=[-1])`. Each
+            layer gives masks of its own; all layers come from one forward pass.
+        protocol: how a frame becomes patches and the result pixels.
+            'dino' is the script with which PE's authors scored DAVIS, facebookresearch/dino@7c446df:
+            eval_video_segmentation.py: the short side becomes `size`, the long side is rounded down to a multiple of
+            64. Pixels beyond the last complete patch are cropped, yet the result is stretched over the complete frame
+            (480 x 832 px and patches of 14: 34 x 59 patches, 1 % off at the far edge).
             'aligned' keeps pixels and patches in place for every patch size: both sides are rounded up to multiples of
-            the patch, with PE's own antialiased resizing, and labels are resized to the frame at once.
-        size: short side in pixels, or (height, width), which 'dino' takes as they are.
-        normalization: of the pixels: 'encoder', which for PE is a mean and a deviation of 0.5 and for timm's encoders
-            their own, or 'dino', the script's. Which one PE's authors used is not documented; 'encoder' is what the
-            weights were trained with.
-        propagation: options of `LabelPropagation`; the default is the script's setting for both presets.
+            the patch size, with PE's antialiased resizing, and labels are resized directly to the frame.
+        size: short side in pixels, or (height, width), which 'dino' does not round.
+        normalization: mean and standard deviation of the pixels: 'encoder' (0.5 for PE, timm's own for its encoders)
+            or 'dino' (the script's). PE's authors do not document theirs; 'encoder' is what the weights were trained
+            with.
+        propagation: options of `LabelPropagation`; the default is the script's setting for both protocols.
     """
 
     def __init__(
         self,
         backbone: Mapping[str, Any],
         *,
-        preset: str = "dino",
+        protocol: str = "dino",
         size: int | Sequence[int] = 480,
         normalization: str = "encoder",
         propagation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("preset", preset, PRESETS), ("normalization", normalization, NORMALIZATIONS)):
+        for name, value, allowed in (
+            ("protocol", protocol, PROTOCOLS),
+            ("normalization", normalization, NORMALIZATIONS),
+        ):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
         self.backbone = MODELS.build(backbone)
-        self.preset = preset
+        self.protocol = protocol
         self.size = size if isinstance(size, int) else tuple(size)
         self.propagation = dict(propagation or {})
         try:
-            LabelPropagation(**self.propagation)  # wrong options should fail now
+            LabelPropagation(**self.propagation)  # fail now for wrong options
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"propagation cannot be {self.propagation}: {error}") from error
+            raise ConfigError(f"propagation={self.propagation} cannot be used: {error}") from error
         encoder = (getattr(self.backbone, "mean", _PE[0]), getattr(self.backbone, "std", _PE[1]))
         mean, std = _DINO if normalization == "dino" else encoder
         self.register_buffer("_mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(std)[:, None, None], persistent=False)
 
     def load_encoder(self, source: str) -> None:
-        """Load weights of the encoder alone, of any layout and from anywhere that `init_cfg` of the backbone takes."""
+        """Load the encoder's weights, from any `source` that the backbone's `init_cfg` takes."""
         self.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(source))
         self.backbone.is_init = False
         self.backbone.init_weights()
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the (height, width) in pixels to which frames of `size` are resized."""
+        """Return the (height, width) in pixels to which frames of `size` (height, width) are resized."""
         h, w = size
         if not isinstance(self.size, int):
             h, w = self.size
-        elif self.preset == "dino" and h > w:
+        elif self.protocol == "dino" and h > w:
             h, w = self.size * h / w // 64 * 64, self.size
-        elif self.preset == "dino":  # squares too: 480 x 448
+        elif self.protocol == "dino":  # squares too: 480 x 448
             h, w = self.size, self.size * w / h // 64 * 64
         else:
             h, w = (self.size * side / min(size) for side in size)
-        if self.preset == "aligned":
+        if self.protocol == "aligned":
             p = self.backbone.patch_size
             h, w = (-int(-side // p) * p for side in (h, w))
         return int(h), int(w)
@@ -104,14 +107,14 @@ class ZeroShotTracker(BaseModel):
         return h, w
 
     def lost_objects(self, first_mask: np.ndarray) -> list[int]:
-        """Return the ids that hold the middle of no patch and so cannot be followed at this size."""
+        """Return the ids that cover the center of no patch and therefore cannot be tracked at this size."""
         ids = first_soft(torch.from_numpy(first_mask), self.grid(first_mask.shape))[1]
         return np.setdiff1d(first_mask, ids.numpy()).tolist()
 
     def features(self, rgb: np.ndarray) -> tuple[Tensor, ...]:
         """Encode one frame (H, W, 3) uint8 RGB: a map (C, rows, columns) for each layer of the backbone."""
         h, w = self.input_size(rgb.shape[:2])
-        if self.preset == "dino":
+        if self.protocol == "dino":
             image = cv2.resize(np.ascontiguousarray(rgb), (w, h))
         else:
             image = np.array(Image.fromarray(rgb).resize((w, h), Image.Resampling.BILINEAR))
@@ -125,17 +128,17 @@ class ZeroShotTracker(BaseModel):
     ) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
         """Yield the name and the masks (H, W) uint8 of every frame, one mask for each layer of the backbone.
 
-        Frames are taken and given one at a time. Those of the first are `first_mask` itself.
+        Frames are processed one at a time. The masks of the first frame are `first_mask` itself.
 
         Args:
-            frames: names and images, (H, W, 3) uint8 RGB, as `Clip.read` gives them.
+            frames: names and images (H, W, 3) uint8 RGB, as `Clip.read` yields them.
             first_mask: object ids (H, W) uint8, 0 for background; ids may skip numbers.
         """
         self.eval()
         self.backbone.init_weights()
         size = first_mask.shape
         soft, ids = first_soft(torch.from_numpy(first_mask), self.grid(size))
-        patch_size = self.backbone.patch_size if self.preset == "dino" else None
+        patch_size = self.backbone.patch_size if self.protocol == "dino" else None
         layers = [LabelPropagation(**self.propagation) for _ in self.backbone.out_indices]
         for i, (name, rgb) in enumerate(frames):
             maps = self.features(rgb)
@@ -148,12 +151,12 @@ class ZeroShotTracker(BaseModel):
             yield name, tuple(hard_mask(one, ids, size, patch_size=patch_size).cpu().numpy() for one in softs)
 
     def forward(self, clip: Sequence[Clip], mode: str = "tensor") -> list[dict[str, Any]]:
-        """Track in clips, as mmengine's test loop gives them.
+        """Track through clips, for mmengine's test loop.
 
         Returns for each `video` (its name), `frames` (their names) and `pred_masks` (frames, H, W) uint8.
         """
         if mode != "predict":
-            raise ConfigError(f"a ZeroShotTracker is not trained (mode {mode!r}); run tools/test.py")
+            raise ConfigError(f"a ZeroShotTracker cannot be trained (mode {mode!r}); run tools/test.py")
         if len(self.backbone.out_indices) != 1:
             raise ConfigError(f"out_indices is {self.backbone.out_indices}; one layer is evaluated at a time")
         results = []

@@ -14,7 +14,7 @@ model = dict(
     backbone=dict(
         variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
         init_cfg=None),
-    preset='aligned',
+    protocol='aligned',
     size=192)
 test_dataloader = dict(
     dataset=dict(

@@ -73,7 +73,7 @@ def run(tracker, count=5, size=SIZE):
 
 
 @pytest.mark.parametrize(
-    ("preset", "patch", "size", "frame", "pixels", "grid"),
+    ("protocol", "patch", "size", "frame", "pixels", "grid"),
     [
         ("dino", 16, 480, (480, 854), (480, 832), (30, 52)),
         ("dino", 14, 480, (480, 854), (480, 832), (34, 59)),  # the rest is cut off
@@ -87,8 +87,8 @@ def run(tracker, count=5, size=SIZE):
         ("aligned", 16, (450, 448), (480, 854), (464, 448), (29, 28)),
     ],
 )
-def test_sizes(preset, patch, size, frame, pixels, grid):
-    tracker = build(patch, preset=preset, size=size)
+def test_sizes(protocol, patch, size, frame, pixels, grid):
+    tracker = build(patch, protocol=protocol, size=size)
     assert tracker.input_size(frame) == pixels
     assert tracker.grid(frame) == grid
 
@@ -104,7 +104,7 @@ def read_frame(rgb, side):
 
 
 @pytest.mark.parametrize(("patch", "cut"), [(16, (96, 128)), (14, (84, 126))])
-def test_dino_preset_sees_the_scripts_pixels(patch, cut):
+def test_dino_protocol_sees_the_scripts_pixels(patch, cut):
     """A convolution whose kernel does not fit leaves the far edge out."""
     tracker = build(patch, size=96, normalization="dino").eval()
     rgb = next(moving(1, (120, 170)))[1]
@@ -114,8 +114,8 @@ def test_dino_preset_sees_the_scripts_pixels(patch, cut):
     assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_aligned_preset_sees_the_whole_frame_as_pe_resizes_it():
-    tracker = build(14, preset="aligned", size=90).eval()
+def test_aligned_protocol_sees_the_whole_frame_as_pe_resizes_it():
+    tracker = build(14, protocol="aligned", size=90).eval()
     rgb = next(moving(1, (240, 340)))[1]
     image = Image.fromarray(rgb).resize((140, 98), Image.Resampling.BILINEAR)
     x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.5
@@ -131,10 +131,10 @@ def test_normalization_is_the_encoders_or_the_scripts():
     assert_close(ZeroShotTracker(timm)._std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
 
 
-@pytest.mark.parametrize(("preset", "patch"), [("dino", 14), ("aligned", 16)])
-def test_tracking_is_encoder_propagation_and_upsampling(preset, patch):
+@pytest.mark.parametrize(("protocol", "patch"), [("dino", 14), ("aligned", 16)])
+def test_tracking_is_encoder_propagation_and_upsampling(protocol, patch):
     options = dict(context=2, radius=3, shape="circle", topk=4, temperature=0.2)
-    tracker = build(patch, preset=preset, size=120, propagation=options)
+    tracker = build(patch, protocol=protocol, size=120, propagation=options)
     video = list(moving())
     soft, ids = first_soft(torch.from_numpy(video[0][2]), tracker.grid(SIZE))
     propagation = LabelPropagation(**options)
@@ -145,7 +145,7 @@ def test_tracking_is_encoder_propagation_and_upsampling(preset, patch):
         propagation.start(tracker.features(video[0][1])[0], soft)
         for (_, rgb, _), (_, (mask,)) in zip(video[1:], results[1:], strict=True):
             expected = propagation.step(tracker.features(rgb)[0])
-            expected = hard_mask(expected, ids, SIZE, patch_size=patch if preset == "dino" else None)
+            expected = hard_mask(expected, ids, SIZE, patch_size=patch if protocol == "dino" else None)
             assert mask.dtype == np.uint8
             assert np.array_equal(mask, expected.numpy())
 
@@ -153,7 +153,7 @@ def test_tracking_is_encoder_propagation_and_upsampling(preset, patch):
 def test_it_follows_what_moves():
     """Random weights are enough for two colored discs; standing still is not."""
     video = list(moving(8))
-    (last,) = run(build(size=240, preset="aligned"), 8)[-1][1]
+    (last,) = run(build(size=240, protocol="aligned"), 8)[-1][1]
 
     def overlap(a, b):
         return np.mean([((a == i) & (b == i)).sum() / ((a == i) | (b == i)).sum() for i in (1, 2)])
@@ -217,7 +217,7 @@ def test_an_encoders_file_loads(tmp_path):
 
 def test_options_are_checked():
     for options, words in (
-        (dict(preset="dinov3"), "preset is 'dinov3'; allowed are 'dino', 'aligned'"),
+        (dict(protocol="dinov3"), "protocol is 'dinov3'; allowed are 'dino', 'aligned'"),
         (dict(normalization="imagenet"), "normalization is 'imagenet'; allowed are 'encoder', 'dino'"),
         (dict(propagation=dict(topk=0)), "topk is 0"),
     ):
@@ -259,6 +259,6 @@ def test_config_builds_at_full_width(davis, tmp_path):
     with torch.device("meta"):
         tracker = MODELS.build(cfg.model)
     assert tracker.backbone.config == VARIANTS["pe_spatial_b16_512"]
-    assert (tracker.preset, tracker.input_size((480, 854))) == ("dino", (480, 832))
+    assert (tracker.protocol, tracker.input_size((480, 854))) == ("dino", (480, 832))
     assert tracker.propagation == {key: getattr(LabelPropagation(), key) for key in tracker.propagation}
     assert cfg.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="released")

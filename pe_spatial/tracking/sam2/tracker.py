@@ -130,9 +130,7 @@ class PESAM2(BaseModel):
         clip_of = torch.tensor([i for i, objects in enumerate(masks) for _ in objects], device=targets.device)
         step = MessageHub.get_current_instance().get_info("iter", 0)
         plan = self.prompting.draw(len(targets), np.random.default_rng((self.seed, step)))
-        return self.loss(
-            predict_clip(self.tracker, images, targets, clip_of, plan, recompute=self.recompute), targets
-        )
+        return self.loss(predict_clip(self.tracker, images, targets, clip_of, plan, recompute=self.recompute), targets)
 
     @torch.no_grad()
     def follow(self, clip: Clip) -> dict[str, Any]:

@@ -1,29 +1,34 @@
 """Score folders of predicted masks against annotations in the layouts of DAVIS, YouTube-VOS, MOSE and SA-V.
 
-Two protocols. Both leave out the first and the last annotated frame, look predictions up by the annotations' file
+There are two protocols. Both skip the first and the last annotated frame, look predictions up by the annotations' file
 names, and give J = F = 1 to an object that is in neither mask.
 
-    davis            The objects are 1 .. the largest id of the first annotated frame. An id that is skipped there is an
-                     object as well; one that appears later is ignored. 255 is void, and counts as background.
-                     A predicted id above those is an error. A sequence whose first frame holds 0 and 255 alone is
-                     binary, as in DAVIS 2016: every pixel that is not 0 is the object, in both masks.
+    davis            The objects are 1 .. the largest id of the first annotated frame, including ids skipped there;
+                     objects that appear later are ignored. 255 is void and counts as background. A larger predicted
+                     id is an error. A sequence with only 0 and 255 in its first frame is binary, as in DAVIS 2016:
+                     every nonzero pixel is the object, in both masks.
                      (davisvideochallenge/davis2017-evaluation@ac7c43f, semi-supervised)
-    vos-benchmark    The objects are the ids that scored frames of the annotation hold, 255 too. Each counts from the
-                     frame on in which it is first seen in either mask.
+    vos-benchmark    The objects are all ids in scored annotated frames, including 255. Each counts from the first
+                     frame in which either mask shows it.
                      (hkchengrex/vos-benchmark@acb4733, which has neither recall nor decay)
 
-In SA-V's layout (<video>/<object>/<frame>.png) each object is scored by itself, over its own annotated frames
+In SA-V's layout (<video>/<object>/<frame>.png) each object is scored on its own, over its own annotated frames
 (facebookresearch/sam2@2b90b9f, sav_dataset/utils/sav_benchmark.py).
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,42 +39,42 @@ from pe_spatial.tracking.vos.masks import VOID, read_binary_mask, read_mask_and_
 
 PROTOCOLS = ("davis", "vos-benchmark")
 COUNTS = {
-    "binary_sequences": "sequences annotated with 0 and 255 alone: every pixel that is not 0 is the object",
-    "skipped_ids": "ids that a first frame skips: objects all the same, which score 1 where nothing is predicted",
+    "binary_sequences": "sequences annotated with 0 and 255 alone: every nonzero pixel is the object",
+    "skipped_ids": "ids skipped in a first frame: they count as objects, which score 1 where nothing is predicted",
     "late_objects": "objects that appear after the first frame: ignored by davis, scored by vos-benchmark",
-    "void_frames": "frames with void pixels (255): background",
-    "unpredicted_objects": "annotated objects that no scored frame predicts: empty masks",
-    "invented_objects": "ids that predictions alone hold: vos-benchmark leaves them out, davis refuses them",
+    "void_frames": "frames with void pixels (255): they count as background",
+    "unpredicted_objects": "annotated objects without a prediction in any scored frame: they count as empty masks",
+    "invented_objects": "ids in predictions alone: vos-benchmark ignores them, davis refuses them",
     "gray_masks": "masks without a palette: their gray values are the ids",
 }
 
-_CHUNK = 32  # frames of one job, so that a single long sequence keeps all workers busy
-_SPLITS = ("2017/val.txt", "2016/val.txt", "480p/val.txt")  # of a DAVIS root; the last is DAVIS 2016's own archive
+_CHUNK = 32  # frames per job, so that a single long sequence keeps all workers busy
+_SPLITS = ("2017/val.txt", "2016/val.txt", "480p/val.txt")  # below a DAVIS root; the last is that of DAVIS 2016
 
 
 @dataclass(frozen=True)
 class Track:
-    """Annotated frames that are scored together: a sequence or, in SA-V's layout, one object of it."""
+    """Annotated frames that are scored together: a sequence or, in SA-V's layout, one object of a video."""
 
     sequence: str
     part: str | None  # the object's folder in SA-V's layout
     folder: Path
-    frames: tuple[str, ...]  # all annotated ones, in order, without .png
+    frames: tuple[str, ...]  # names of all annotated frames in order, without .png
     first_ids: frozenset[int]  # of the first annotated frame
     binary: bool
     protocol: str
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The frames that count: without the first and the last."""
+        """The frames that are scored: all but the first and the last."""
         return self.frames[1:-1]
 
 
 @dataclass(frozen=True)
 class FrameScores:
-    """What one frame adds to the scores of its track."""
+    """The scores of one frame of a track."""
 
-    scores: Mapping[int, tuple[float, float]]  # J and F of the ids in either mask
+    scores: Mapping[int, tuple[float, float]]  # id in either mask -> J and F
     annotated: frozenset[int]
     predicted: frozenset[int]
     counts: Mapping[str, int]
@@ -80,8 +85,8 @@ class Evaluation:
     """Scores as fractions; objects are named `<sequence>_<id>` (in SA-V's layout `<video>_<folder of the object>`).
 
     The keys of `global_results` and `per_object` are those of DAVIS's evaluator; the global values are means over all
-    objects. `per_sequence` has means over the objects of each sequence, `per_frame` each object's J and F and the
-    frames that they belong to, `counts` how often each rule of `COUNTS` was applied.
+    objects. `per_sequence` has means over the objects of each sequence, `per_frame` each object's J and F with the
+    names of the frames, `counts` how often each rule of `COUNTS` was applied.
     """
 
     protocol: str
@@ -90,6 +95,30 @@ class Evaluation:
     per_object: dict[str, dict[str, float]]
     per_frame: dict[str, dict[str, list[str] | list[float]]]
     counts: dict[str, int]
+
+    def rules(self) -> list[str]:
+        """Return one line for each rule of `COUNTS` that was applied."""
+        return [f"{count} {COUNTS[name]}" for name, count in self.counts.items() if count]
+
+    def to_json(self) -> str:
+        """Return all fields; a decay of NaN becomes null."""
+
+        def finite(node: Any) -> Any:
+            if isinstance(node, dict):
+                return {key: finite(value) for key, value in node.items()}
+            return None if isinstance(node, float) and math.isnan(node) else node
+
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
+
+    def to_csv(self) -> str:
+        """Return one line for each object."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        columns = list(next(iter(self.per_object.values())))
+        writer.writerow(["Sequence", *columns])
+        for name, values in self.per_object.items():
+            writer.writerow([name, *(f"{values[key]:.6f}" for key in columns)])
+        return text.getvalue()
 
 
 def evaluate(
@@ -105,13 +134,13 @@ def evaluate(
     """Score the masks <pred_dir>/<sequence>/<frame>.png (SA-V: <video>/<object>/<frame>.png).
 
     Args:
-        gt_dir: a root of DAVIS (Annotations/480p), SA-V (Annotations_6fps), YouTube-VOS or MOSE (Annotations), or a
+        gt_dir: root of DAVIS (Annotations/480p), SA-V (Annotations_6fps), YouTube-VOS or MOSE (Annotations), or a
             folder of sequences.
-        sequences: which ones; None for ImageSets/2017/val.txt (or that of 2016) of a DAVIS root, else for all.
-        protocol: 'davis' or 'vos-benchmark', see the module.
-        workers: processes; the result does not depend on them.
+        sequences: names; None takes ImageSets/2017/val.txt (or that of 2016) below a DAVIS root, else all sequences.
+        protocol: 'davis' or 'vos-benchmark', see the module's docstring.
+        workers: number of processes; the result does not depend on it.
         official_decay: see `statistics`.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
 
     Raises DatasetError, which names the file, for anything that cannot be scored.
     """
@@ -130,20 +159,34 @@ def evaluate(
     return summarize(frames, official_decay=official_decay)
 
 
-def read_sequences(path: str | Path) -> list[str]:
-    """Read names of sequences, one a line, or the lines of DAVIS 2016 (/JPEGImages/480p/<sequence>/00000.jpg ...)."""
+def read_sequences(source: str | Path | Sequence[str]) -> list[str]:
+    """Return names of sequences.
+
+    Args:
+        source: names, which may be joined by commas, or a file with one name per line or with the lines of DAVIS 2016
+            (/JPEGImages/480p/<sequence>/00000.jpg ...). What ends in .txt is a file.
+    """
+    if isinstance(source, str | Path):
+        source = [str(source)]
+    names: list[str] = []
+    for item in source:
+        names += _listed(Path(item)) if item.endswith(".txt") or Path(item).is_file() else item.split(",")
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def _listed(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot read the list of sequences {path}: {error}") from error
     names = [Path(line.split()[0]).parent.name if line.endswith((".jpg", ".png")) else line for line in lines if line]
     if not names:
-        raise DatasetError(f"{path} names no sequence; write one name a line")
-    return list(dict.fromkeys(names))
+        raise DatasetError(f"{path} lists no sequence; write one name per line")
+    return names
 
 
 def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol: str) -> list[Track]:
-    """Find what is to be scored, see `evaluate`; only the first annotated frames are read."""
+    """List what is scored, see `evaluate`; only the first annotated frames are read."""
     if protocol not in PROTOCOLS:
         raise DatasetError(f"protocol is {protocol!r}; choose {' or '.join(PROTOCOLS)}")
     root = Path(gt_dir)
@@ -152,36 +195,38 @@ def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol
     if sequences is None and folder == inner[0]:
         lists = [path for name in _SPLITS if (path := root / "ImageSets" / name).is_file()]
         if not lists:
-            raise DatasetError(f"{root} is a DAVIS root without ImageSets/{_SPLITS[0]}; give --sequences FILE")
+            raise DatasetError(f"{root} is a DAVIS root without ImageSets/{_SPLITS[0]}; give --sequences")
         sequences = read_sequences(lists[0])
     present = [path.name for path in _folders(folder)]
     if not present:
-        raise DatasetError(f"{folder} holds no folder of a sequence; give a dataset's root or a folder of sequences")
-    wanted = present if sequences is None else list(dict.fromkeys(sequences))
-    absent = [name for name in wanted if name not in present]
-    if absent:
-        raise DatasetError(f"{len(absent)} of {len(wanted)} sequences are not in {folder}, the first is {absent[0]}")
+        raise DatasetError(f"{folder} holds no sequences; give the root of a dataset or a folder of sequences")
+    names = present if sequences is None else list(dict.fromkeys(sequences))
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise DatasetError(f"{len(missing)} of {len(names)} sequences are not in {folder}, the first is {missing[0]}")
     tracks = []
-    for name in wanted:
+    for name in names:
         if _masks(folder / name):
             tracks.append(_open_track(name, None, folder / name, protocol))
         else:
             parts = _folders(folder / name)
             tracks += [_open_track(name, path.name, path, protocol) for path in parts]
             if not parts:
-                raise DatasetError(f"{folder / name} holds no mask; give <frame>.png, or <object>/<frame>.png as SA-V")
+                raise DatasetError(
+                    f"{folder / name} holds no mask; expected <frame>.png, or <object>/<frame>.png as in SA-V"
+                )
     return tracks
 
 
 def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Path, gray: bool = False) -> FrameScores:
-    """Score one predicted mask (H, W) uint8 by its annotation.
+    """Score one predicted mask (H, W) uint8 against its annotation.
 
     Args:
-        source: what errors call the prediction.
-        gray: whether it came from a file without a palette.
+        source: name of the prediction in error messages.
+        gray: whether the prediction comes from a file without a palette.
     """
     if pred.dtype != np.uint8:
-        raise TypeError(f"{source} is {pred.dtype}; a mask is uint8")
+        raise TypeError(f"{source} is {pred.dtype}; expected uint8")
     gt, gt_gray = _read(track, track.folder / f"{frame}.png")
     if pred.shape != gt.shape:
         raise DatasetError(
@@ -197,7 +242,7 @@ def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Pat
         if max(predicted, default=0) > highest:
             raise DatasetError(
                 f"{source} holds id {max(predicted)}, but the first annotated frame of {track.sequence} has ids up to "
-                f"{highest}; mend it, or score by --protocol vos-benchmark"
+                f"{highest}; correct it, or score with --protocol vos-benchmark"
             )
         counts["void_frames"] = int(VOID in annotated)
         annotated -= {VOID}
@@ -210,7 +255,7 @@ def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Pat
 
 
 def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: bool = False) -> Evaluation:
-    """Bring the scores of all scored frames of each track together."""
+    """Combine the scores of the scored frames of each track."""
     protocol = next(iter(frames)).protocol
     counts = Counter(dict.fromkeys(COUNTS, 0))
     per_frame: dict[str, dict[str, list[str] | list[float]]] = {}
@@ -220,7 +265,7 @@ def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: 
         _count(counts, track, scored)
         for i, start in _objects(track, scored).items():
             name = f"{track.sequence}_{track.part or i}"
-            # an id that is in neither mask of a frame scores 1
+            # an id in neither mask of a frame scores 1
             values = np.array([frame.scores.get(i, (1.0, 1.0)) for frame in scored[start:]])  # (frames, 2)
             j, f = (statistics(column, official_decay=official_decay) for column in values.T)
             per_object[name] = {
@@ -245,7 +290,7 @@ def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: 
 
 
 def _objects(track: Track, scored: Sequence[FrameScores]) -> dict[int, int]:
-    """Return the objects of a track and the scored frame from which on each counts."""
+    """Return the objects of a track, each with the index of the first scored frame that counts for it."""
     if track.protocol == "davis":
         return dict.fromkeys(range(1, max(track.first_ids) + 1), 0)
     first: dict[int, int] = {}
@@ -283,7 +328,7 @@ def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) ->
     if len(frames) < 3:
         raise DatasetError(
             f"{folder} has {len(frames)} annotated frames, and the first and the last are not scored; "
-            "leave it out of --sequences"
+            "omit it from --sequences"
         )
     path = folder / f"{frames[0]}.png"
     if part is not None:
@@ -296,15 +341,15 @@ def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) ->
         ids -= {VOID}
     if not ids and protocol == "davis":
         raise DatasetError(
-            f"{path} is the first annotated frame and shows no object; score by --protocol vos-benchmark, or leave it "
-            "out of --sequences"
+            f"{path} is the first annotated frame and shows no object; score with --protocol vos-benchmark, or omit "
+            "it from --sequences"
         )
     return Track(sequence, part, folder, frames, ids, binary, protocol)
 
 
 def _check_predictions(tracks: Sequence[Track], pred_dir: Path) -> None:
     if not pred_dir.is_dir():
-        raise DatasetError(f"{pred_dir} is no folder of predictions")
+        raise DatasetError(f"no folder of predictions at {pred_dir}")
     missing, scored = [], 0
     for track in tracks:
         folder = _predictions(track, pred_dir)
@@ -314,7 +359,7 @@ def _check_predictions(tracks: Sequence[Track], pred_dir: Path) -> None:
     if missing:
         raise DatasetError(
             f"{len(missing)} of {scored} predicted masks are missing, the first is {missing[0]}; predict every "
-            "annotated frame (the first and the last may lack), or list the sequences to score (--sequences)"
+            "annotated frame (the first and the last may be missing), or list the sequences to score (--sequences)"
         )
 
 
@@ -323,7 +368,7 @@ def _run(jobs: Sequence[tuple[Track, Path, Sequence[str]]], workers: int) -> Ite
     if workers == 1:
         yield from map(_score_chunk, jobs)
         return
-    # spawn: forking a process that runs torch's threads may hang
+    # spawn: forking a process with torch's threads may hang
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_score_chunk, jobs)
 
@@ -339,7 +384,7 @@ def _score_chunk(job: tuple[Track, Path, Sequence[str]]) -> list[FrameScores]:
 
 
 def _read(track: Track, path: Path) -> tuple[np.ndarray, bool]:
-    """Read a mask (H, W) uint8, and whether a palette is missing, where there should be one."""
+    """Read a mask (H, W) uint8, and whether it lacks a palette that it should have."""
     if track.part is not None:
         return read_binary_mask(path).view(np.uint8), False
     mask, has_palette = read_mask_and_kind(path)
@@ -347,8 +392,8 @@ def _read(track: Track, path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _ids(mask: np.ndarray) -> frozenset[int]:
-    """Return the ids in a mask (H, W) uint8, without the background 0."""
-    data = mask.tobytes()  # searched for each id, which is far cheaper than np.unique
+    """Return the ids in a mask (H, W) uint8 without the background 0."""
+    data = mask.tobytes()  # searching it for each id is far cheaper than np.unique
     return frozenset(i for i in range(1, int(mask.max(initial=0)) + 1) if bytes((i,)) in data)
 
 

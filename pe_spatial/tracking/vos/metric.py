@@ -1,4 +1,4 @@
-"""What becomes of videos that are predicted under mmengine's Runner: J&F, or files to send to a server."""
+"""Metrics for mmengine's Runner on predicted videos: J&F, or mask files for an evaluation server."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.tracking.vos.evaluation import COUNTS, PROTOCOLS, Track, find_tracks, score_frame, summarize
+from pe_spatial.tracking.vos.evaluation import PROTOCOLS, Track, find_tracks, score_frame, summarize
 from pe_spatial.tracking.vos.masks import object_id, read_mask, write_mask
 
 
 @METRICS.register_module()
 class JandFMetric(BaseMetric):
-    """J&F over whole videos; the annotations are read here, so that no loader carries them.
+    """J&F over complete videos; the metric reads the annotations itself, so data loaders need not.
 
-    Each data sample is one video: `video`, its name; `frames`, the names of its frames; `pred_masks`, for each frame an
-    index mask (H, W) uint8 (an array or tensor, or all in one (T, H, W)) or, where annotations are a folder for each
-    object as in SA-V, the masks (H, W) bool of the objects by number. Objects that are not in the frame may lack there,
-    and so may frames without annotation. Results are the `global_results` of `Evaluation`, over the predicted videos.
+    Each data sample is one video: `video` is its name, `frames` the names of its frames, and `pred_masks` has for each
+    frame an index mask (H, W) uint8 (arrays, tensors, or one (T, H, W) tensor) or, for annotations with a folder per
+    object as in SA-V, object number -> (H, W) bool. Objects that are not in the frame may be omitted, and so may frames
+    without annotation. Results are the `global_results` of `Evaluation` over the predicted videos.
 
     Args:
-        ann_dir: what `evaluate` takes as gt_dir.
+        ann_dir: `gt_dir` of `evaluate`.
         protocol: 'davis' or 'vos-benchmark', see `evaluation`.
-        save_dir: folder for the masks, <save_dir>/<video>/<frame>.png of all frames or, of the annotated ones,
-            <save_dir>/<video>/<object>/<frame>.png; tools/eval_vos.py scores them the same.
-        options: those of mmengine's `BaseMetric`.
+        save_dir: folder for the masks, <save_dir>/<video>/<frame>.png for all frames or, for the annotated frames,
+            <save_dir>/<video>/<object>/<frame>.png. tools/eval_vos.py gives them the same scores.
+        options: options of mmengine's `BaseMetric`.
     """
 
     default_prefix = "vos"
 
-    def __init__(
-        self, *, ann_dir: str, protocol: str = "davis", save_dir: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, *, ann_dir: str, protocol: str = "davis", save_dir: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         if protocol not in PROTOCOLS:
             raise ConfigError(f"protocol is {protocol!r}; choose {' or '.join(PROTOCOLS)}")
@@ -47,7 +45,7 @@ class JandFMetric(BaseMetric):
         self.save_dir = None if save_dir is None else Path(save_dir)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
-        """Score, and write, the masks of each video."""
+        """Score the masks of each video, and write them if there is a `save_dir`."""
         for sample in data_samples:
             video = sample["video"]
             predicted = dict(zip(sample["frames"], sample["pred_masks"], strict=True))
@@ -62,10 +60,10 @@ class JandFMetric(BaseMetric):
                 if missing:
                     raise DatasetError(
                         f"{len(missing)} of {len(track.scored)} annotated frames of {folder} are not predicted, the "
-                        f"first is {missing[0]}; give the loader every frame, under the annotation's name"
+                        f"first is {missing[0]}; load every frame, under the annotation's name"
                     )
                 scores[track] = [score_frame(track, name, masks[name], source=folder / name) for name in track.scored]
-            # one entry for a video, because mmengine cuts what all processes collected to the number of videos
+            # one entry per video, because mmengine truncates the collected results to the number of videos
             self.results.append(scores)
 
     def _divide(
@@ -82,9 +80,9 @@ class JandFMetric(BaseMetric):
             yield tracks[0], {frame: _array(mask) for frame, mask in predicted.items()}
             return
         numbers = {object_id(track.folder): track for track in tracks}
-        strange = sorted({i for masks in predicted.values() for i in masks if i not in numbers})
-        if strange:
-            raise DatasetError(f"object {strange[0]} is predicted in {video}, but its objects are {sorted(numbers)}")
+        unknown = sorted({i for masks in predicted.values() for i in masks if i not in numbers})
+        if unknown:
+            raise DatasetError(f"object {unknown[0]} is predicted in {video}, but its objects are {sorted(numbers)}")
         for i, track in numbers.items():
             masks = {}
             for frame in track.frames:
@@ -98,23 +96,22 @@ class JandFMetric(BaseMetric):
             yield track, masks
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the global results; the log tells which rules were applied."""
+        """Return the global results, and log which rules were applied."""
         evaluation = summarize({track: scores for video in results for track, scores in video.items()})
-        for name, count in evaluation.counts.items():
-            if count:
-                print_log(f"{count} {COUNTS[name]}", logger="current")
+        for rule in evaluation.rules():
+            print_log(rule, logger="current")
         return evaluation.global_results
 
 
 @METRICS.register_module()
 class MaskWriter(BaseMetric):
-    """Write masks and score nothing, for sets whose annotations a server keeps (MOSE, YouTube-VOS, DAVIS' test-dev).
+    """Write masks without scoring, for datasets with annotations on a server (MOSE, YouTube-VOS, DAVIS' test-dev).
 
     Data samples are those of `JandFMetric`.
 
     Args:
-        save_dir: folder for <video>/<frame>.png or, of masks by object, <video>/<object>/<frame>.png with three digits.
-        options: those of mmengine's `BaseMetric`.
+        save_dir: folder for <video>/<frame>.png or, for masks by object, <video>/<object>/<frame>.png (three digits).
+        options: options of mmengine's `BaseMetric`.
     """
 
     default_prefix = "vos"
@@ -136,7 +133,7 @@ class MaskWriter(BaseMetric):
             self.results.append(sample["video"])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return how many videos there are."""
+        """Return the number of videos."""
         return {"videos": len(results)}
 
 

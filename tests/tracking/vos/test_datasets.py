@@ -73,7 +73,7 @@ def test_youtube_vos_and_mose_have_no_480p_and_few_masks(davis):
     assert begins(cat) == begins(dog) == {"00000": [1], "00001": [2]}
     (davis / "Annotations/cat/00000.png").unlink()
     assert begins(dataset(davis, late_objects=True)[0]) == {"00001": [1, 2]}
-    with pytest.raises(DatasetError, match=r"the first frame of .*cat has no mask .*cat/00000\.png.* need late_objects"):
+    with pytest.raises(DatasetError, match=r"first frame of .*cat has no mask .*cat/00000\.png.* need late_objects"):
         dataset(davis)
 
 
