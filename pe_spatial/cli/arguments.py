@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -102,6 +103,16 @@ def swap_options(args: argparse.Namespace) -> dict[str, Any]:
     if options.get("checkpoint") == "none":
         options["checkpoint"] = None
     return options
+
+
+def variant(text: str) -> str | dict[str, Any]:
+    """Parse an encoder: a name, 'timm:NAME', or JSON with the fields of a custom one, '{"img_size": 192, ...}'."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
 
 
 def comma_separated(text: str) -> list[int]:

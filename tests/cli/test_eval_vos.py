@@ -73,12 +73,13 @@ def test_options(tmp_path):
     first = json.loads((tmp_path / "scores.json").read_text())
     assert first["per_object"]["a_9"]["J-Decay"] == 0
     assert first["protocol"] == "vos-benchmark"
+    options[1] = "a"  # the name itself
     tool("eval_vos", "gt", "pred", *options, "--official-decay", cwd=tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text())["global_results"]["F-Decay"] is None
     error = failing("gt", "pred", cwd=tmp_path)
     assert error == (
         "error: gt/unlisted has 1 annotated frames, and the first and the last are not scored; "
-        "leave it out of --sequences"
+        "omit it from --sequences"
     )
 
 

@@ -134,13 +134,13 @@ def test_numbers_that_are_no_click(text):
 
 def test_prompts_that_contradict_or_lack(tmp_path):
     empty = Namespace(points=None, box=None, mask=None)
-    with pytest.raises(ConfigError, match="no object to follow"):
+    with pytest.raises(ConfigError, match="no object to track"):
         track.read_prompts(empty)
     twice = Namespace(points=None, box=[(0, 1, [1, 2, 3, 4])] * 2, mask=None)
     with pytest.raises(ConfigError, match="two prompts --box on frame 0"):
         track.read_prompts(twice)
     write_mask(tmp_path / "none.png", np.full((4, 4), 255, np.uint8))
-    with pytest.raises(DatasetError, match=r"none\.png holds no object"):
+    with pytest.raises(DatasetError, match=r"none\.png shows no object"):
         track.read_prompts(Namespace(points=None, box=None, mask=[str(tmp_path / "none.png")]))
 
 

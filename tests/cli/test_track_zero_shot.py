@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmengine")
-from pe_spatial.tracking.vos.video import Clip, list_frames
 from test_zero_shot import SIZE, TINY, moving, write_davis
 
 from pe_spatial import PerceptionEncoder
+from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.evaluation import evaluate
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "track_zero_shot.py")
-VARIANT = ",".join(f"{name}={value}" for name, value in TINY.items())
+VARIANT = json.dumps(TINY)
 
 
 @pytest.fixture
@@ -69,11 +69,11 @@ def test_davis_is_tracked_and_scored(track, davis, tmp_path):
         type="PerceptionEncoder", variant=TINY, init_cfg=dict(type="Pretrained", checkpoint=tmp_path / "encoder.pt")
     )
     folder = davis / "JPEGImages" / "480p" / "dog"
-    first, frames = Clip("dog", list_frames(folder), davis / "Annotations/480p/dog/00000.png").load()
+    first, frames = Clip.open(folder, davis / "Annotations/480p/dog/00000.png").load()
     for name, (mask,) in ZeroShotTracker(encoder, size=96).track(frames, first):
         assert np.array_equal(read_mask(out / "dog" / f"{name}.png"), mask)
     scores = evaluate(davis, out).global_results
-    assert "2 of 2 sequences have ground truth" in printed
+    assert "2 of 2 sequences have masks of all frames" in printed
     assert f"J&F-Mean {100 * scores['J&F-Mean']:.1f}" in printed
     assert "1 objects that appear after the first frame" in printed
     assert "1 frames with void pixels" in printed
@@ -81,9 +81,10 @@ def test_davis_is_tracked_and_scored(track, davis, tmp_path):
 
 def test_sequences_without_ground_truth_are_tracked_and_not_scored(track, davis, tmp_path):
     (davis / "Annotations" / "480p" / "dog" / "00002.png").unlink()
-    assert "1 of 2 sequences have ground truth" in track("--davis", davis)
+    assert "1 of 2 sequences have masks of all frames" in track("--davis", davis)
     (davis / "Annotations" / "480p" / "cat" / "00004.png").unlink()
     (davis / "some.txt").write_text("cat\n")
+    assert "0 of 1 sequences" in track("--davis", davis, "--sequences", "cat", "--out", tmp_path / "named")
     printed = track("--davis", davis, "--sequences", davis / "some.txt", "--out", tmp_path / "other")
     assert "0 of 1 sequences" in printed
     assert "J&F" not in printed
@@ -117,7 +118,7 @@ def test_one_video_file_with_an_overlay(track, tmp_path):
         writer.write(np.ascontiguousarray(rgb[..., ::-1]))
     writer.release()
     write_mask(tmp_path / "first.png", video[0][2])
-    track("--video", tmp_path / "cat.mp4", "--mask", tmp_path / "first.png", "--overlay", "--preset", "aligned")
+    track("--video", tmp_path / "cat.mp4", "--mask", tmp_path / "first.png", "--overlay", "--protocol", "aligned")
     out = tmp_path / "out"
     assert list(masks_in(out)) == [f"cat/{i:05d}.png" for i in range(5)]
     capture = cv2.VideoCapture(str(out / "cat.mp4"))
@@ -141,7 +142,7 @@ def test_a_broken_sequence_is_absent_and_the_next_call_goes_on_with_it(track, da
     assert sorted(p.name for p in out.iterdir()) == ["cat", "settings.json"]
     before = (out / "cat" / "00001.png").stat().st_mtime_ns
     frame.write_bytes(data)
-    assert "1 of 2 sequences are there already" in track("--davis", davis)
+    assert "1 of 2 sequences are complete already" in track("--davis", davis)
     assert (out / "cat" / "00001.png").stat().st_mtime_ns == before
     assert len(masks_in(out)) == 10
     track("--davis", davis, "--out", tmp_path / "whole")
@@ -153,9 +154,9 @@ def test_a_killed_run_resumes_at_the_next_sequence(track, tmp_path):
     command = [sys.executable, TOOL, "--variant", VARIANT, "--checkpoint", "none", "--size", "96", "--davis", davis]
     command += ["--out", tmp_path / "out", "--layers", "0,1"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    half = tmp_path / "out" / "layer_00" / ".dog.unfinished"
+    root = tmp_path / "out" / "layer_00"
     try:
-        while not list(half.glob("*.png")):
+        while not list(root.glob(".dog.*/*.png")):
             assert process.poll() is None
             time.sleep(0.005)
     finally:
@@ -164,10 +165,10 @@ def test_a_killed_run_resumes_at_the_next_sequence(track, tmp_path):
     for layer in ("layer_00", "layer_01"):
         assert (tmp_path / "out" / layer / "cat").is_dir()
         assert not (tmp_path / "out" / layer / "dog").exists()
-    assert "1 of 2 sequences are there already" in track("--davis", davis, "--layers", "0,1")
-    assert not half.exists()
+    assert "1 of 2 sequences are complete already" in track("--davis", davis, "--layers", "0,1")
+    assert not list(root.glob(".*"))
     (tmp_path / "out" / "layer_01" / "dog").rename(tmp_path / "dog")  # a kill between two layers
-    assert "1 of 2 sequences are there already" in track("--davis", davis, "--layers", "0,1")
+    assert "1 of 2 sequences are complete already" in track("--davis", davis, "--layers", "0,1")
     assert same(masks_in(tmp_path / "dog"), masks_in(tmp_path / "out" / "layer_01" / "dog"))
     assert sorted(path.name for path in (tmp_path / "out" / "layer_00").iterdir()) == ["cat", "dog"]
 
@@ -185,13 +186,14 @@ def test_results_of_other_settings_are_not_mixed(track, davis, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--video", "absent.mp4"], "--video and --mask belong together"),
+        (["--video", "absent.mp4"], "--video needs --mask"),
         (["--video", "absent.mp4", "--mask", "first.png"], r"no video at absent\.mp4"),
-        (["--video", "a.mp4", "--mask", "first.png", "--sequences", "val.txt"], "--sequences chooses from --davis"),
+        (["--video", "a.mp4", "--mask", "first.png", "--sequences", "val.txt"], "--sequences selects from --davis"),
         (["--davis", "absent"], r"no folder absent/JPEGImages"),
         (["--davis", "DAVIS", "--layers", "all", "--overlay"], "--overlay draws the masks of one layer"),
         (["--davis", "DAVIS", "--layer", "9"], "out_indices"),
         (["--davis", "DAVIS", "--sequences", "absent.txt"], r"cannot read the list of sequences absent\.txt"),
+        (["--davis", "DAVIS", "--protocol", "davis"], "protocol is 'davis'; allowed are 'dino', 'aligned'"),
         (["--davis", "DAVIS", "--topk", "0"], "topk is 0"),
         (["--davis", "DAVIS", "--size", "10"], "raise size, which is 10"),
     ],
@@ -206,4 +208,4 @@ def test_small_objects_are_named(track, davis):
     mask = read_mask(path)
     mask[0, 0] = 3
     write_mask(path, mask)
-    assert "cat: too small for a patch, not followed: objects 3" in track("--davis", davis)
+    assert "cat: objects 3 are too small for a patch" in track("--davis", davis)

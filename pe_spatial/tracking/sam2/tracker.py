@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers optimizers and hooks)
 from pe_spatial.encoder.checkpoint import load_checkpoint
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.planning.registry import register_example, total_loss
 from pe_spatial.tracking.sam2.losses import MultiStepLoss
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD, build_pe_sam2, load_sam2_weights
@@ -161,6 +161,28 @@ class PESAM2(BaseModel):
         for _ in range(self.corrections if truth else 0):
             found |= tracker.refine({i: _click(mask, found[i].cpu().numpy()) for i, mask in truth.items()})
         return {i: mask.cpu().numpy() for i, mask in found.items()}
+
+
+def track_clip(
+    tracker: StreamingTracker, clip: Clip, prompts: Mapping[int, Mapping[int, Prompt]]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield the name, the image (H, W, 3) uint8 RGB and the index mask (H, W) uint8 of each frame.
+
+    Args:
+        tracker: with masks that do not overlap.
+        clip: its own masks are not read.
+        prompts: frame number -> object id -> `Prompt`.
+
+    Raises DatasetError for a prompt on a frame that does not exist.
+    """
+    count = 0
+    for name, rgb in clip.read():
+        masks = tracker.step(rgb, prompts.get(count))
+        count += 1
+        yield name, rgb, join_masks({i: mask.cpu().numpy() for i, mask in masks.items()}, rgb.shape[:2])
+    beyond = [frame for frame in prompts if frame >= count]
+    if beyond:
+        raise DatasetError(f"{clip.name} has {count} frames, so there is no frame {min(beyond)} to prompt on")
 
 
 def _click(truth: np.ndarray, predicted: np.ndarray | None = None) -> Prompt:
