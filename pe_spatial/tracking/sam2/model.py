@@ -1,10 +1,10 @@
 """SAM 2.1 with a Perception Encoder as its image encoder: the trunk, its neck, and the model around them.
 
-Everything but the image encoder is the package `sam2`'s own classes, unmodified. It is imported when the first model is
-built, because importing it initializes hydra.
+Everything but the image encoder is built from unmodified classes of the package `sam2`. It is imported when the first
+model is built, because importing it initializes hydra.
 
-Every grid of g x g tokens counts as one of stride 16: the model works on images of 16 g pixels a side, and the trunk
-brings them to g patches of whatever side the encoder has. So models of patch 14 and 16 differ in the encoder alone.
+A grid of g x g tokens counts as stride 16 for every encoder: the model works on images of 16 g pixels per side, and the
+trunk resizes them to g patches per side. Models of patch size 14 and 16 differ in the encoder alone.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
 STRIDE = 16
-"""Pixels of the model's image to a token, whatever the encoder's patch size."""
+"""Pixels of the model's image per token, for every patch size of the encoder."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of R, G, B in the range 0 to 1: how sam2 normalizes images."""
+"""Statistics of R, G, B in the range 0 to 1 with which sam2 normalizes images."""
 
 PE_MEAN = PE_STD = 0.5
 
@@ -61,7 +61,7 @@ RELEASE_FLAGS: dict[str, Any] = {
     "multimask_max_pt_num": 1,
     "use_mlp_for_obj_ptr_proj": True,
 }
-"""What SAM 2.1 sets otherwise than `SAM2Base` (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
+"""Options of SAM 2.1 that differ from `SAM2Base`'s defaults (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
 
 _ENCODER = "image_encoder."
 _log = logging.getLogger(__name__)
@@ -71,18 +71,18 @@ class PETrunk(nn.Module):
     """A Perception Encoder as the trunk of sam2's `ImageEncoder`.
 
     Up to the pretraining grid it runs as released. Above it most blocks attend in windows of the pretraining grid, with
-    learned positions tiled and rotary positions compressed: PE gets worse when larger images are fed to it as a whole.
+    learned positions tiled and rotary positions compressed, because the released geometry gets worse on larger images.
 
     Args:
         variant: as in `PerceptionEncoder`.
-        grid: tokens a side.
-        image_size: pixels a side of the images that come, normalized with ImageNet's statistics.
-        out_index: the block whose output is returned.
-        frozen: run in evaluation mode and without autograd (as far as `frozen_stages`, where `options` give it).
-        options: of `PerceptionEncoder`. Without `window_size` they add to the geometry above; with it they are the
-            whole geometry (`dict(window_size=None)` is the released one at every grid).
+        grid: tokens per side.
+        image_size: pixels per side of the input images, which are normalized with ImageNet's statistics.
+        out_index: block whose output is returned.
+        frozen: run in evaluation mode and without autograd (up to `frozen_stages` if `options` contain it).
+        options: options of `PerceptionEncoder`. Without `window_size` they add to the geometry above; with it they are
+            the complete geometry (`dict(window_size=None)` is the released one at every grid).
 
-    Raises ConfigError for a grid above the pretraining grid of an encoder whose global blocks were never published.
+    Raises ConfigError for a grid above the pretraining grid if the encoder has no published global blocks.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ def _geometry(config: EncoderConfig, grid: int) -> dict[str, Any]:
 
 
 class PENeck(nn.Module):
-    """The simple feature pyramid as the neck of sam2's `ImageEncoder`: strides 4, 8 and 16 from the trunk's one map.
+    """The simple feature pyramid as the neck of sam2's `ImageEncoder`: strides 4, 8 and 16 from the trunk's map.
 
     Args:
-        position_encoding: map (B, C, h, w) -> its positions; sam2's `PositionEmbeddingSine`.
+        position_encoding: map (B, C, h, w) -> encodings of its positions; sam2's `PositionEmbeddingSine`.
         d_model: channels of every level.
-        backbone_channel_list: channels of the trunk's map, in a list.
+        backbone_channel_list: channels of the trunk's map, as a list of one.
     """
 
     def __init__(self, position_encoding: nn.Module, *, d_model: int, backbone_channel_list: Sequence[int]) -> None:
@@ -156,17 +156,17 @@ class PENeck(nn.Module):
         self.position_encoding = position_encoding
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """[(B, C, g, g)] -> levels (B, d_model, 4g, 4g), (.., 2g, 2g), (.., g, g) and their positions, alike."""
+        """[(B, C, g, g)] -> levels (B, d_model, 4g, 4g), (.., 2g, 2g), (.., g, g) and encodings of their positions."""
         levels = list(self.pyramid(maps))
         return levels, [self.position_encoding(level).to(level.dtype) for level in levels]
 
 
 class ResizingMaskDownSampler(nn.Module):
-    """sam2's `MaskDownSampler`, which divides by 16, behind a resize: for images of another size than 16 g.
+    """A resize to 16 g pixels before sam2's `MaskDownSampler`, which divides by 16; for images of other sizes.
 
     Args:
-        downsampler: the stock one; the parameters keep its names.
-        grid: tokens a side.
+        downsampler: sam2's; the parameters keep its names.
+        grid: tokens per side.
     """
 
     def __init__(self, downsampler: nn.Module, grid: int) -> None:
@@ -179,7 +179,7 @@ class ResizingMaskDownSampler(nn.Module):
         return self.encoder(F.interpolate(masks, self.size, mode="bilinear", align_corners=False, antialias=True))
 
 
-def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and the dimensions that tests make small)
+def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dimensions that tests make small)
     variant: str | EncoderConfig | Mapping[str, Any],
     grid: int,
     *,
@@ -199,25 +199,25 @@ def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and th
 
     Args:
         variant: as in `PerceptionEncoder`.
-        grid: tokens a side: 32 is the pretraining grid of every PE-Spatial, 64 SAM 2.1's, 72 SAM 3's; any is allowed.
-        out_index: the encoder's block to read.
-        frozen: whether the encoder is (the neck never is).
-        encoder_options: of `PerceptionEncoder`, as `options` in `PETrunk`.
-        checkpoint: the encoder's weights, as in `load_checkpoint`; None leaves them random. `load_sam2_weights` fills
-            the rest, `load_tracker_weights` all of it.
-        cls: 'base' (`SAM2Base`), 'video' (`SAM2VideoPredictor`), or a subclass of the former.
-        flags: of `cls`; they override `RELEASE_FLAGS`.
-        true_stride: work on images of `grid * patch_size` pixels instead of `16 * grid`, masks included. For a patch of
-            14 that takes SAM 3's way to reduce masks (`ResizingMaskDownSampler`). No parameter changes.
+        grid: tokens per side: 32 is the pretraining grid of every PE-Spatial, 64 SAM 2.1's, 72 SAM 3's; any is allowed.
+        out_index: block of the encoder to read.
+        frozen: freeze the encoder (the neck is always trained).
+        encoder_options: options of `PerceptionEncoder`, see `options` in `PETrunk`.
+        checkpoint: weights of the encoder, as in `load_checkpoint`; None leaves them random. `load_sam2_weights` loads
+            the other weights, `load_tracker_weights` all of them.
+        cls: 'base' (`SAM2Base`), 'video' (`SAM2VideoPredictor`), or a subclass of `SAM2Base`.
+        flags: options of `cls`; they override `RELEASE_FLAGS`.
+        true_stride: work on images and masks of `grid * patch_size` pixels instead of `16 * grid`. Patch 14 then needs
+            SAM 3's way to downsample masks (`ResizingMaskDownSampler`). The parameters stay the same.
         d_model: width, a multiple of 8.
         mem_dim: channels of a memory, a multiple of 4 that divides `d_model`.
-        layers: of the memory attention.
-        feedforward: hidden width in them.
+        layers: number of layers of the memory attention.
+        feedforward: hidden width in those layers.
 
-    Raises ConfigError if sam2 is missing and for sizes that do not fit.
+    Raises ConfigError if sam2 is not installed and for sizes that do not fit together.
     """
     if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
-        raise ConfigError(f"grid is {grid!r}; it is the number of tokens a side, for instance 32 or 64")
+        raise ConfigError(f"grid is {grid!r}; it is the number of tokens per side, for example 32 or 64")
     if d_model % 8 or mem_dim % 4 or d_model % mem_dim:
         raise ConfigError(f"d_model {d_model} must be a multiple of 8, and mem_dim {mem_dim} one of 4 that divides it")
     try:
@@ -226,10 +226,7 @@ def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and th
         raise ConfigError(
             f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"
         ) from error
-    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
-    from sam2.modeling.sam.transformer import RoPEAttention
 
     patch = (encoder_options or {}).get("patch_size") or get_config(variant).patch_size
     stride = patch if true_stride else STRIDE
@@ -240,6 +237,21 @@ def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and th
     if checkpoint is not None:
         load_checkpoint(trunk.encoder, checkpoint)
     neck = PENeck(PositionEmbeddingSine(d_model), d_model=d_model, backbone_channel_list=trunk.channel_list)
+    model: SAM2Base = _class(cls)(
+        image_encoder=ImageEncoder(trunk, neck),
+        memory_attention=_memory_attention(grid, d_model, mem_dim, layers, feedforward),
+        memory_encoder=_memory_encoder(grid, d_model, mem_dim, resize_masks=stride != STRIDE),
+        image_size=image_size,
+        backbone_stride=stride,
+        **{**RELEASE_FLAGS, **(flags or {})},
+    )
+    return model.eval()
+
+
+def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> nn.Module:
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.sam.transformer import RoPEAttention
+
     rope = dict(embedding_dim=d_model, num_heads=1, dropout=0.1, feat_sizes=(grid, grid))
     layer = MemoryAttentionLayer(
         activation="relu",
@@ -252,31 +264,17 @@ def build_pe_sam2(  # noqa: PLR0913  (the encoder's options, the model's, and th
         pos_enc_at_cross_attn_keys=True,
         pos_enc_at_cross_attn_queries=False,
     )
-    downsampler: nn.Module = MaskDownSampler(embed_dim=d_model, kernel_size=3, stride=2, padding=1)
-    memory_encoder = MemoryEncoder(
-        out_dim=mem_dim,
-        in_dim=d_model,
-        mask_downsampler=downsampler if stride == STRIDE else ResizingMaskDownSampler(downsampler, grid),
-        fuser=Fuser(CXBlock(d_model), num_layers=2),
-        position_encoding=PositionEmbeddingSine(mem_dim),
-    )
-    model: SAM2Base = _class(cls)(
-        image_encoder=ImageEncoder(trunk, neck),
-        memory_attention=MemoryAttention(d_model=d_model, pos_enc_at_input=True, layer=layer, num_layers=layers),
-        memory_encoder=memory_encoder,
-        image_size=image_size,
-        backbone_stride=stride,
-        **{**RELEASE_FLAGS, **(flags or {})},
-    )
-    _begin_in_place(model.memory_attention)
-    return model.eval()
+    attention = MemoryAttention(d_model=d_model, pos_enc_at_input=True, layer=layer, num_layers=layers)
+    _prefer_same_position(attention)
+    return attention
 
 
-def _begin_in_place(attention: nn.Module) -> None:
-    """Let every place begin by reading the same place of each memory; weights of a trained tracker overwrite it.
+def _prefer_same_position(attention: nn.Module) -> None:
+    """Initialize memory attention so that each position reads the same position of each memory.
 
-    Rotary positions turn constants in queries and keys into a preference for what is near. Ours: from random weights
-    attention reads all places alike, and finds out very late that masks move little from frame to frame.
+    Rotary positions turn constants in queries and keys into a preference for what is near. This initialization is ours:
+    with random weights attention reads all positions alike, and learns very late that masks move little from frame to
+    frame. Weights of a trained tracker overwrite it.
     """
     with torch.no_grad():
         for layer in attention.layers:
@@ -285,26 +283,40 @@ def _begin_in_place(attention: nn.Module) -> None:
                 projection.bias[0::2] = 2.0  # real parts; a logit of about 4 / sqrt(d) for each rotary frequency
 
 
+def _memory_encoder(grid: int, d_model: int, mem_dim: int, *, resize_masks: bool) -> nn.Module:
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+
+    downsampler: nn.Module = MaskDownSampler(embed_dim=d_model, kernel_size=3, stride=2, padding=1)
+    return MemoryEncoder(
+        out_dim=mem_dim,
+        in_dim=d_model,
+        mask_downsampler=ResizingMaskDownSampler(downsampler, grid) if resize_masks else downsampler,
+        fuser=Fuser(CXBlock(d_model), num_layers=2),
+        position_encoding=PositionEmbeddingSine(mem_dim),
+    )
+
+
 def _class(cls: str | type[SAM2Base]) -> type[SAM2Base]:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-    found = {"base": SAM2Base, "video": SAM2VideoPredictor}.get(cls) if isinstance(cls, str) else cls
-    if not (isinstance(found, type) and issubclass(found, SAM2Base)):
+    chosen = {"base": SAM2Base, "video": SAM2VideoPredictor}.get(cls) if isinstance(cls, str) else cls
+    if not (isinstance(chosen, type) and issubclass(chosen, SAM2Base)):
         raise ConfigError(f"cls is {cls!r}; allowed are 'base', 'video' and subclasses of SAM2Base")
-    return found
+    return chosen
 
 
 def load_sam2_weights(model: SAM2Base, source: str | Path) -> None:
     """Load a SAM 2.1 checkpoint into all of `model` but its image encoder, strictly.
 
-    No tensor depends on the grid, so the files of facebook/sam2.1-hiera-* fit at every grid of a model of the default
-    dimensions. They were trained at 64: a smaller grid uses the first of the rotary positions that they know, and a
-    larger one runs past them.
+    No tensor depends on the grid, so the files of facebook/sam2.1-hiera-* fit every grid of a model with the default
+    dimensions. They were trained at grid 64: a smaller grid uses the first of the trained rotary positions, a larger
+    one extrapolates.
 
     Args:
-        model: of `build_pe_sam2`, or a subclass.
-        source: as in `load_checkpoint`. What the file says of the image encoder is left out.
+        model: from `build_pe_sam2`.
+        source: as in `load_checkpoint`. Weights of the file's image encoder are ignored.
 
     Raises CheckpointError, listing both sides, if the rest does not map one to one.
     """
@@ -314,11 +326,11 @@ def load_sam2_weights(model: SAM2Base, source: str | Path) -> None:
 
 
 def load_tracker_weights(model: SAM2Base, source: str | Path) -> None:
-    """Load a whole trained tracker, encoder included, strictly.
+    """Load a complete trained tracker, including the encoder, strictly.
 
     Args:
-        model: of `build_pe_sam2`, or a subclass.
-        source: as in `load_checkpoint`; in the file the tracker may be a part of a larger model.
+        model: from `build_pe_sam2`.
+        source: as in `load_checkpoint`; the file may hold a larger model that contains the tracker.
 
     Raises CheckpointError, listing both sides, if it does not map one to one.
     """
@@ -334,6 +346,6 @@ def _load(model: SAM2Base, state: Mapping[str, Tensor], path: Path, names: Seque
     ours = model.state_dict()
     problems = mismatch(state, {name: ours[name] for name in names})
     if problems:
-        raise CheckpointError(f"{path} does not hold the weights of this tracker. {problems}. Give the right file")
+        raise CheckpointError(f"{path} does not hold the weights of this tracker. {problems}. Give a matching file")
     model.load_state_dict({**ours, **state})
-    _log.info("%s: %d tensors of a tracker", path, len(state))
+    _log.info("%s: loaded %d tensors of a tracker", path, len(state))

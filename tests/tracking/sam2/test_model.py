@@ -292,7 +292,7 @@ def test_the_encoders_own_checkpoint(tmp_path, tiny):
 
 @pytest.mark.parametrize("grid", [0, -4, 4.0, True, (4, 4), None])
 def test_grids_that_are_none(grid):
-    with pytest.raises(ConfigError, match="number of tokens a side"):
+    with pytest.raises(ConfigError, match="number of tokens per side"):
         build_pe_sam2(TINY, grid, **SMALL)
 
 
