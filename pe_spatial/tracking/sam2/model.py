@@ -61,7 +61,7 @@ RELEASE_FLAGS: dict[str, Any] = {
     "multimask_max_pt_num": 1,
     "use_mlp_for_obj_ptr_proj": True,
 }
-"""Options of SAM 2.1 that differ from `SAM2Base`'s defaults (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
+"""SAM 2.1's options that differ from `SAM2Base`'s (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
 
 _ENCODER = "image_encoder."
 _log = logging.getLogger(__name__)
@@ -216,16 +216,9 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
 
     Raises ConfigError if sam2 is not installed and for sizes that do not fit together.
     """
-    if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
-        raise ConfigError(f"grid is {grid!r}; it is the number of tokens per side, for example 32 or 64")
-    if d_model % 8 or mem_dim % 4 or d_model % mem_dim:
-        raise ConfigError(f"d_model {d_model} must be a multiple of 8, and mem_dim {mem_dim} one of 4 that divides it")
-    try:
-        from sam2.modeling.backbones.image_encoder import ImageEncoder
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"
-        ) from error
+    _check_sizes(grid, d_model, mem_dim)
+    _require_sam2()
+    from sam2.modeling.backbones.image_encoder import ImageEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
 
     patch = (encoder_options or {}).get("patch_size") or get_config(variant).patch_size
@@ -246,6 +239,22 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
         **{**RELEASE_FLAGS, **(flags or {})},
     )
     return model.eval()
+
+
+def _check_sizes(grid: int, d_model: int, mem_dim: int) -> None:
+    if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
+        raise ConfigError(f"grid is {grid!r}; it is the number of tokens per side, for example 32 or 64")
+    if d_model % 8 or mem_dim % 4 or d_model % mem_dim:
+        raise ConfigError(f"d_model {d_model} must be a multiple of 8, and mem_dim {mem_dim} one of 4 that divides it")
+
+
+def _require_sam2() -> None:
+    try:
+        import sam2  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"
+        ) from error
 
 
 def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> nn.Module:
