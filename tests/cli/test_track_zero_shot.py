@@ -24,7 +24,8 @@ from pe_spatial.tracking.vos.evaluation import evaluate
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
-TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "track_zero_shot.py")
+REPO = Path(__file__).resolve().parents[2]
+TOOL = str(REPO / "tools" / "track_zero_shot.py")
 VARIANT = json.dumps(TINY)
 
 
@@ -153,7 +154,7 @@ def test_a_killed_run_resumes_at_the_next_sequence(track, tmp_path):
     davis = write_davis(tmp_path / "davis", count=20)
     command = [sys.executable, TOOL, "--variant", VARIANT, "--checkpoint", "none", "--size", "96", "--davis", davis]
     command += ["--out", tmp_path / "out", "--layers", "0,1"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     root = tmp_path / "out" / "layer_00"
     try:
         while not list(root.glob(".dog.*/*.png")):
@@ -175,7 +176,7 @@ def test_a_killed_run_resumes_at_the_next_sequence(track, tmp_path):
 
 def test_results_of_other_settings_are_not_mixed(track, davis, tmp_path):
     track("--davis", davis)
-    with pytest.raises(SystemExit, match=r"^error: .*out holds results with another radius \(12\), topk \(5\); give"):
+    with pytest.raises(SystemExit, match=r"^error: .*out holds results with another radius \(12\), topk \(5\); choose"):
         track("--davis", davis, "--radius", "0", "--topk", "3")
     with pytest.raises(SystemExit, match=r"another davis \(.*davis\);"):
         track("--davis", write_davis(tmp_path / "moved"))

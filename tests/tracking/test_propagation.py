@@ -81,7 +81,7 @@ def test_masks_are_the_references(golden_case, case, setting):
         features,
         soft,
         context=options["n_last_frames"],
-        radius=options["neighborhood_radius"] or None,
+        radius=options["neighbourhood_radius"] or None,
         topk=options["topk"],
         temperature=description["temperature"],
     )
@@ -95,7 +95,7 @@ def test_defaults_are_the_scripts(golden_case):
     options = golden_case("propagation_15x20")[0]["settings"]["default"]
     ours = LabelPropagation()
     assert [ours.context, ours.radius, ours.topk] == [
-        options[key] for key in ("n_last_frames", "neighborhood_radius", "topk")
+        options[key] for key in ("n_last_frames", "neighbourhood_radius", "topk")
     ]
     assert (ours.temperature, ours.shape) == (0.1, "square")
 

@@ -225,7 +225,7 @@ def test_options_are_checked():
             build(**options)
     with pytest.raises(ConfigError, match=r"less than one patch of 16 px; raise size, which is 10"):
         build(size=10).grid((480, 854))
-    with pytest.raises(ConfigError, match="is not trained"):
+    with pytest.raises(ConfigError, match="cannot be trained"):
         build().forward([], mode="loss")
     with pytest.raises(ConfigError, match="one layer is evaluated at a time"):
         build(out_indices=[0, 1]).forward([], mode="predict")

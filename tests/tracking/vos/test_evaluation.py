@@ -272,7 +272,7 @@ def test_long_videos_keep_their_order_and_their_decay(tmp_path):
 def test_only_late_objects_belong_to_vos_benchmark(tmp_path):
     write(tmp_path / "gt/a", [squares(), squares(), squares(5), squares(5), squares(5)])
     write(tmp_path / "pred/a", [squares(), squares(), squares(5), squares(), squares()])
-    with pytest.raises(DatasetError, match=r"a/00000\.png .* shows no object; score by --protocol vos-benchmark"):
+    with pytest.raises(DatasetError, match=r"a/00000\.png .* shows no object; score with --protocol vos-benchmark"):
         evaluate(tmp_path / "gt", tmp_path / "pred")
     result = evaluate(tmp_path / "gt", tmp_path / "pred", protocol="vos-benchmark")
     assert result.per_frame["a_5"] == {"frames": ["00002", "00003"], "J": [1, 0], "F": [1, 0]}
@@ -302,7 +302,7 @@ def test_missing_frames_are_counted_and_the_first_is_named(folders):
     shutil.rmtree(folders[1] / "a")
     refused(folders, r"6 of 8 .* the first is .*pred/a/00001\.png")
     shutil.rmtree(folders[1])
-    refused(folders, "pred is no folder of predictions")
+    refused(folders, "no folder of predictions at .*pred")
 
 
 def test_a_prediction_of_another_size_that_a_worker_finds(folders):
@@ -319,7 +319,7 @@ def test_folders_without_masks(folders):
     gt, pred = folders
     (gt / "c").mkdir()
     refused(folders, "gt/c holds no mask")
-    refused((pred / "a", pred), "a holds no folder of a sequence")
+    refused((pred / "a", pred), "a holds no sequences")
     refused((gt / "absent", pred), "absent holds no folder of a sequence")
 
 
