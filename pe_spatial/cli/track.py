@@ -22,7 +22,7 @@ from pe_spatial.errors import ConfigError, DatasetError
 if TYPE_CHECKING:
     import numpy as np
 
-    from pe_spatial.tracking.sam2.streaming import Prompt
+    from pe_spatial.tracking.sam2.prompts import Prompt
 
 MAX_ID = 254  # 255 is void in index masks
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> dict[int, dict[int, Prompt]]:
     """Return frame -> object id -> `Prompt`."""
-    from pe_spatial.tracking.sam2.streaming import Prompt
+    from pe_spatial.tracking.sam2.prompts import Prompt
 
     fields: dict[tuple[int, int], dict[str, Any]] = {}
     for frame, i, (x, y, *label) in args.points or ():

@@ -89,7 +89,7 @@ def test_a_file_from_clicks(folder, tmp_path):
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ([(0, 1, [70, 20])], r"point at \[70.0, 20.0\], outside of the frame of 64x48"),
+        ([(0, 1, [70, 20])], r"point at \[70.0, 20.0\], outside the frame of 64x48"),
         ([(0, 1, [20, 20]), (7, 1, [20, 20])], "has 4 frames, so there is no frame 7"),
     ],
 )

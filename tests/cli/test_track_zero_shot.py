@@ -154,7 +154,8 @@ def test_a_killed_run_resumes_at_the_next_sequence(track, tmp_path):
     davis = write_davis(tmp_path / "davis", count=20)
     command = [sys.executable, TOOL, "--variant", VARIANT, "--checkpoint", "none", "--size", "96", "--davis", davis]
     command += ["--out", tmp_path / "out", "--layers", "0,1"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    environ = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
     root = tmp_path / "out" / "layer_00"
     try:
         while not list(root.glob(".dog.*/*.png")):

@@ -1,9 +1,9 @@
-"""Track objects through a stream of frames with a SAM 2 model, in memory that does not grow.
+"""Track objects through a stream of frames with a SAM 2 model, in constant memory.
 
 Shapes: B objects, g the model's grid, d its width, m channels of a memory, S its image size, H x W pixels of a frame.
-What a frame writes and the next ones read is as in facebookresearch/sam2@2b90b9f:sam2/modeling/sam2_base.py. That class
-gives all objects of a batch the same history; here each has its own, so that objects which came at different frames
-still run together.
+What a frame stores and later frames read is as in facebookresearch/sam2@2b90b9f:sam2/modeling/sam2_base.py. There all
+objects of a batch share one history; here each object has its own, so that objects which began on different frames
+still run as one batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD
+from pe_spatial.tracking.sam2.prompts import BOX_CORNERS, Clicks, Prompt, PromptReader
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -36,37 +37,14 @@ _NEEDED = {
     "only_obj_ptrs_in_the_past_for_eval": True,
     "non_overlap_masks_for_mem_enc": False,
 }
-"""Flags of the model on which this tracker relies: SAM 2.1's."""
+"""Options of SAM 2.1 that this tracker relies on."""
 
-_CORNER = 2  # label of a box's first corner
-_LOGITS = 32.0  # bound of the logits that clicks correct, the predictor's
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Where an object is on a frame: a mask, or clicks and a box, in pixels of the frame.
-
-    Args:
-        points: (n, 2), x and y of each click; the top left pixel is 0, 0.
-        labels: (n,), 1 for a click on the object and 0 for one beside it.
-        box: x0, y0, x1, y1.
-        mask: (H, W), true or 1 on the object.
-    """
-
-    points: ArrayLike | None = None
-    labels: ArrayLike | None = None
-    box: ArrayLike | None = None
-    mask: ArrayLike | None = None
-
-
-class _Clicks(NamedTuple):
-    points: Tensor  # (n, 2), in pixels of the model's image
-    labels: Tensor  # (n,): 0 beside, 1 on the object, 2 and 3 corners of a box
+_MAX_LOGIT = 32.0  # bound of the logits that clicks correct, as in sam2's predictor
 
 
 @dataclass
 class _Memory:
-    """What a frame leaves of an object; `features` go when no later frame will read them."""
+    """What a frame stores of an object; `features` are dropped when no later frame will read them."""
 
     pointer: Tensor  # (d,)
     features: Tensor | None  # (m, g, g)
@@ -74,7 +52,7 @@ class _Memory:
 
 @dataclass
 class _Object:
-    prompted: dict[int, _Memory] = field(default_factory=dict)  # by frame: conditioning frames
+    prompted: dict[int, _Memory] = field(default_factory=dict)  # conditioning frames, by number
     tracked: dict[int, _Memory] = field(default_factory=dict)
 
 
@@ -88,14 +66,14 @@ class _Bank(NamedTuple):
 class _Input(NamedTuple):
     """What an object is decoded from on a frame."""
 
-    mask: Tensor | None = None  # (1, S, S), is the result as it stands
-    clicks: _Clicks | None = None
-    bank: _Bank | None = None  # None where the object begins: no memory is read
+    mask: Tensor | None = None  # (1, S, S), becomes the result unchanged
+    clicks: Clicks | None = None
+    bank: _Bank | None = None  # None where the object begins
     before: Tensor | None = None  # (h, w), the logits that clicks correct
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What inputs have in common that run as one batch."""
+        """Inputs with the same value can run as one batch."""
         clicks = self.clicks and len(self.clicks.labels)
         bank = self.bank and (len(self.bank.memories), len(self.bank.pointers))
         return self.mask is None, clicks, bank, self.before is None
@@ -108,32 +86,32 @@ class _Output(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """The last frame, kept for corrections until the next one."""
+    """The last frame, kept for corrections until the next frame."""
 
     frame_rgb: np.ndarray  # (H, W, 3) uint8
-    features: dict[str, Any] | None  # of the model's `forward_image`; None where nothing has needed them
+    features: dict[str, Any] | None  # from the model's `forward_image`; None if nothing has needed them
     inputs: dict[int, _Input]
     outputs: dict[int, _Output]
 
 
 class StreamingTracker:
-    """Objects through frames from any source, one at a time; time and memory do not depend on how many there were.
+    """Tracks objects through frames from any source, one by one; time and memory do not depend on their number.
 
-    A prompt makes its frame a conditioning frame of the object, decoded from the prompt alone, for a new object and for
-    a known one. On all other frames an object is decoded from its memories: of the conditioning frames and of the last
-    frames, as many as the model was built for. Objects with equally many memories run as one batch; that is all of them
-    some frames after the last one came. What a frame gave can be corrected by `refine` until the next one is taken.
+    A prompt makes its frame a conditioning frame of the object, decoded from the prompt alone, for a new object as for
+    a tracked one. On all other frames an object is decoded from its memories: those of the conditioning frames and of
+    the last frames, as many as the model was built for. Objects with equally many memories run as one batch; some
+    frames after the last prompt that is all of them. `refine` corrects the result of the last frame.
 
     Args:
-        model: of `build_pe_sam2`, in evaluation mode.
-        max_prompted_frames: conditioning frames kept for an object: the first one and the latest. One that is dropped
-            stays as any other frame does.
-        non_overlapping: give every pixel to one object at most, the likeliest.
-        num_frames: of the video, if it is known and shorter than the model's `max_obj_ptrs_in_encoder`: SAM 2 scales
-            the positions of pointers by it.
-        memory_dtype: in which memories are kept; None as they come. sam2's own predictor takes torch.bfloat16.
+        model: from `build_pe_sam2`, in evaluation mode.
+        max_prompted_frames: conditioning frames kept for an object: the first and the latest ones. A dropped one
+            becomes an ordinary frame.
+        non_overlapping: assign every pixel to at most one object, the likeliest.
+        num_frames: length of the video, if it is known and shorter than the model's `max_obj_ptrs_in_encoder`: SAM 2
+            scales the positions of pointers by it.
+        memory_dtype: dtype in which memories are kept; None keeps the model's. sam2's predictor uses torch.bfloat16.
 
-    Raises ConfigError for a model with other flags than SAM 2.1's where they matter here.
+    Raises ConfigError if an option of the model differs from SAM 2.1's where it matters.
     """
 
     def __init__(
@@ -163,33 +141,33 @@ class StreamingTracker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all objects; the next frame is the first of another video."""
+        """Remove all objects; the next frame is the first of another video."""
         self._objects: dict[int, _Object] = {}
         self._frame = 0
         self._last: _Frame | None = None
 
     @property
     def objects(self) -> tuple[int, ...]:
-        """Ids of the objects that are tracked."""
+        """Ids of the tracked objects."""
         return tuple(self._objects)
 
     def remove(self, object_id: int) -> None:
-        """Stop tracking an object; DatasetError if there is none of that id."""
+        """Stop tracking an object; DatasetError for an unknown id."""
         if object_id not in self._objects:
             raise DatasetError(f"there is no object {object_id!r} to remove; tracked are {list(self._objects)}")
         del self._objects[object_id]
         assert self._last is not None  # objects come with frames
-        for known in (self._last.inputs, self._last.outputs):
-            known.pop(object_id, None)
+        for by_object in (self._last.inputs, self._last.outputs):
+            by_object.pop(object_id, None)
 
     def step(self, frame: ArrayLike, prompts: Mapping[int, Prompt] | None = None) -> dict[int, Tensor]:
         """Take the next frame and return the mask of every object, (H, W) bool on the model's device, by its id.
 
         Args:
-            frame: (H, W, 3) uint8, R, G, B.
-            prompts: by object id; an id that is not yet tracked begins an object.
+            frame: (H, W, 3) uint8 RGB.
+            prompts: object id -> prompt; an id that is not tracked yet begins an object.
 
-        Raises DatasetError for a frame or prompt that cannot be used; the tracker then stands as before the call.
+        Raises DatasetError for a frame or prompt that cannot be used; the tracker is then unchanged.
         """
         return {i: logits > 0 for i, logits in self.step_logits(frame, prompts).items()}
 
@@ -215,20 +193,19 @@ class StreamingTracker:
         return masks
 
     def refine(self, prompts: Mapping[int, Prompt]) -> dict[int, Tensor]:
-        """Correct objects, or begin some, on the frame that `step` took last; return the masks of all its objects.
+        """Correct objects, or begin new ones, on the frame of the last `step`; return the masks of all its objects.
 
-        It may be called again and again before the next `step`. Only the objects of `prompts` are decoded anew, and the
-        frame becomes a conditioning frame of theirs. Clicks add up to those that the object was given on this frame
-        before, and correct its latest mask there, seen with the memories that the frame was decoded from; a box begins
-        the clicks anew. A mask takes the place of all that.
+        It may be called repeatedly before the next `step`. Only the objects in `prompts` are decoded again, and the
+        frame becomes a conditioning frame for them. Clicks are added to the object's earlier clicks on this frame and
+        correct its latest mask there, with the memories that the frame was decoded from. A box discards earlier
+        clicks, and a mask replaces everything.
         (facebookresearch/sam2@2b90b9f:sam2/sam2_video_predictor.py, `add_new_points_or_box` and `add_new_mask`, with
         add_all_frames_to_correct_as_cond=True)
 
         Args:
-            prompts: by object id; an id that is not yet tracked begins an object.
+            prompts: object id -> prompt; an id that is not tracked yet begins an object.
 
-        Raises DatasetError before the first frame and for a prompt that cannot be used; the tracker then stands as
-        before the call.
+        Raises DatasetError before the first frame and for a prompt that cannot be used; the tracker is then unchanged.
         """
         return {i: logits > 0 for i, logits in self.refine_logits(prompts).items()}
 
@@ -259,84 +236,29 @@ class StreamingTracker:
             raise ConfigError("the model is in training mode; call its eval() before tracking")
 
     def _checked(self, frame: ArrayLike) -> np.ndarray:
-        # a copy: the caller may read the next frame into the same array before this one is corrected
+        # a copy, because the caller may reuse the array before this frame is corrected
         frame_rgb = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
         if frame_rgb.dtype != np.uint8 or frame_rgb.ndim != 3 or frame_rgb.shape[2] != 3 or not frame_rgb.size:
             raise DatasetError(
                 f"frame {self._frame} is {frame_rgb.dtype} of shape {frame_rgb.shape}, not an image; "
-                "expected (H, W, 3) uint8 in the order R, G, B"
+                "expected (H, W, 3) uint8 RGB"
             )
         size = frame_rgb.shape if self._last is None else self._last.frame_rgb.shape
         if frame_rgb.shape != size:
             raise DatasetError(
-                f"frame {self._frame} is {frame_rgb.shape[0]}x{frame_rgb.shape[1]} but those before it are "
+                f"frame {self._frame} is {frame_rgb.shape[0]}x{frame_rgb.shape[1]} but earlier frames are "
                 f"{size[0]}x{size[1]}; resize it, or call reset() for another video"
             )
         return frame_rgb
 
     def _prompts(self, t: int, prompts: Mapping[int, Prompt], frame_rgb: np.ndarray) -> dict[int, _Input]:
         height, width, _ = frame_rgb.shape
-        where = f"prompt of object {{}} on frame {t}".format
-        return {self._id(i): self._prompt(where(i), new, (height, width)) for i, new in prompts.items()}
-
-    def _id(self, object_id: Any) -> int:
-        try:
-            return operator.index(object_id)
-        except TypeError:
-            raise DatasetError(f"object id {object_id!r} is no integer") from None
-
-    def _prompt(self, where: str, prompt: Prompt, size: tuple[int, int]) -> _Input:
-        if not isinstance(prompt, Prompt):
-            raise DatasetError(f"{where} is a {type(prompt).__name__}; give a Prompt(points=, labels=, box=, mask=)")
-        clicks = prompt.points is not None or prompt.box is not None
-        if clicks == (prompt.mask is not None):
-            raise DatasetError(f"{where} needs points, a box or both, or else a mask")
-        if (prompt.points is None) != (prompt.labels is None):
-            raise DatasetError(f"{where} has points without labels or labels without points; give one label to a point")
-        if prompt.mask is not None:
-            return _Input(mask=self._mask(where, prompt.mask, size))
-        return _Input(clicks=self._clicks(where, prompt, size))
-
-    def _clicks(self, where: str, prompt: Prompt, size: tuple[int, int]) -> _Clicks:
-        height, width = size
-        points, labels = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
-        if prompt.points is not None:
-            points, labels = _numbers(where, prompt.points), _numbers(where, prompt.labels)
-            if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1] or not points.size:
-                raise DatasetError(f"{where} has points {points.shape} and labels {labels.shape}; give (n, 2) and (n,)")
-            if not np.isin(labels, (0, 1)).all():
-                raise DatasetError(f"{where} has labels {labels.tolist()}; 1 is on the object and 0 beside it")
-            inside = (points >= 0) & (points < (width, height))
-            if not inside.all():
-                outside = points[~inside.all(axis=1)][0].tolist()
-                raise DatasetError(f"{where} has a point at {outside}, outside of the frame of {width}x{height} (x, y)")
-        if prompt.box is not None:
-            box = _numbers(where, prompt.box)
-            if box.shape != (4,) or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-                raise DatasetError(
-                    f"{where} has the box {box.tolist()}; expected x0 < x1 and y0 < y1 within the frame of "
-                    f"{width}x{height}"
-                )
-            points, labels = np.concatenate((box.reshape(2, 2), points)), np.concatenate(((2, 3), labels))
-        scaled = torch.from_numpy(points).float() / torch.tensor([width, height]) * self.model.image_size
-        device = self.model.device
-        return _Clicks(scaled.to(device), torch.from_numpy(labels).to(device, torch.int32))
-
-    def _mask(self, where: str, mask: ArrayLike, size: tuple[int, int]) -> Tensor:
-        values = _numbers(where, mask)
-        if values.shape != size or not ((values == 0) | (values == 1)).all():
-            raise DatasetError(
-                f"{where} has a mask of shape {values.shape} with values from {values.min(initial=0):g} to "
-                f"{values.max(initial=0):g}; expected {size}, the frame's, with 0 and 1 (palette == id)"
-            )
-        if not values.any():
-            raise DatasetError(f"{where} has an empty mask; leave the prompt out where the object is absent")
-        side = self.model.image_size
-        small = torch.from_numpy(values).float()[None].to(self.model.device)
-        if size != (side, side):
-            small = F.interpolate(small[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
-        # sam2 takes what is covered by half; a smaller object than a pixel of the model keeps what is covered most
-        return (small >= small.max().clamp(max=0.5)).float()
+        reader = PromptReader(self.model.image_size, self.model.device)
+        inputs = {}
+        for i, prompt in prompts.items():
+            value = reader.read(f"prompt of object {i} on frame {t}", prompt, (height, width))
+            inputs[_object_id(i)] = _Input(clicks=value) if isinstance(value, Clicks) else _Input(mask=value)
+        return inputs
 
     def _encode(self, frame_rgb: np.ndarray) -> dict[str, Any]:
         side, device = self.model.image_size, self.model.device
@@ -345,18 +267,18 @@ class StreamingTracker:
         image = torch.from_numpy(resized).to(device).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         features = self.model.forward_image(((image - mean) / std)[None])
-        # the frame is kept for corrections, and encodings of finer levels, which nothing reads, are most of it
+        # drop the encodings of finer levels, which nothing reads and which are most of what is kept for corrections
         return {**features, "vision_pos_enc": features["vision_pos_enc"][-1:]}
 
     # -- one frame
 
     def _inputs(self, t: int, prompts: Mapping[int, _Input]) -> dict[int, _Input]:
-        """Return what every object is decoded from on frame `t`; history may lie on both sides of it."""
+        """Return what every object is decoded from on frame `t`."""
         ids = dict.fromkeys([*self._objects, *prompts])
         return {i: prompts[i] if i in prompts else _Input(bank=self._bank(self._objects[i], t)) for i in ids}
 
     def _track(self, features: Mapping[str, Any], inputs: Mapping[int, _Input]) -> dict[int, _Output]:
-        """Decode objects on a frame and encode their memories; `features` are of `forward_image`, for one image."""
+        """Decode objects on a frame and encode their memories; `features` come from `forward_image` for one image."""
         batches: dict[tuple[object, ...], dict[int, _Input]] = {}
         for i, one in inputs.items():
             batches.setdefault(one.shape, {})[i] = one
@@ -368,7 +290,7 @@ class StreamingTracker:
         return {i: outputs[i] for i in inputs}
 
     def _decode(self, features: Mapping[str, Any], batch: list[_Input]) -> tuple[Tensor, ...]:
-        """Return what the model's `_forward_sam_heads` gives for inputs of one shape."""
+        """Return the model's `_forward_sam_heads` for inputs of one `shape`."""
         masks = [one.mask for one in batch if one.mask is not None]
         clicks = [one.clicks for one in batch if one.clicks is not None]
         banks = [one.bank for one in batch if one.bank is not None]
@@ -386,7 +308,7 @@ class StreamingTracker:
         return self.model._forward_sam_heads(
             backbone_features=image,
             point_inputs=points,
-            mask_inputs=torch.stack(before)[:, None].clamp(-_LOGITS, _LOGITS) if before else None,
+            mask_inputs=torch.stack(before)[:, None].clamp(-_MAX_LOGIT, _MAX_LOGIT) if before else None,
             high_res_features=high_res,
             multimask_output=self.model._use_multimask(not banks, points),
         )
@@ -395,7 +317,7 @@ class StreamingTracker:
         return features["backbone_fpn"][-3:-1] if self.model.use_high_res_features_in_sam else None
 
     def _condition(self, features: Mapping[str, Any], banks: list[_Bank]) -> Tensor:
-        """Attend from the frame to the memories of each object; (B, d, g, g)."""
+        """Attend from the frame to the memories of each object: (B, d, g, g)."""
         model, count = self.model, len(banks)
         image = _expand(features, count)
         device = image.device
@@ -432,7 +354,7 @@ class StreamingTracker:
         )
         memories = memories.to(self.memory_dtype or memories.dtype)
         for logits, score, pointer, memory in zip(low[:, 0], scores, pointers, memories, strict=True):
-            # copies, because a slice would keep the whole batch alive
+            # clones, because a slice would keep the complete batch alive
             yield _Output(logits, score, _Memory(pointer.clone(), memory.clone()))
 
     def _masks(self, outputs: Mapping[int, _Output], frame_rgb: np.ndarray) -> dict[int, Tensor]:
@@ -447,14 +369,14 @@ class StreamingTracker:
     # -- history
 
     def _reach(self) -> int:
-        """One more than the frames back from which pointers are read."""
+        """Return the smallest distance in frames from which no pointer is read."""
         reach = self.model.max_obj_ptrs_in_encoder
         return reach if self.num_frames is None else min(reach, self.num_frames)
 
     def _slots(self, t: int) -> list[tuple[int, int]]:
-        """Return (row of the temporal encoding, frame) of the memories that frame `t` reads if they exist, in order.
+        """Return (row of the temporal encoding, frame number) of the memories that frame `t` reads if they exist.
 
-        The last frame always, and before it every frame whose number is a multiple of the temporal stride.
+        These are the last frame and, before it, the frames with numbers that are multiples of the temporal stride.
         """
         stride = self.model.memory_temporal_stride_for_eval
         older = [((t - 2) // stride - k) * stride for k in range(self.model.num_maskmem - 2)]
@@ -474,12 +396,12 @@ class StreamingTracker:
         return _Bank(memories, pointers)
 
     def _commit(self, t: int, outputs: Mapping[int, _Output], prompted: set[int]) -> None:
-        """Write what frame `t` leaves, and drop what no later frame will read."""
+        """Store the memories of frame `t`, and drop what no later frame will read."""
         later = range(t + 1, t + 1 + self.model.memory_temporal_stride_for_eval)
         read = {frame for following in later for _, frame in self._slots(following)}
         for i, output in outputs.items():
             tracked = self._objects.setdefault(i, _Object())
-            tracked.tracked.pop(t, None)  # of a frame that is corrected
+            tracked.tracked.pop(t, None)  # if the frame is corrected
             (tracked.prompted if i in prompted else tracked.tracked)[t] = output.memory
             if len(tracked.prompted) > self.max_prompted_frames:
                 second = list(tracked.prompted)[1]
@@ -492,36 +414,31 @@ class StreamingTracker:
 
 
 def _corrected(last: _Frame, object_id: int, new: _Input) -> _Input:
-    """Add a prompt to what an object was decoded from on the last frame, if it was there."""
+    """Combine a prompt with what an object was decoded from on the last frame, if it was tracked there."""
     if object_id not in last.inputs:
         return new
-    known = last.inputs[object_id]
+    earlier = last.inputs[object_id]
     if new.clicks is None:
-        return new._replace(bank=known.bank)  # for clicks that come after the mask
+        return new._replace(bank=earlier.bank)  # read by clicks that follow the mask
     clicks = new.clicks
-    if known.clicks is not None and _CORNER not in clicks.labels:
-        clicks = _Clicks(*(torch.cat(pair) for pair in zip(known.clicks, clicks, strict=True)))
-    return _Input(clicks=clicks, bank=known.bank, before=last.outputs[object_id].logits)
+    if earlier.clicks is not None and BOX_CORNERS[0] not in clicks.labels:
+        clicks = Clicks(*(torch.cat(pair) for pair in zip(earlier.clicks, clicks, strict=True)))
+    return _Input(clicks=clicks, bank=earlier.bank, before=last.outputs[object_id].logits)
 
 
 def _expand(features: Mapping[str, Any], count: int) -> Tensor:
-    """Return the frame's coarsest features for `count` objects, (B, d, g, g)."""
+    """Return the frame's coarsest features for `count` objects: (B, d, g, g)."""
     return features["backbone_fpn"][-1].expand(count, -1, -1, -1)
+
+
+def _object_id(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DatasetError(f"object id {value!r} is not an integer") from None
 
 
 def _sine(positions: Tensor, dim: int) -> Tensor:
     from sam2.modeling.sam2_utils import get_1d_sine_pe
 
     return get_1d_sine_pe(positions, dim)
-
-
-def _numbers(where: str, values: ArrayLike) -> np.ndarray:
-    """Return finite float32 numbers."""
-    try:
-        array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        array = array.astype(np.float32)
-    except (TypeError, ValueError):
-        array = np.full(1, np.nan, np.float32)
-    if not np.isfinite(array).all():
-        raise DatasetError(f"{where} holds something else than finite numbers")
-    return array

@@ -20,7 +20,8 @@ from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.planning.registry import register_example, total_loss
 from pe_spatial.tracking.sam2.losses import MultiStepLoss
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD, build_pe_sam2, load_sam2_weights
-from pe_spatial.tracking.sam2.streaming import Prompt, StreamingTracker
+from pe_spatial.tracking.sam2.prompts import Prompt
+from pe_spatial.tracking.sam2.streaming import StreamingTracker
 from pe_spatial.tracking.sam2.training import Prompting, predict_clip
 from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.masks import join_masks

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
-from pe_spatial.tracking.sam2.streaming import Prompt, StreamingTracker, _Input, _Memory, _Object
+from pe_spatial.tracking.sam2.prompts import Prompt
+from pe_spatial.tracking.sam2.streaming import StreamingTracker, _Input, _Memory, _Object
 
 pytest.importorskip("sam2")
 
@@ -609,7 +610,7 @@ def test_a_frame_that_cannot_be_used_leaves_all_as_it_was(started, frame, messag
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (Prompt(), "needs points, a box or both, or else a mask"),
+        (Prompt(), "needs either a mask, or points, a box or both"),
         (Prompt(points=[[1, 2]]), "points without labels"),
         (Prompt(labels=[1]), "needs points"),
         (Prompt(box=[1, 2, 3, 4], labels=[1]), "labels without points"),
@@ -618,9 +619,9 @@ def test_a_frame_that_cannot_be_used_leaves_all_as_it_was(started, frame, messag
         (Prompt(points=[1, 2], labels=[1]), "points"),
         (Prompt(points=np.zeros((0, 2)), labels=[]), "points"),
         (Prompt(points=[[1, 2]], labels=[2]), "1 is on the object"),
-        (Prompt(points=[[1, 2], [80, 2]], labels=[1, 1]), r"point at \[80.0, 2.0\], outside of the frame of 80x60"),
-        (Prompt(points=[[1, 60]], labels=[1]), "outside of the frame"),
-        (Prompt(points=[[-1, 2]], labels=[1]), "outside of the frame"),
+        (Prompt(points=[[1, 2], [80, 2]], labels=[1, 1]), r"point at \[80.0, 2.0\], outside the frame of 80x60"),
+        (Prompt(points=[[1, 60]], labels=[1]), "outside the frame"),
+        (Prompt(points=[[-1, 2]], labels=[1]), "outside the frame"),
         (Prompt(points=[[np.nan, 2]], labels=[1]), "finite numbers"),
         (Prompt(points="here", labels=[1]), "finite numbers"),
         (Prompt(box=[10, 10, 5, 20]), "x0 < x1"),
@@ -638,7 +639,7 @@ def test_a_prompt_that_cannot_be_used_leaves_all_as_it_was(started, prompt, mess
 
 
 def test_an_id_that_is_no_integer_leaves_all_as_it_was(started):
-    check_intact(started, GOOD, {"cat": CLICK}, "object id 'cat' is no integer")
+    check_intact(started, GOOD, {"cat": CLICK}, "object id 'cat' is not an integer")
 
 
 @pytest.fixture(scope="module")
