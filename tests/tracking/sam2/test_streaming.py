@@ -614,7 +614,7 @@ def test_a_frame_that_cannot_be_used_leaves_all_as_it_was(started, frame, messag
         (Prompt(points=[[1, 2]]), "points without labels"),
         (Prompt(labels=[1]), "needs points"),
         (Prompt(box=[1, 2, 3, 4], labels=[1]), "labels without points"),
-        (Prompt(points=[[1, 2]], labels=[1], mask=np.ones((60, 80))), "or else a mask"),
+        (Prompt(points=[[1, 2]], labels=[1], mask=np.ones((60, 80))), "needs either a mask"),
         (Prompt(points=[[1, 2]], labels=[1, 0]), r"points \(1, 2\) and labels \(2,\)"),
         (Prompt(points=[1, 2], labels=[1]), "points"),
         (Prompt(points=np.zeros((0, 2)), labels=[]), "points"),
