@@ -250,7 +250,7 @@ def _check_sizes(grid: int, d_model: int, mem_dim: int) -> None:
 
 def _require_sam2() -> None:
     try:
-        import sam2  # noqa: F401
+        import sam2.modeling.backbones.image_encoder  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"

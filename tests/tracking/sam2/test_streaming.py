@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
-from pe_spatial.tracking.sam2.prompts import Prompt
+from pe_spatial.tracking.sam2.prompts import Prompt, PromptReader
 from pe_spatial.tracking.sam2.streaming import StreamingTracker, _Input, _Memory, _Object
 
 pytest.importorskip("sam2")
@@ -473,7 +473,7 @@ def test_masks_are_where_logits_are_positive(model):
 def test_a_mask_smaller_than_a_pixel_of_the_model_is_not_lost(model):
     mask = np.zeros((600, 800), np.uint8)
     mask[300, 400] = 1
-    small = StreamingTracker(model)._mask("prompt", mask, mask.shape)
+    small = PromptReader(model.image_size, torch.device("cpu")).read("prompt", Prompt(mask=mask), mask.shape)
     assert 1 <= small.sum() <= 4
     assert small[0, 31:33, 31:33].any()
 
@@ -595,7 +595,7 @@ def test_prompting_each_frame_does_not_grow(short):
     ("frame", "message"),
     [
         (None, "frame 2 is object of shape"),
-        (GOOD[:50], "50x80 but those before it are 60x80"),
+        (GOOD[:50], "50x80 but earlier frames are 60x80"),
         (GOOD[..., 0], r"uint8 of shape \(60, 80\)"),
         (GOOD.astype(np.float32), "frame 2 is float32"),
         (np.zeros((0, 0, 3), np.uint8), "not an image"),
@@ -612,7 +612,7 @@ def test_a_frame_that_cannot_be_used_leaves_all_as_it_was(started, frame, messag
     [
         (Prompt(), "needs either a mask, or points, a box or both"),
         (Prompt(points=[[1, 2]]), "points without labels"),
-        (Prompt(labels=[1]), "needs points"),
+        (Prompt(labels=[1]), "needs either a mask, or points"),
         (Prompt(box=[1, 2, 3, 4], labels=[1]), "labels without points"),
         (Prompt(points=[[1, 2]], labels=[1], mask=np.ones((60, 80))), "needs either a mask"),
         (Prompt(points=[[1, 2]], labels=[1, 0]), r"points \(1, 2\) and labels \(2,\)"),

@@ -320,7 +320,7 @@ def test_folders_without_masks(folders):
     (gt / "c").mkdir()
     refused(folders, "gt/c holds no mask")
     refused((pred / "a", pred), "a holds no sequences")
-    refused((gt / "absent", pred), "absent holds no folder of a sequence")
+    refused((gt / "absent", pred), "absent holds no sequences")
 
 
 def test_too_few_annotated_frames(folders):
