@@ -5,12 +5,13 @@ pe-spatial render_synthetic work_dirs/depth_world --train 400 --val 60 --size 19
 pe-spatial train projects/nyu_depth/synthetic_dpt.py
 python docs/make_overview.py --detector work_dirs/demo/iter_350.pth --depth work_dirs/synthetic_dpt/iter_200.pth
 
-The scenes belong to the split `test`, which nothing was trained on. Tracks and features need no training at all.
+The scenes belong to the split `test`, which nothing was trained on.
 """
 
 import argparse
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.functional import interpolate
 
 import pe_spatial.depth  # noqa: F401  (registers)
 from pe_spatial import from_pretrained
@@ -29,10 +29,9 @@ from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANT = "pe_synthetic_xs8_192"
-SCENES, FILM, TIMES = (4, 11, 20), 8, (0, 6, 11)  # numbers in the split; frames shown of twelve
+SCENES, FILM, TIMES = (13, 26, 19), 22, (0, 6, 11)  # numbers in the split; frames shown of twelve
 LAYERS = (0, 2, 4)
-SEEN, DRAWN, CELL = 192, 504, 252  # sides in pixels: of the networks' images, of drawings, in the figure
-GAP, MIDDLE, HEAD = 8, 28, 46
+SEEN, DRAWN, CELL, GAP, MIDDLE, HEAD = 192, 472, 236, 8, 28, 46  # pixels
 COLORS = [(230, 57, 70), (255, 183, 3), (33, 158, 188), (106, 76, 147), (82, 183, 136), (244, 132, 95)]
 
 
@@ -41,99 +40,86 @@ def font(size, weight="normal"):
 
 
 def resized(image, side):
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def shot(number, time=0.0):
+    return render_frame(sample_scene((0, SPLITS.index("test"), number)), time, (DRAWN, DRAWN))
 
 
 def blend(rgb, mask, color):
-    """Color the pixels of `mask`, with a light outline."""
+    """Color the pixels of `mask`, with an outline."""
     rgb[mask] = (0.45 * rgb[mask] + 0.55 * np.array(color)).astype(np.uint8)
-    inner = mask.copy()
-    for axis in (0, 1):
-        inner &= np.roll(mask, 3, axis) & np.roll(mask, -3, axis)
+    inner = np.logical_and.reduce([np.roll(mask, shift, axis) for shift in (-3, 3) for axis in (0, 1)])
     rgb[mask & ~inner] = color
 
 
 def detect(images, checkpoint):
-    """Return the images with boxes, masks and categories of the demo's Cascade Mask R-CNN."""
-    cfg = Config.fromfile(ROOT / "configs/pe_demo_cascade_synthetic.py")
+    """Return the images with boxes, masks and categories from the detector of the demo."""
     init_default_scope("mmdet")
-    model = MODELS.build(cfg.model).eval()
+    model = MODELS.build(Config.fromfile(ROOT / "configs/pe_demo_cascade_synthetic.py").model).eval()
     model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"])
-    scale = SEEN / DRAWN
-    meta = dict(ori_shape=(DRAWN, DRAWN), img_shape=(SEEN, SEEN), scale_factor=(scale, scale))
-    drawn = []
+    meta = dict(ori_shape=(DRAWN, DRAWN), img_shape=(SEEN, SEEN), scale_factor=(SEEN / DRAWN, SEEN / DRAWN))
     for image in images:
         bgr = torch.from_numpy(resized(image, SEEN)[..., ::-1].copy()).permute(2, 0, 1)
         with torch.no_grad():
             (result,) = model.test_step(dict(inputs=[bgr], data_samples=[DetDataSample(metainfo=meta)]))
-        found = result.pred_instances[result.pred_instances.scores > 0.5]
-        rgb = image.copy()
-        for label, mask in zip(found.labels.tolist(), found.masks.numpy(), strict=True):
+        objects = result.pred_instances[result.pred_instances.scores > 0.5]
+        rgb, labels = image.copy(), objects.labels.tolist()
+        for label, mask in zip(labels, objects.masks.numpy(), strict=True):
             blend(rgb, mask, COLORS[label])
         canvas = Image.fromarray(rgb)
         pen = ImageDraw.Draw(canvas)
-        for label, box in zip(found.labels.tolist(), found.bboxes.tolist(), strict=True):
+        boxes = list(zip(labels, objects.bboxes.tolist(), strict=True))
+        for label, box in boxes:
             pen.rectangle(box, outline=COLORS[label], width=4)
-            place = (box[0] + 4, max(box[1] - 32, 0))
-            pen.rectangle(pen.textbbox(place, CATEGORIES[label], font(28)), fill=COLORS[label])
-            pen.text(place, CATEGORIES[label], "white", font(28))
-        drawn.append(np.asarray(canvas))
-    return drawn
+        for label, box in boxes:
+            place, text = (box[0] + 6, max(box[1] - 32, 0)), CATEGORIES[label]
+            pen.text(place, text, "white", font(26), stroke_width=5, stroke_fill=COLORS[label])
+        yield np.asarray(canvas)
 
 
 def depths(images, checkpoint):
-    """Return color maps of the predicted depth, red is near."""
+    """Return color maps of the predicted depth."""
     predict = DepthPredictor(Config.fromfile(ROOT / "projects/nyu_depth/synthetic_dpt.py"), checkpoint)
-    maps = predict([resized(image, SEEN) for image in images])
-    colors = matplotlib.colormaps["Spectral"]
-    drawn = []
-    for depth in maps:
-        smooth = np.asarray(Image.fromarray(depth.squeeze().astype(np.float32)).resize((DRAWN, DRAWN), Image.BICUBIC))
+    for depth in predict([resized(image, SEEN) for image in images]):
+        smooth = resized(depth.squeeze(), DRAWN)
         low, high = np.percentile(smooth, (1, 99))
-        drawn.append((colors((smooth - low) / (high - low))[..., :3] * 255).astype(np.uint8))
-    return drawn
+        yield (matplotlib.colormaps["Spectral"]((smooth - low) / (high - low))[..., :3] * 255).astype(np.uint8)
 
 
 def tracks():
-    """Return frames of a film with the masks that label propagation carries on from the first."""
-    scene = sample_scene((0, SPLITS.index("test"), FILM), duration=2.0)
-    frames = [render_frame(scene, 2.0 * t / (TIMES[-1] or 1), (DRAWN, DRAWN)) for t in range(TIMES[-1] + 1)]
+    """Return frames of a film with the masks that label propagation carries over from the first."""
+    frames = [shot(FILM, 2.0 * t / TIMES[-1]) for t in range(TIMES[-1] + 1)]
     backbone = dict(type="PerceptionEncoder", variant=VARIANT, init_cfg=dict(type="Pretrained", checkpoint="released"))
     tracker = ZeroShotTracker(backbone, protocol="aligned", size=2 * SEEN)
-    film = [(str(t), frame.rgb) for t, frame in enumerate(frames)]
-    drawn = []
-    for name, (mask,) in tracker.track(film, frames[0].instances.astype(np.uint8)):
-        rgb = frames[int(name)].rgb.copy()
-        for i in np.unique(mask[mask > 0]):
-            blend(rgb, mask == i, COLORS[i % len(COLORS)])
-        drawn.append(rgb)
-    return [drawn[t] for t in TIMES]
+    film = (("", frame.rgb) for frame in frames)
+    for t, (_, (mask,)) in enumerate(tracker.track(film, frames[0].instances.astype(np.uint8))):
+        if t in TIMES:
+            for i in np.unique(mask[mask > 0]):
+                blend(frames[t].rgb, mask == i, COLORS[i % len(COLORS)])
+            yield frames[t].rgb
 
 
 def features(image):
-    """Return the first three principal components of each layer's map, as colors."""
-    encoder = from_pretrained(VARIANT, geometry="timm", out_indices=LAYERS)
-    pixels = torch.from_numpy(resized(image, 2 * SEEN).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    drawn = []
-    for one in encoder.float()(pixels):
-        tokens = one[0].flatten(1).T.detach()
-        tokens = tokens - tokens.mean(0)
-        three = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # (N, 3)
-        low, high = (three.quantile(q, dim=0) for q in (0.02, 0.98))
-        colors = ((three - low) / (high - low)).clamp(0, 1).T.reshape(1, 3, *one.shape[-2:])
-        smooth = interpolate(colors, (DRAWN, DRAWN), mode="bicubic").clamp(0, 1)[0]
-        drawn.append((smooth.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
-    return drawn
+    """Return the first three principal components of the map of each layer, as colors."""
+    encoder = from_pretrained(VARIANT, geometry="timm", out_indices=LAYERS).float()
+    pixels = torch.from_numpy(resized(image, 2 * SEEN)).permute(2, 0, 1)[None] / 127.5 - 1
+    for x in encoder(pixels):
+        tokens = x[0].flatten(1).T.detach()
+        three = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False).U[:, :3]  # (N, 3)
+        low, high = three.quantile(torch.tensor([0.02, 0.98]), dim=0)
+        colors = ((three - low) / (high - low)).clamp(0, 1).reshape(*x.shape[-2:], 3)
+        yield resized((colors * 255).byte().numpy(), DRAWN)
 
 
 def main(args):
-    images = [render_frame(sample_scene((0, SPLITS.index("test"), i)), 0.0, (DRAWN, DRAWN)).rgb for i in SCENES]
-    layers = ", ".join(str(i + 1) for i in LAYERS)
+    images = [shot(number).rgb for number in SCENES]
     groups = [
         ("Detection", "Cascade Mask R-CNN", detect(images, args.detector)),
-        ("Depth", "DPT on the frozen encoder", depths(images, args.depth)),
-        ("Tracking", "label propagation, no training; first, middle and last frame", tracks()),
-        ("Features", f"PCA of blocks {layers} of the first image", features(images[0])),
+        ("Depth", "DPT on the frozen encoder; red is near", depths(images, args.depth)),
+        ("Tracking", "label propagation, no training; first, middle, last frame", tracks()),
+        ("Features", f"PCA of layers {', '.join(map(str, LAYERS))} of the first image", features(images[0])),
     ]
     half = 3 * CELL + 2 * GAP
     canvas = Image.new("RGB", (2 * half + MIDDLE, 2 * (HEAD + CELL) + GAP), "white")
@@ -144,12 +130,12 @@ def main(args):
         pen.text((x + pen.textlength(title, font(22, "bold")) + 12, y + 16), subtitle, (110, 110, 110), font(18))
         for k, cell in enumerate(cells):
             canvas.paste(Image.fromarray(resized(cell, CELL)), (x + k * (CELL + GAP), y + HEAD))
-    canvas.save(args.out, optimize=True)
+    cv2.imwrite(str(args.out), np.asarray(canvas)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detector", type=Path, required=True, help="checkpoint of make demo")
-    parser.add_argument("--depth", type=Path, required=True, help="checkpoint of projects/nyu_depth/synthetic_dpt.py")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/images/overview.png")
+    parser.add_argument("--detector", required=True, help="checkpoint of make demo")
+    parser.add_argument("--depth", required=True, help="checkpoint of projects/nyu_depth/synthetic_dpt.py")
+    parser.add_argument("--out", default=ROOT / "docs/images/overview.png")
     main(parser.parse_args())
