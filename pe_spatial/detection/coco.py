@@ -37,6 +37,8 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         options: options of mmdet's `CocoDataset`.
     """
 
+    COCOAPI: Any
+
     def __init__(self, *args: Any, skip_missing: bool = False, **options: Any) -> None:
         self.skip_missing = skip_missing
         super().__init__(*args, **options)

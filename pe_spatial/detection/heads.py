@@ -208,11 +208,14 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
         self.mask_roi_extractor = MODELS.build(mask_roi_extractor)
         self.mask_head = MODELS.build(mask_head)
 
-    def loss(self, x: tuple[Tensor, ...], rpn_results_list: list[InstanceData], batch_data_samples: Any) -> dict:
+    def loss(
+        self, x: tuple[Tensor, ...], rpn_results_list: list[InstanceData], batch_data_samples: Any
+    ) -> dict[str, Tensor]:
         """Levels (B, C, h, w), proposals and annotations -> losses `s{stage}.loss_{cls,bbox}` and `loss_mask`."""
         gt_instances, ignored, metas = unpack_gt_instances(batch_data_samples)
         boxes = [results.bboxes for results in rpn_results_list]
-        losses, first = {}, None
+        losses: dict[str, Tensor] = {}
+        first: list[SamplingResult] = []
         for stage in range(self.num_stages):
             priors = [InstanceData(priors=b) for b in boxes]
             assigned = map(self.bbox_assigner[stage].assign, priors, gt_instances, ignored)

@@ -8,6 +8,7 @@ classes are those of perception_models@3e352cc:apps/detection/DETA_pe/models/uti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,17 +77,17 @@ def soft_nms(
 
 
 def method_options(
-    method: str | None, given: Mapping[str, float | None], methods: Mapping[str, Mapping[str, float]]
+    method: str | None, given: Mapping[str, float | None], methods: Mapping[Any, Mapping[str, float]]
 ) -> dict[str, float]:
     """Return all options of `method`; ConfigError for an unknown method or an option that it does not have."""
     if method not in methods:
         raise ConfigError(f"method is {method!r}; allowed are {', '.join(map(repr, methods))}")
-    given = {name: value for name, value in given.items() if value is not None}
-    unknown = given.keys() - methods[method].keys()
+    options = {name: value for name, value in given.items() if value is not None}
+    unknown = options.keys() - methods[method].keys()
     if unknown:
         allowed = ", ".join(methods[method]) or "none"
         raise ConfigError(f"method {method!r} has no {', '.join(sorted(unknown))}; remove it (allowed: {allowed})")
-    return {**methods[method], **given}
+    return {**methods[method], **options}
 
 
 def _pairs(boxes: Tensor, method: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, Tensor]:

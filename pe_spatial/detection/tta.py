@@ -15,7 +15,7 @@ class BoxTTA(DetTTAModel):
 
     def test_step(self, data: Any) -> list[DetDataSample]:
         """Predict the boxes of all views and merge them."""
-        roi_head = getattr(self.module, "roi_head", None)
+        roi_head: Any = getattr(self.module, "roi_head", None)
         mask_head = getattr(roi_head, "mask_head", None)
         if mask_head is None:
             return super().test_step(data)

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.fx.experimental import _config
 from torch.optim import Optimizer
 
 from pe_spatial.encoder.vit import PerceptionEncoder
@@ -46,7 +46,7 @@ def set_checkpointing(model: nn.Module, enabled: bool) -> None:
     """Switch recomputation of activations on or off in every module that supports it."""
     for module in model.modules():
         if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = enabled
+            setattr(module, "grad_checkpointing", enabled)  # noqa: B010  (mypy sees a submodule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def measure_step(
     model.train()
     images = torch.empty(batch_size, *([frames] if frames else []), 3, *size, device="meta")
     ledger = Ledger(model)
-    all_nonzero = _config.patch(meta_nonzero_assume_all_nonzero=True)
+    all_nonzero = mock.patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     with ExitStack() as replaced, all_nonzero, ledger, EmulateCuda(model, ledger, bfloat16):
         loss, counted = _compute_loss(model, images, objects, replaced)
         saved, forward = ledger.alive.total(), dict(ledger.flops)

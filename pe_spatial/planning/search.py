@@ -56,7 +56,7 @@ def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
         keys: names, or sizes of PE-Spatial such as 't16'; by default the variant of `cfg` alone.
     """
     result = {}
-    for key in keys or [None]:
+    for key in keys or (None,):
         one = copy.deepcopy(cfg)
         if key is not None:
             names = [name for name in VARIANTS if name == key or name.startswith(f"pe_spatial_{key}_")]

@@ -148,7 +148,9 @@ class DETA(DeformableDETR):
         valid_ratios: Tensor,
     ) -> dict[str, Any]:
         """Tokens (B, N, C) -> `memory` of the same shape, and what `pre_decoder` needs besides it."""
-        options = dict(spatial_shapes=spatial_shapes, level_start_index=level_start_index, valid_ratios=valid_ratios)
+        options: dict[str, Any] = dict(
+            spatial_shapes=spatial_shapes, level_start_index=level_start_index, valid_ratios=valid_ratios
+        )
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return super().forward_encoder(feat, feat_mask, feat_pos, **options)
         points = self.encoder.get_encoder_reference_points(spatial_shapes, valid_ratios, device=feat.device)

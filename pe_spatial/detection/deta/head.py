@@ -72,7 +72,8 @@ class DETAHead(DeformableDETRHead):
         """
         objects = [sample.gt_instances for sample in batch_data_samples]
         metas = [sample.metainfo for sample in batch_data_samples]
-        return self.loss_by_feat(*self(hidden_states, references), proposals, objects, metas)
+        logits, boxes = self(hidden_states, references)
+        return self.loss_by_feat(logits, boxes, proposals, objects, metas)
 
     def loss_by_feat(
         self,

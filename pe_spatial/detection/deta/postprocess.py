@@ -13,7 +13,8 @@ from torchvision.ops import batched_nms
 from pe_spatial.detection.soft_nms import METHODS, method_options, soft_nms
 from pe_spatial.errors import ConfigError
 
-_METHODS: Mapping[str | None, Mapping[str, float]] = {None: {}, "nms": {"iou_threshold": 0.7}, **METHODS}
+_METHODS: dict[str | None, Mapping[str, float]] = {None: {}, "nms": {"iou_threshold": 0.7}}
+_METHODS.update(METHODS)
 
 
 def postprocess(

@@ -176,7 +176,7 @@ def _class_counts(node: Any) -> list[int]:
 def _segmentation_size(cfg: Config) -> tuple[int, int]:
     head = cfg.model.get("decode_head") or {}
     head = head[0] if isinstance(head, list | tuple) else head
-    return LARGER.get(head.get("type"), SEGMENTATION)
+    return LARGER.get(head.get("type", ""), SEGMENTATION)
 
 
 def _segmentation_inputs(cfg: Config) -> dict[str, Any]:

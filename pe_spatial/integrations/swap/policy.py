@@ -212,7 +212,7 @@ def _statistics(variant: str | Mapping[str, Any], preset: str) -> tuple[list[flo
     if _of_timm(variant):
         with torch.device("meta"):
             encoder = _checked(build_encoder, variant)
-        return [round(255.0 * x, 4) for x in encoder.mean], [round(255.0 * x, 4) for x in encoder.std]  # type: ignore[union-attr]
+        return [round(255.0 * x, 4) for x in encoder.mean], [round(255.0 * x, 4) for x in encoder.std]
     value = 127.0 if preset == "vitdet" else 127.5  # as Meta's detectors, and as PE's own transform
     return [value] * 3, [value] * 3
 
@@ -304,7 +304,7 @@ def _add_model_notes(node: Mapping[str, Any], feature_specs: Sequence[Level], no
 def _drop_old_weights(cfg: Config, notes: list[str]) -> None:
     text = False
     node = cfg.model
-    while isinstance(node, Mapping):
+    while isinstance(node, ConfigDict):
         text = text or type_name(node) in _TEXT_ALIGNED
         if node.get("init_cfg"):
             notes.append(f"init_cfg of {type_name(node)} loaded a complete model and is removed, so the heads are new")
