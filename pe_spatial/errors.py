@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command lines print them as one sentence; `CheckpointError` is the core's own."""
+"""Errors that a user can fix. Commands print them as one sentence; `CheckpointError` belongs to the encoder."""
 
 
 class ConfigError(ValueError):
@@ -10,4 +10,4 @@ class DatasetError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message names the step and what to change, on one line."""
+    """A run that cannot continue; the message names the step and what to change, on one line."""

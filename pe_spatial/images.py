@@ -1,9 +1,10 @@
-"""Images as they lie about: any mode, any orientation, broken ones named."""
+"""Reading of images of any mode and orientation, with errors that name the file."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,7 +13,7 @@ from pe_spatial.errors import DatasetError
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """Read a file as `decode_rgb` does; DatasetError if it cannot be opened or decoded."""
+    """Read a file with `decode_rgb`; DatasetError if it cannot be opened or decoded."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -21,13 +22,13 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 
 def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode an image to (H, W, 3) uint8 RGB, turned as its EXIF says; DatasetError names `path` if that fails.
+    """Decode an image to (H, W, 3) uint8 RGB, rotated according to EXIF; DatasetError names `path` if that fails.
 
-    If `size` (height, width) is that of the image as stored and not as turned, boxes refer to it as stored: it is not
-    turned. Where both are of one size, it is turned, as MMDetection does.
+    If `size` (height, width) matches the stored image but not the rotated one, the annotations refer to the stored one,
+    and it is not rotated. If it matches both, the image is rotated, as in MMDetection.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data))
         image.load()
         stored, image = image, ImageOps.exif_transpose(image)
         if size is not None and image.size != size[::-1] == stored.size:
@@ -43,10 +44,10 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
     except MemoryError:
         raise  # not the image's fault
     except UnidentifiedImageError as error:
-        raise DatasetError(f"{path} is no image (or empty); restore the file or remove it from the set") from error
+        raise DatasetError(
+            f"{path} is not a readable image ({len(data)} bytes). Replace it or remove it from the dataset"
+        ) from error
     except Exception as error:
         # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(
-            f"{path} cannot be decoded ({reason}); restore the file or remove it from the set"
-        ) from error
+        raise DatasetError(f"{path} cannot be decoded ({reason}). Replace it or remove it from the dataset") from error

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from pe_spatial.cli.arguments import add_verbose, quiet_start
-from pe_spatial.errors import DatasetError
 
 CONFIG = "pe_spatial::pe_demo_cascade_synthetic.py"
 SCENES = {"train": 400, "val": 60}  # two images each, from disjoint seeds
@@ -30,10 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.synthetic import write_dataset
 
     start = time.time()
-    try:
-        world = write_dataset(args.work_dir / "world", scenes=SCENES, size=(192, 192), workers=args.workers)
-    except FileExistsError as error:
-        raise DatasetError(str(error)) from error
+    world = write_dataset(args.work_dir / "world", scenes=SCENES, size=(192, 192), workers=args.workers)
     rendered = time.time() - start
     image = args.work_dir / "predictions.png"
     with quiet_start(args):

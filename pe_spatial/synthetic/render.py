@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pe_spatial.errors import ConfigError
+
 from .scene import Camera, Material, Room, Scene, Solid
 
 _SHADOW_BIAS = 4e-3  # meters by which an occluder must be nearer to the lamp than the lit point
@@ -49,11 +51,11 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
     """Render `scene` at `time` seconds.
 
     Raises:
-        ValueError: if a side of `size` (H, W) is below 2 pixels.
+        ConfigError: if a side of `size` (H, W) is below 2 pixels.
     """
     height, width = size
     if min(size) < 2:
-        raise ValueError(f"size is {size}; give (H, W) with sides of at least 2 pixels")
+        raise ConfigError(f"size is {size}; give (H, W) with sides of at least 2 pixels")
     pose, matrix = scene.camera.pose(time), intrinsics(scene.camera, size)
     rotation, origin = pose[:3, :3].astype(np.float32), pose[:3, 3].astype(np.float32)
     posed = []

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pe_spatial.errors import ConfigError
+
 Vector = tuple[float, float, float]
 
 CATEGORIES = ("sphere", "box", "cylinder", "cone", "torus")
@@ -132,13 +134,13 @@ def sample_scene(seed: int | Sequence[int], *, num_solids: tuple[int, int] = (2,
         duration: length of the video in seconds.
 
     Raises:
-        ValueError: if `num_solids` or `duration` is out of range.
+        ConfigError: if `num_solids` or `duration` is out of range.
     """
     low, high = num_solids
     if not 2 <= low <= high <= 8:
-        raise ValueError(f"num_solids is {num_solids}; give (smallest, largest) with 2 <= smallest <= largest <= 8")
+        raise ConfigError(f"num_solids is {num_solids}; give (smallest, largest) with 2 <= smallest <= largest <= 8")
     if duration <= 0:
-        raise ValueError(f"duration is {duration}; give a positive number of seconds")
+        raise ConfigError(f"duration is {duration}; give a positive number of seconds")
     rng = np.random.default_rng(seed)
     while True:  # about every second draw fails, mostly because of framing
         scene = _draw(rng, int(rng.integers(low, high + 1)), duration)

@@ -1,19 +1,19 @@
-"""Scenes on disk: images, COCO json with boxes, masks and tracks, depth and instance maps.
+"""Scenes on disk: images, COCO annotations with boxes, masks and tracks, depth and instance maps.
 
-    <root>/world.json                              parameters and version of the set
+    <root>/world.json                              parameters and version of the dataset
     <root>/annotations/instances_<split>.json      COCO, with `videos` and per-image camera
     <root>/<split>/<scene>/<frame>.jpg             rgb, e.g. train/0003/00001.jpg
-    <root>/depth/<split>/<scene>/<frame>.png       16 bit, millimetres along the optical axis, always valid (> 0)
+    <root>/depth/<split>/<scene>/<frame>.png       16 bit, millimeters along the optical axis, always valid (> 0)
     <root>/instances/<split>/<scene>/<frame>.png   palette, 0 = room, else the object's number in its scene
 
 An image's `file_name` is `<scene>/<frame>.jpg`; depth and instances have the same name with `.png`. Beyond COCO, an
 image has `video_id, frame_id, time` (seconds), `intrinsics` (3x3) and `camera_to_world` (4x4), and an annotation has
 `instance_id` (its track, unique in the split) and `object_id` (its value in the instance map). Boxes are tight:
-x + w and y + h are exclusive. An object of which less than `MIN_VISIBLE` of the image is visible is not annotated in
-that image; its pixels keep their value in the instance map.
+x + w and y + h are exclusive. An object that covers less than `MIN_VISIBLE` of an image is not annotated in it; its
+pixels keep their value in the instance map.
 
-Seeds: scene i of a split is `sample_scene((seed, SPLITS.index(split), i))`, so no two splits share a scene, and a
-longer set with the same seed begins with the shorter one.
+Seeds: scene i of a split is `sample_scene((seed, SPLITS.index(split), i))`, so splits share no scenes, and a longer
+dataset starts with the scenes of a shorter one with the same seed.
 """
 
 import json
@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from pe_spatial.atomic import atomic_folder
+from pe_spatial.errors import ConfigError, DatasetError
 
 from .render import Frame, render_frame
 from .scene import CATEGORIES, sample_scene
 
 SPLITS = ("train", "val", "test", "pretrain")
-MIN_VISIBLE = 1e-3  # of the image's pixels
-VERSION = 1  # raise it whenever the same parameters give other files
+MIN_VISIBLE = 1e-3  # fraction of the image's pixels
+VERSION = 1  # increase it when the same parameters give different files
 JPEG_QUALITY = 95
 
 
@@ -48,10 +49,9 @@ def write_dataset(
     seed: int = 0,
     workers: int = 1,
 ) -> Path:
-    """Write a set, or reuse the one at `root` if it was written with the same parameters.
+    """Write a dataset, or reuse the one at `root` if it has the same parameters; return `root`.
 
-    The set is built in a hidden sibling of `root` and renamed at the end: `root` is complete or absent, whenever
-    the process dies (a killed one leaves its `.<name>.*` sibling, which may be deleted).
+    `root` is complete or absent, even if the process is killed (see `atomic_folder`).
 
     Args:
         root: folder to create.
@@ -59,26 +59,23 @@ def write_dataset(
         frames_per_scene: frames evenly over `duration`, both ends included; 1 or 2 give the most variety for
             detection, 8 or more a video for tracking.
         size: (H, W) in pixels.
-        duration: of each scene, in seconds.
-        seed: of the whole set.
-        workers: processes; the files do not depend on it. With more than one, the calling script needs the usual
+        duration: duration of each scene in seconds.
+        seed: random seed.
+        workers: number of processes; the files do not depend on it. With more than one, the calling script needs an
             `if __name__ == "__main__":` guard.
 
-    Returns:
-        `root` as a Path.
-
     Raises:
-        ValueError: if a parameter is out of range.
-        FileExistsError: if `root` holds anything else than this set.
+        ConfigError: if a parameter is out of range.
+        DatasetError: if `root` has other content.
     """
     root = Path(root).absolute()
     if not scenes or not set(scenes) <= set(SPLITS) or min(scenes.values()) < 1:
-        raise ValueError(f"scenes {dict(scenes)} must map some of {SPLITS} to at least one scene each")
+        raise ConfigError(f"scenes is {dict(scenes)}; give at least one scene for some of {', '.join(SPLITS)}")
     if frames_per_scene < 1 or workers < 1 or seed < 0:
-        raise ValueError(
-            f"frames_per_scene {frames_per_scene} and workers {workers} must be at least 1 and seed {seed} at least 0"
+        raise ConfigError(
+            f"frames_per_scene is {frames_per_scene}, workers {workers}, seed {seed}; at least 1, 1 and 0 are required"
         )
-    world = {
+    world: dict[str, Any] = {
         "version": VERSION,
         "seed": seed,
         "scenes": {split: int(scenes[split]) for split in SPLITS if split in scenes},
@@ -102,19 +99,19 @@ def write_dataset(
 
 
 def _is_complete(root: Path, world: dict[str, Any]) -> bool:
-    """Whether `root` holds the set `world`; False where there is nothing, an error where there is something else."""
+    """Return whether `root` is the dataset `world`; False if it is empty or absent, DatasetError if it is another."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     path = root / "world.json"
     if not path.is_file():
-        raise FileExistsError(f"{root} exists and is no synthetic set (no world.json); choose another root")
-    found = json.loads(path.read_text())
-    if found != world:
-        differing = sorted(key for key in {*found, *world} if found.get(key) != world.get(key))
-        raise FileExistsError(
-            f"{root} holds another synthetic set: "
-            + ", ".join(f"{key} is {found.get(key)}, asked for {world.get(key)}" for key in differing)
-            + "; delete it, choose another root, or ask for the parameters in its world.json"
+        raise DatasetError(f"{root} exists and is not a synthetic dataset (no world.json); choose another folder")
+    existing = json.loads(path.read_text())
+    if existing != world:
+        different = sorted(key for key in {*existing, *world} if existing.get(key) != world.get(key))
+        raise DatasetError(
+            f"{root} is a synthetic dataset with other parameters: "
+            + ", ".join(f"{key} {existing.get(key)} instead of {world.get(key)}" for key in different)
+            + "; delete it, choose another folder, or use the parameters in its world.json"
         )
     return True
 
@@ -124,7 +121,7 @@ def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -
     jobs = [(build, split, index, world) for index in range(world["scenes"][split])]
     if workers == 1:
         videos = [_write_scene(job) for job in jobs]
-    else:  # spawn: forking a process that runs torch's threads may hang
+    else:  # spawn: forking a process with torch's threads may hang
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             videos = list(pool.map(_write_scene, jobs, chunksize=max(1, math.ceil(len(jobs) / (8 * workers)))))
     coco: dict[str, Any] = {
@@ -150,7 +147,7 @@ def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -
 
 
 def _write_scene(job: tuple[Path, str, int, dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Write the images of one scene; (image, annotations) of each frame, without the numbers of the whole split."""
+    """Write the images of one scene; return (image, annotations) of each frame, without ids of the split."""
     from PIL import Image
 
     build, split, index, world = job
@@ -183,7 +180,7 @@ def _write_scene(job: tuple[Path, str, int, dict[str, Any]]) -> list[tuple[dict[
 
 
 def _annotate(frame: Frame, category_ids: Mapping[int, int]) -> list[dict[str, Any]]:
-    """One annotation, still without ids, for every sufficiently visible object."""
+    """Return an annotation without ids for every sufficiently visible object."""
     from pycocotools import mask as rle
 
     annotations = []
@@ -213,7 +210,7 @@ def _scene_name(index: int) -> str:
 
 
 def _palette() -> list[int]:
-    """Pascal VOC's colours for 0 ... 15: bits 0, 1, 2 (then 3) of the id switch red, green, blue (then dark red)."""
+    """Return Pascal VOC's colors for 0 ... 15: bits 0, 1, 2 (then 3) of the id are red, green, blue (then dark red)."""
     return [128 * (i >> c & 1) + (64 * (i >> 3 & 1) if c == 0 else 0) for i in range(16) for c in range(3)]
 
 

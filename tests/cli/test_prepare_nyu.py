@@ -75,7 +75,7 @@ def test_what_is_wrong_is_named(nyu, capsys):
     code, out = run(nyu, capsys)
     assert code == 1
     assert "sync_depth_00000.png contains uint8 values" in out
-    assert "rgb_00045.jpg is no image" in out
+    assert "rgb_00045.jpg is not a readable image (10 bytes)" in out
     assert "1 test images are not black in their outermost rows" in out
     assert ["train", "2", "2", "2", "2"] in [line.split() for line in out.splitlines()]
     assert "incomplete" in out

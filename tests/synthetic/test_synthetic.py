@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pe_spatial.errors import DatasetError
 from pe_spatial.synthetic import (
     CATEGORIES,
     Camera,
@@ -402,10 +403,10 @@ def test_coco_agrees_with_the_images(world):
 def test_reuses_an_equal_set_and_refuses_others(world, tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "_write_split", lambda *_: pytest.fail("rendered again"))
     assert write_dataset(world, **PARAMETERS) == world
-    with pytest.raises(FileExistsError, match="seed is 7, asked for 9; delete it"):
+    with pytest.raises(DatasetError, match="seed 7 instead of 9; delete it"):
         write_dataset(world, **{**PARAMETERS, "seed": 9})
     (tmp_path / "precious").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"no world\.json"):
+    with pytest.raises(DatasetError, match=r"no world\.json"):
         write_dataset(tmp_path, **PARAMETERS)
     assert (tmp_path / "precious").read_text() == "mine"
 

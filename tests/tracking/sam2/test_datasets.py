@@ -377,7 +377,7 @@ def test_broken_files_are_named_or_skipped_and_logged_once(davis):
     broken = davis / "JPEGImages" / "480p" / "bear" / "00002.png"
     broken.write_bytes(broken.read_bytes()[:60])
     window = dict(num_frames=8)
-    with pytest.raises(DatasetError, match=r"bear/00002.png (cannot be decoded|is no image)"):
+    with pytest.raises(DatasetError, match=r"bear/00002.png (cannot be decoded|is not a readable image)"):
         dataset(davis, names=["bear"], load=window)[0]
     load = LoadClip(num_frames=8, max_objects=1, skip_broken=True)
     for _ in range(2):
