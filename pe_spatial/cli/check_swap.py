@@ -1,8 +1,8 @@
 """Swap the backbone of one config of every MMDetection and MMSegmentation family, train a step, predict, tabulate.
 
-python tools/check_swap.py                               # all families; continues an interrupted sweep
-python tools/check_swap.py --scope mmdet --family atss detr ssd
-python tools/check_swap.py --write docs/swap.md          # the tables, from the results so far
+pe-spatial check_swap                               # all families; continues an interrupted sweep
+pe-spatial check_swap --scope mmdet --family atss detr ssd
+pe-spatial check_swap --write docs/swap.md          # the tables, from the results so far
 
 Every family first runs with its own backbone, without pretrained weights, on two small images of noise. If that works,
 it has to work with PE too, or be refused with a reason. A small PE suffices: the feature specs are checked.
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.family:
         unknown = set(args.family) - {family for _, family in wanted}
         if unknown:
-            raise ConfigError(f"no family {', '.join(sorted(unknown))} in {args.scope}; see tools/check_swap.py --help")
+            raise ConfigError(f"no family {', '.join(sorted(unknown))} in {args.scope}; docs/swap.md lists all of them")
         rows = [row for row in rows if (row["scope"], row["family"]) not in wanted]
         results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {(row["scope"], row["family"]) for row in rows}

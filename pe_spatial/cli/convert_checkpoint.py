@@ -5,11 +5,11 @@ pe-spatial convert_checkpoint hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_c
 pe-spatial convert_checkpoint hf://facebook/PE-Detection/deta_coco_1824pix.pth deta.pth --to mmdet
 pe-spatial convert_checkpoint work_dirs/coco/iter_66375.pth for_detectron2.pth --to detectron2
 
-What IN is, is found out. OUT ends in .pt, .pth or .safetensors.
-For a detector pe_spatial means the same as mmdet, because our detectors are MMDetection's.
-For a detector release means the same as detectron2, because that is how Meta published them (DETA: in its own layout).
-For a detector timm is refused, because timm has none; for DETA detectron2 is, too.
-For an encoder mmdet means the same as pe_spatial: a config takes it with model.backbone.init_cfg.checkpoint=OUT.
+The layout of IN is detected. OUT ends in .pt, .pth or .safetensors. Some layouts coincide:
+
+- detector: pe_spatial is mmdet, because our detectors are MMDetection's; release is detectron2, because Meta published
+  them that way (DETA: in a layout of its own). timm has no detectors, and detectron2 has no DETA: an error.
+- encoder: mmdet is pe_spatial; a config loads it with model.backbone.init_cfg.checkpoint=OUT.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Score predicted object masks of videos: J, F and their mean J&F, by the rules of DAVIS or of vos-benchmark.
 
-python tools/eval_vos.py DAVIS predictions --json scores.json --csv objects.csv
-python tools/eval_vos.py sav_val predictions --protocol vos-benchmark --workers 8
+pe-spatial eval_vos DAVIS predictions --json scores.json --csv objects.csv
+pe-spatial eval_vos sav_val predictions --protocol vos-benchmark --workers 8
 
 GT_DIR is the root of DAVIS 2016 or 2017, YouTube-VOS (one split), MOSE (one split) or SA-V, or a folder of sequences.
 PRED_DIR holds <sequence>/<frame>.png with object ids as pixels; for SA-V <video>/<object>/<frame>.png, binary.

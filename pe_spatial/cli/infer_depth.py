@@ -1,8 +1,8 @@
 """Predict the depth of images, folders and videos: .npy, 16-bit PNG, color images, point clouds, errors.
 
-python tools/infer_depth.py rooms/ walk.mp4 --checkpoint work_dirs/pe_spatial_dpt_nyu/iter_38400.pth
-python tools/infer_depth.py IMAGES --checkpoint CKPT --write png color ply --intrinsics 519 519 320 240
-python tools/infer_depth.py IMAGES --checkpoint CKPT --gt pairs.csv     # rgb,depth,units_per_meter
+pe-spatial infer_depth rooms/ walk.mp4 --checkpoint work_dirs/pe_spatial_dpt_nyu/iter_38400.pth
+pe-spatial infer_depth IMAGES --checkpoint CKPT --write png color ply --intrinsics 519 519 320 240
+pe-spatial infer_depth IMAGES --checkpoint CKPT --gt pairs.csv          # rgb,depth,units_per_meter
 
 Writes into --out: NAME.npy (float32, meters) for every image, the files that --write names, and metadata.json, which
 describes them. A stopped run can be started again: images that have their .npy are not predicted again, unless
@@ -21,11 +21,17 @@ from pe_spatial.cli.arguments import add_cfg_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, folders (searched recursively), videos")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint that tools/train.py wrote")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint that `pe-spatial train` wrote")
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     add_cfg_options(parser)
     parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results (default: depth)")
-    parser.add_argument("--write", nargs="*", choices=["png", "color", "ply"], default=["png", "color"])
+    parser.add_argument(
+        "--write",
+        nargs="*",
+        choices=["png", "color", "ply"],
+        default=["png", "color"],
+        help="16-bit depth, color images, point clouds (default: png color)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="predict images again that have their .npy")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass (1)")
@@ -36,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--colors", default="Spectral", help="a matplotlib colormap (Spectral: near is red)")
     group.add_argument("--range", nargs=2, type=float, metavar=("NEAR", "FAR"), help="range of the colors, in meters")
     group.add_argument(
-        "--percentiles", nargs=2, type=float, default=(2, 98), help="without --range: of each image's depth (2 98)"
+        "--percentiles",
+        nargs=2,
+        type=float,
+        default=(2, 98),
+        metavar=("LOW", "HIGH"),
+        help="without --range: the colors span these percentiles of each image (2 98)",
     )
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
     group.add_argument("--gt-scale", type=float, default=1000, help="units per meter of the maps in a folder (1000)")

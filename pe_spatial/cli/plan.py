@@ -1,7 +1,7 @@
 """Estimate what a training takes before it starts: memory of each GPU, arithmetic, time.
 
-python tools/plan.py projects/coco_detection/deta/stage4_coco_1824.py --gpus 64 --gpu-memory 80
-python tools/plan.py configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b16,l14,g14 --json plan.json
+pe-spatial plan projects/coco_detection/deta/stage4_coco_1824.py --gpus 64 --gpu-memory 80
+pe-spatial plan configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b16,l14,g14 --json plan.json
 
 Everything runs on the meta device: nothing is allocated and no GPU is needed. The table is Markdown.
 """

@@ -1,7 +1,7 @@
 """Check a download of NYU Depth v2 for training and evaluation: one table of what is missing, unreadable or wrong.
 
-python tools/prepare_nyu.py data/nyu
-python tools/prepare_nyu.py data/nyu --every 50        # look for all files, but decode only every 50th pair
+pe-spatial prepare_nyu data/nyu
+pe-spatial prepare_nyu data/nyu --every 50        # look for all files, but decode only every 50th pair
 
 Nothing is moved, changed or written. The exit code is 0 if the dataset is complete and 1 if not. Where to get it:
 

@@ -1,8 +1,8 @@
 """Render the synthetic RGB-D world: images, COCO annotations with tracks, depth and instance maps.
 
 For detection (the defaults), and for video:
-    python tools/render_synthetic.py data/synthetic --workers 2
-    python tools/render_synthetic.py data/synthetic_video --train 0 --val 16 --frames 16
+    pe-spatial render_synthetic data/synthetic --workers 2
+    pe-spatial render_synthetic data/synthetic_video --train 0 --val 16 --frames 16
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Replace the backbone of an MMDetection or MMSegmentation config with PE; write a config that states what changed.
 
-python tools/swap_backbone.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --variant pe_spatial_b16_512 --dry-run
-python tools/swap_backbone.py mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py --variant pe_spatial_s16_512
-python tools/swap_backbone.py mine.py --variant pe_spatial_l14_448 --adapter fused --layers 11,15,19,23 --out pe.py
+pe-spatial swap_backbone mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --variant pe_spatial_b16_512 --dry-run
+pe-spatial swap_backbone mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py --variant pe_spatial_s16_512
+pe-spatial swap_backbone mine.py --variant pe_spatial_l14_448 --adapter fused --layers 11,15,19,23 --out pe.py
 
-The new config inherits CONFIG. It runs under tools/train.py, and under the tools of MMDetection and MMSegmentation if
-this package is installed. A backbone that cannot be probed needs --strides 4,8,16,32 --channels 256,512,1024,2048.
+The new config inherits CONFIG. It runs under `pe-spatial train`, and under the tools of MMDetection and MMSegmentation
+if this package is installed. A backbone that cannot be probed needs --strides 4,8,16,32 --channels 256,512,1024,2048.
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{out} already exists; give another --out, or --force to overwrite it")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    print(f"{out}: train it with python tools/train.py {out}")
+    print(f"{out}: train it with pe-spatial train {out}")

@@ -1,7 +1,7 @@
 """Find the best layer of a frozen encoder for a task: train the config's head on each layer, on cached feature maps.
 
-python tools/sweep_layers.py configs/pe_spatial_linear_ade20k.py --layers all --data-root data/ade/ADEChallengeData2016
-python tools/sweep_layers.py configs/pe_spatial_lin1_nyu.py --layers 5,8,11 --epochs 5 --limit 2000 --dtype bfloat16
+pe-spatial sweep_layers configs/pe_spatial_linear_ade20k.py --layers all --data-root data/ade/ADEChallengeData2016
+pe-spatial sweep_layers configs/pe_spatial_lin1_nyu.py --layers 5,8,11 --epochs 5 --limit 2000 --dtype bfloat16
 
 Images are read as in testing, without augmentation, so that the encoder runs over them once; scores are therefore lower
 than those of the full recipe. A stopped sweep resumes when it is started again. The work dir then holds scores.png,

@@ -1,8 +1,8 @@
 r"""Track objects through a video from clicks, boxes and masks, and write the video with their masks drawn in.
 
-python tools/track.py cat.mp4 --config configs/pe_spatial_sam2_davis.py --checkpoint tracker.pth --out tracked.mp4 \
+pe-spatial track cat.mp4 --config configs/pe_spatial_sam2_davis.py --checkpoint tracker.pth --out tracked.mp4 \
     --points 1:210,350 1:250,220,0 --box 2:10,20,200,300
-python tools/track.py frames/ --config CONFIG --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
+pe-spatial track frames/ --config CONFIG --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
 
 Each prompt begins with the id of its object; @40 gives it on frame 40 instead of 0. Frames are read one by one, so the
 video may be of any length. The config's model must be a PESAM2.
@@ -40,7 +40,7 @@ def numbered(text: str, counts: Sequence[int]) -> tuple[int, int, list[float]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", type=Path, help="file or folder of images")
     parser.add_argument("--config", required=True, help="config of the tracker")
-    parser.add_argument("--checkpoint", required=True, help="weights of the tracker, written by tools/train.py")
+    parser.add_argument("--checkpoint", required=True, help="weights of the tracker, written by `pe-spatial train`")
     parser.add_argument("--out", type=Path, required=True, help="mp4 to write")
     parser.add_argument("--masks", type=Path, help="also write the masks into this folder, as palette PNGs")
     parser.add_argument(

@@ -1,10 +1,10 @@
 r"""Track the objects of a first mask through videos without training, by the features of any encoder and layer.
 
-python tools/track_zero_shot.py --variant pe_synthetic_xs8_192 --checkpoint released --video cat.mp4 --mask first.png \
+pe-spatial track_zero_shot --variant pe_synthetic_xs8_192 --checkpoint released --video cat.mp4 --mask first.png \
     --protocol aligned --size 192 --out results --overlay
-python tools/track_zero_shot.py --variant pe_spatial_b16_512 --checkpoint released --davis DAVIS --out last
-python tools/track_zero_shot.py --variant pe_spatial_b16_512 --checkpoint released --davis DAVIS --out all --layers all
-python tools/track_zero_shot.py --variant timm:vit_base_patch14_dinov2.lvd142m --checkpoint released --davis DAVIS \
+pe-spatial track_zero_shot --variant pe_spatial_b16_512 --checkpoint released --davis DAVIS --out last
+pe-spatial track_zero_shot --variant pe_spatial_b16_512 --checkpoint released --davis DAVIS --out all --layers all
+pe-spatial track_zero_shot --variant timm:vit_base_patch14_dinov2.lvd142m --checkpoint released --davis DAVIS \
     --protocol aligned --size 420 --out dinov2
 
 Writes OUT/<sequence>/<frame>.png, palette masks in DAVIS' format, and scores the sequences of which every frame has a

@@ -118,7 +118,7 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
         except FileNotFoundError:
             raise DatasetError(
                 f"there is no file {self.ann_file}; check data_root (--data-root) and ann_file "
-                "(for NYUv2 see tools/prepare_nyu.py)"
+                "(NYUv2: see pe-spatial prepare_nyu --help)"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{self.ann_file} is not readable as text ({error}); give a list of pairs") from error

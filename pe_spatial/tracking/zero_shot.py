@@ -156,7 +156,7 @@ class ZeroShotTracker(BaseModel):
         Returns for each `video` (its name), `frames` (their names) and `pred_masks` (frames, H, W) uint8.
         """
         if mode != "predict":
-            raise ConfigError(f"a ZeroShotTracker cannot be trained (mode {mode!r}); run tools/test.py")
+            raise ConfigError(f"a ZeroShotTracker cannot be trained (mode {mode!r}); run pe-spatial test")
         if len(self.backbone.out_indices) != 1:
             raise ConfigError(f"out_indices is {self.backbone.out_indices}; one layer is evaluated at a time")
         results = []

@@ -288,7 +288,8 @@ def _check_config(cfg: Config, row: Row) -> None:
     swap = None
     try:
         swap = plan_swap(cfg, SMALL, checkpoint=None)
-        row.update(feature_specs=swap.feature_specs, unused=swap.unused, notes=swap.notes[1:])  # 0: SMALL's depth
+        notes = [note for note in swap.notes if "no ViTDet recipe" not in note]  # that is about the depth of SMALL
+        row.update(feature_specs=swap.feature_specs, unused=swap.unused, notes=notes)
         row["different"] = changed_keys(cfg, swap.cfg)
     except ConfigError as error:
         row["refused"] = str(error)
@@ -349,7 +350,7 @@ def verdict(row: Row) -> str:
     if row.get("refused"):
         return "refused"
     if row["original"] != "runs":
-        return "swapped, runs" if row.get("swapped") == "runs" else "not tested here"
+        return "runs with PE only" if row.get("swapped") == "runs" else "not tested here"
     return "runs" if row.get("swapped") == "runs" else "FAILS"
 
 
@@ -359,7 +360,8 @@ def format_report(rows: Sequence[Row]) -> str:
     lines = [
         "# Which families take PE",
         "",
-        "Written by `python tools/check_swap.py --write docs/swap.md`. One config of every family, without pretrained",
+        "How to swap a backbone: [swap_how_to.md](swap_how_to.md). This page is written by",
+        "`pe-spatial check_swap --write docs/swap.md`: one config of every family, without pretrained",
         f"weights, on two small images of noise ({platform.machine()}, CPU): with its own backbone, then with a small",
         "PE. Both train a step (finite loss and gradients; a gradient in every parameter of PE, and in every other",
         "one that got one before) and predict. Neck and heads are the same config, byte for byte, unless a remark",
@@ -372,7 +374,7 @@ def format_report(rows: Sequence[Row]) -> str:
         lines += ["", f"## {scope}", "", _summary(chosen), ""]
         lines += ["| family | config | model | maps: channels at stride | own backbone | with PE | remarks |"]
         lines += ["|---|---|---|---|---|---|---|", *map(_table_row, chosen)]
-    return "\n".join([*lines, "", "Nobody reads maps in parentheses: PE gives them without any parameter.", ""])
+    return "\n".join([*lines, "", "No head reads the maps in parentheses: PE returns them without any parameter.", ""])
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -382,9 +384,9 @@ def _summary(rows: Sequence[Row]) -> str:
     refused = counts["refused"]
     return (
         f"{len(rows)} families; {len(run)} run with their own backbone on this machine. Of these {good} "
-        f"({good / max(len(run), 1):.0%}) run with PE or are refused with a reason. Refused: {refused} of "
-        f"{len(rows)} ({refused / max(len(rows), 1):.1%}). "
-        + "; ".join(f"{name}: {count}" for name, count in sorted(counts.items())) + "."
+        f"({good / max(len(run), 1):.0%})\nrun with PE or are refused with a reason. Refused: {refused} of "
+        f"{len(rows)} ({refused / max(len(rows), 1):.1%}).\n"
+        + ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) + "."
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def write_swapped(cfg: Config, swap: Swap, *, base: str, variant: str) -> str:
     if not isinstance(cfg.model.get("type"), str) or "<" in repr(cfg.model.get("type")):
         raise ConfigError(
             f"{base} uses classes as types, and a config cannot inherit such a file; swap it in memory with "
-            "python tools/train.py CONFIG --swap VARIANT"
+            "pe-spatial train CONFIG --swap VARIANT"
         )
     name = base.rpartition("::")[2] if "::" in base else base.rpartition("/")[2]
     maps = ", ".join(f"{c} at stride {s}" for c, s in swap.feature_specs)
