@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 
 from pe_spatial.engine.loading import RefetchBrokenMixin
@@ -105,9 +105,8 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
                 f"{self._source()} contains {len(pairs)} pairs instead of {self.expected}; "
                 "complete the dataset, or set expected=None for another one"
             )
-        print_log(
-            f"{self._source()}: {len(pairs)} pairs ({self.without_depth} more without depth, {missing} missing)",
-            logger="current",
+        MMLogger.get_current_instance().info(
+            f"{self._source()}: {len(pairs)} pairs ({self.without_depth} more without depth, {missing} missing)"
         )
         return pairs
 

@@ -13,7 +13,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine import fileio
 from mmengine.fileio.backends import LocalBackend
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 
 from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
@@ -147,10 +147,9 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         annotations = content.get("annotations", [])
         empty = len(content["images"]) - len({a["image_id"] for a in annotations})
         skipped = ", ".join(f"{counts[kind]} {kind}" for kind in _SKIPPED if counts[kind]) or "none"
-        print_log(
+        MMLogger.get_current_instance().info(
             f"{self.ann_file}: {len(content['images'])} images ({empty} without boxes, {counts['missing']} missing), "
-            f"{len(annotations)} boxes ({counts['clipped']} clipped); skipped boxes: {skipped}",
-            logger="current",
+            f"{len(annotations)} boxes ({counts['clipped']} clipped); skipped boxes: {skipped}"
         )
 
 

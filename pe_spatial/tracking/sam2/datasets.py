@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, TRANSFORMS
 
 from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
@@ -256,7 +256,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         if not image_root.is_dir():
             raise DatasetError(f"no folder {image_root}; check data_root (--data-root), layout and data_prefix")
         videos = self._image_clips(image_root, masks) if self.layout == "images" else self._videos(image_root, masks)
-        print_log(f"{image_root}: {len(videos)} videos", logger="current")
+        MMLogger.get_current_instance().info(f"{image_root}: {len(videos)} videos")
         return videos
 
     def _videos(self, image_root: Path, masks: Path) -> list[dict[str, Any]]:
