@@ -105,6 +105,9 @@ def swap_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+VARIANT_HELP = """encoder: a name such as pe_spatial_b16_512, timm:NAME, or JSON: '{"img_size": 192, ...}'"""
+
+
 def variant(text: str) -> str | dict[str, Any]:
     """Parse an encoder: a name, 'timm:NAME', or JSON with the fields of a custom one, '{"img_size": 192, ...}'."""
     if not text.startswith("{"):

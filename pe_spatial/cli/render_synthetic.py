@@ -8,7 +8,7 @@ For detection (the defaults), and for video:
 import argparse
 import time
 
-from pe_spatial.synthetic import SPLITS, write_dataset
+SPLITS = ("train", "val", "test", "pretrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pe_spatial.synthetic import write_dataset
+
     start = time.monotonic()
     root = write_dataset(
         args.root,

@@ -15,12 +15,12 @@ import os
 import sys
 from pathlib import Path
 
-from pe_spatial.cli.arguments import add_swap_arguments, swap_options
+from pe_spatial.cli.arguments import VARIANT_HELP, add_swap_arguments, swap_options, variant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a file, or mmdet::folder/name.py, mmseg::folder/name.py")
-    parser.add_argument("--variant", required=True, help="encoder, for instance pe_spatial_b16_512 or timm:NAME")
+    parser.add_argument("--variant", type=variant, required=True, help=VARIANT_HELP)
     parser.add_argument("--out", metavar="FILE", help="config to write (default <CONFIG>_<variant>.py)")
     parser.add_argument("--dry-run", action="store_true", help="print the new config instead of writing it")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
@@ -36,10 +36,11 @@ def run(args: argparse.Namespace) -> None:
     cfg = read_config(args.config)
     swap = plan_swap(cfg, args.variant, **swap_options(args))
     base = args.config
-    out = Path(args.out or f"{Path(args.config.rpartition('::')[2]).stem}_{args.variant.replace(':', '_')}.py")
+    name = args.variant if isinstance(args.variant, str) else "custom"
+    out = Path(args.out or f"{Path(args.config.rpartition('::')[2]).stem}_{name.replace(':', '_')}.py")
     if "::" not in base:
         base = os.path.relpath(Path(base).resolve(), out.resolve().parent)
-    text = write_swapped(cfg, swap, base=base, variant=args.variant)
+    text = write_swapped(cfg, swap, base=base, variant=name)
     for note in swap.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.dry_run:

@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import comma_separated, variant
+from pe_spatial.cli.arguments import VARIANT_HELP, comma_separated, variant
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def layers(text: str) -> str | list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--variant", type=variant, required=True, help="pe_spatial_b16_512, timm:NAME, or JSON of a custom encoder"
+        "--variant", type=variant, required=True, help=VARIANT_HELP
     )
     parser.add_argument("--checkpoint", required=True, help="weights: a file or URL, 'released', or 'none' (random)")
     source = parser.add_mutually_exclusive_group(required=True)

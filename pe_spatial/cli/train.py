@@ -12,12 +12,14 @@ import argparse
 
 from pe_spatial.cli.arguments import (
     SWAP_OPTIONS,
+    VARIANT_HELP,
     add_config_arguments,
     add_swap_arguments,
     add_verbose,
     load_config,
     quiet_start,
     swap_options,
+    variant,
 )
 from pe_spatial.errors import ConfigError
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     add_verbose(parser)
-    parser.add_argument("--swap", metavar="VARIANT", help="replace the config's backbone with this encoder")
+    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone; {VARIANT_HELP}")
     add_swap_arguments(parser)
 
 

@@ -112,7 +112,7 @@ class DepthPredictor:
 
     Args:
         cfg: config that the model was trained with.
-        checkpoint: file that tools/train.py wrote, or weights alone.
+        checkpoint: file that pe-spatial train wrote, or weights alone.
         device: device of the model.
 
     Attributes:

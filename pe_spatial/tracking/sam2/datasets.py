@@ -191,7 +191,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
 
     - davis: JPEGImages and Annotations, with or without 480p; the videos of ImageSets/2017/<split>.txt, if it is there.
     - youtube-vos, mose: <split>/JPEGImages and <split>/Annotations.
-    - synthetic: what tools/render_synthetic.py writes, <split> and instances/<split>.
+    - synthetic: what pe-spatial render_synthetic writes, <split> and instances/<split>.
     - sa-v: frames <img_path>/<video>/<frame>.jpg of 24 per second, <ann_path>/<video>_manual.json; give both.
       Its val and test sets, and whatever has a folder of masks for each object, have the layout of mose.
     - images: still images as clips of one frame; `ann_path` is COCO's JSON, `img_path` what its `file_name`s are

@@ -30,7 +30,7 @@ class JandFMetric(BaseMetric):
         ann_dir: `gt_dir` of `evaluate`.
         protocol: 'davis' or 'vos-benchmark', see `evaluation`.
         save_dir: folder for the masks, <save_dir>/<video>/<frame>.png for all frames or, for the annotated frames,
-            <save_dir>/<video>/<object>/<frame>.png. tools/eval_vos.py gives them the same scores.
+            <save_dir>/<video>/<object>/<frame>.png. pe-spatial eval_vos gives them the same scores.
         options: options of mmengine's `BaseMetric`.
     """
 
