@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_spatial import PerceptionEncoder
-from pe_spatial.encoder.variants import get_config, preset_options
+from pe_spatial.encoder.variants import get_config
 
 Step = Callable[[], "Tensor | None"]
 TIMM = {"t16": "tiny_patch16", "s16": "small_patch16", "b16": "base_patch16"}
@@ -62,7 +62,7 @@ def images(variant: str, batch: int, size: int | None, device: torch.device) -> 
 
 def training_step(variant: str, batch: int, size: int, device: torch.device, kind: type[PerceptionEncoder]) -> Step:
     torch.manual_seed(0)
-    model = kind(variant, **preset_options("vitdet", variant)).to(device).train()
+    model = kind(variant, geometry="vitdet", drop_path_rate="vitdet").to(device).train()
     x = images(variant, batch, size, device)
 
     def step() -> None:
@@ -75,7 +75,7 @@ def training_step(variant: str, batch: int, size: int, device: torch.device, kin
 def forward_step(variant: str, batch: int, device: torch.device, dtype: torch.dtype, mode: str) -> Step:
     """`mode` is 'ours', 'compiled' or 'timm'; all have the same weights."""
     torch.manual_seed(0)
-    source = PerceptionEncoder(variant, **preset_options("release", variant))
+    source = PerceptionEncoder(variant)
     x = images(variant, batch, None, device).to(dtype)
     if mode == "timm":
         _, _, size, side = variant.split("_")

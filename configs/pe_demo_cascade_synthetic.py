@@ -27,7 +27,7 @@ model = dict(
     backbone=dict(
         type='PerceptionEncoderPyramid',
         variant=dict(img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
-        preset='release',
+        geometry='release',
         drop_path_rate=0.05,
         pyramid=dict(strides=strides, out_channels=width),
         init_cfg=dict(type='Pretrained', checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),

@@ -8,8 +8,8 @@ from typing import Any
 _HOME = {
     "PerceptionEncoder": "pe_spatial.encoder.vit",
     "EncoderConfig": "pe_spatial.encoder.variants",
+    "Geometry": "pe_spatial.encoder.geometry",
     "VARIANTS": "pe_spatial.encoder.variants",
-    "preset_options": "pe_spatial.encoder.variants",
     "SimpleFeaturePyramid": "pe_spatial.encoder.pyramid",
     "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",

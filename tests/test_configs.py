@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from pe_spatial import VARIANTS
 from pe_spatial.convert.converter import convert
 from pe_spatial.encoder.files import CheckpointFile
-from pe_spatial.encoder.variants import vitdet_recipe
+from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
+from pe_spatial.encoder.variants import VITDET_RECIPES
 
 pytestmark = pytest.mark.mmdet
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -44,9 +45,9 @@ def test_builds_at_full_width(path):
     encoder, expected = model.backbone.encoder, VARIANTS[cfg.model.backbone.variant]
     assert encoder.config == expected
     assert encoder.patch_size == 16
-    assert encoder.window_size == 32 == encoder.config.grid_size
-    assert encoder.global_attn_indexes == vitdet_recipe(expected.depth).global_attn_indexes
-    assert encoder.blocks[-1].drop_path == pytest.approx(vitdet_recipe(expected.depth).drop_path_rate)
+    assert encoder.geometry.window_size == 32 == encoder.config.grid_size
+    assert encoder.geometry.global_attn_indexes == GLOBAL_BLOCKS[expected.depth]
+    assert encoder.blocks[-1].drop_path == pytest.approx(VITDET_RECIPES[expected.depth].drop_path_rate)
     norms = [m for m in model.roi_head.modules() if type(m).__name__ == "ChannelLayerNorm"]
     assert norms
     assert {norm.eps for norm in norms} == {1e-6}
@@ -97,7 +98,7 @@ def test_released_recipe():
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.lr, optimizer.weight_decay, tuple(optimizer.betas)) == (5e-5, 0.1, (0.9, 0.999))
     assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate="vitdet", decay_norm_bias=True)
-    assert vitdet_recipe(50).layer_decay_rate == 0.9
+    assert VITDET_RECIPES[50].layer_decay_rate == 0.9
     assert cfg.train_cfg.max_iters == 66375
     warmup, steps = cfg.param_scheduler
     assert (warmup.start_factor, warmup.end) == (0.001, 90)

@@ -11,11 +11,10 @@ ENCODER, PRESET, CONFIG, TRACKER = re.findall(r"```python\n(.*?)```", README, re
 
 def test_encoder_snippets():
     names: dict = {}
-    random = "lambda name, preset='release', **o: PerceptionEncoder(name, **preset_options(preset, name), **o)"
-    exec("from pe_spatial import PerceptionEncoder, preset_options\n" + f"from_pretrained = {random}\n"
+    exec("from pe_spatial import PerceptionEncoder\nfrom_pretrained = PerceptionEncoder\n"
          + ENCODER.replace("from pe_spatial import from_pretrained", "") + PRESET, names)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 768, 32, 48)] * 3
-    assert names["encoder"].window_size == 32
+    assert names["encoder"].geometry.window_size == 32
 
 
 @pytest.mark.mmdet

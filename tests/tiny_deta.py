@@ -24,7 +24,13 @@ def tiny_deta():
             model=dict(
                 num_queries=20,
                 data_preprocessor=dict(pad_size_divisor=SIDE),
-                backbone=dict(variant=variant, preset="release", grad_checkpointing=False, init_cfg=None),
+                backbone=dict(
+                    variant=variant,
+                    geometry="release",
+                    drop_path_rate=0.0,
+                    grad_checkpointing=False,
+                    init_cfg=None,
+                ),
                 neck=dict(out_channels=WIDTH, norm_cfg=dict(num_groups=4)),
                 positional_encoding=dict(num_feats=WIDTH // 2),
                 encoder=dict(num_layers=2, layer_cfg=dict(layer, self_attn_cfg=deformable)),

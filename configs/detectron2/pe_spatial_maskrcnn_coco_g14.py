@@ -26,7 +26,8 @@ model.pixel_mean = model.pixel_std = [127.0, 127.0, 127.0]
 model.input_format = "RGB"
 model.backbone = L(PerceptionEncoderPyramid)(
     variant="pe_spatial_g14_448",
-    preset="vitdet",
+    geometry="vitdet",
+    drop_path_rate="vitdet",
     pyramid=dict(strides=[4, 8, 16, 32, 64], out_channels=256),
     weights="released",
     square_size=side,

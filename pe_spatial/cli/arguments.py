@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "preset", "checkpoint", "lr")
+SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "geometry", "checkpoint", "lr")
 
 
 class _Options(argparse.Action):
@@ -92,7 +92,7 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--channels", type=comma_separated, metavar="256,512,1024", help="channels of the maps, with --strides"
     )
-    group.add_argument("--preset", choices=["vitdet", "release", "timm"], help="geometry of the encoder (vitdet)")
+    group.add_argument("--geometry", choices=["vitdet", "release", "timm"], help="geometry of PE (default vitdet)")
     group.add_argument("--checkpoint", help="weights of the encoder (released); none: random weights")
     group.add_argument("--lr", type=float, help="learning rate (the original's if it suits AdamW, or 1e-4)")
 

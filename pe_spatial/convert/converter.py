@@ -31,61 +31,14 @@ from pe_spatial.convert.layouts import (
     SYNONYMS,
     THEIRS,
     Row,
+    released_configs,
 )
+from pe_spatial.convert.rope_tables import RopeTables, read_tables, recipe_tables, stored_tables
 from pe_spatial.encoder.checkpoint import OMITTED, rename
 from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, some
 from pe_spatial.encoder.resize import resize_patch_kernel
-from pe_spatial.encoder.variants import VARIANTS, VITDET_RECIPES, EncoderConfig
 
 TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
-_DETA_GRID = 16  # tokens; see the preset
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeGeometry:
-    """What the rotary tables of a released detector depend on and its weights do not tell; it travels with the file.
-
-    Args:
-        heads: attention heads.
-        window: side of a window, in tokens.
-        image: side of an image, in tokens.
-        global_blocks: blocks with global attention.
-        dtype: of the tables.
-        grid: side of the grid that positions are compressed into, in tokens; None is that of the learned positions.
-    """
-
-    heads: int
-    window: int
-    image: int
-    global_blocks: tuple[int, ...]
-    dtype: str = "float32"
-    grid: int | None = None
-
-    def tables(self, layout: str, width: int, depth: int, positions: int) -> dict[str, Tensor]:
-        """Return every rotary table by the name that it has in `layout`, bit for bit the reference's.
-
-        A window or an image of side L makes (L * L, head dimension): the column's angles, then the row's, each twice.
-        Cell i of an axis stands at 1 + i * grid / L, where the grid is by default that of the `positions` learned ones
-        (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py, and
-        apps/detection/DETA_pe/models/pev1.py).
-        """
-        grid = self.grid or math.isqrt(positions)
-        half = width // self.heads // 2
-        frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
-        made = []
-        for side in (self.window, self.image):
-            places = torch.arange(side) / side * grid + 1
-            axis = torch.outer(places, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
-            cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
-            made.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
-        homes = {"rope_win": made[0], "rope_glb": made[1]} | {
-            f"transformer.resblocks.{i}.attn.rope": made[i in self.global_blocks] for i in range(depth)
-        }
-        return {
-            f"{ENCODERS[layout]}{home}.freqs_{name}": table
-            for home, pair in homes.items()
-            for name, table in zip(("cos", "sin"), pair, strict=True)
-        }
 
 
 @dataclass(frozen=True)
@@ -103,7 +56,7 @@ class Conversion:
         resized: name in `state` -> 'shape -> shape'.
         added: what is in `state` and not in the file, each with the reason.
         notes: sentences that a user should read.
-        geometry: of a released detector's rotary tables, where it is known.
+        rope: of a released detector's rotary tables, where it is known.
     """
 
     path: Path
@@ -116,7 +69,7 @@ class Conversion:
     resized: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    geometry: RopeGeometry | None = None
+    rope: RopeTables | None = None
 
 
 def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
@@ -156,8 +109,8 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
         resized = _fit_kernel(file.path, out, target, sizes)
         return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized)
 
-    geometry, deviation = _geometry(file, layout, rope, sizes) if rope else (_stored_geometry(file, sizes), 0.0)
-    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, geometry=geometry)
+    tables, deviation = read_tables(file, layout, rope, sizes) if rope else (stored_tables(file, sizes), 0.0)
+    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, rope=tables)
     if layout == target:
         out |= rope | aliases
         renamed |= {prefix + name: name for name in rope | aliases}
@@ -199,7 +152,7 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
     """
     path = Path(path)
     check_destination(path, conversion.path)
-    facts = {} if conversion.geometry is None else {"pe_spatial": asdict(conversion.geometry)}
+    facts = {} if conversion.rope is None else {"pe_spatial": asdict(conversion.rope)}
     state = {name: _compact(value) for name, value in conversion.state.items()}
     wrapped: dict[str, Any] = {"model": state} if conversion.layout_out in ENCODERS else {"state_dict": state}
     try:
@@ -356,21 +309,9 @@ def _expect(word: str, size: int, sizes: dict[str, int]) -> int | None:
     return sizes[found[2]] * times // over + plus
 
 
-def _released_alike(sizes: Mapping[str, int], *, letters: str = "emndts") -> list[EncoderConfig]:
-    """Return the released configurations with these shapes, whatever their patch."""
-    alike = []
-    for config in VARIANTS.values():
-        own = {"e": config.embed_dim, "m": int(config.embed_dim * config.mlp_ratio), "d": config.depth,
-               "n": config.grid_size**2 + config.class_token, "t": int(config.class_token),
-               "s": 0 if config.init_values is None else config.depth}  # fmt: skip
-        if all(sizes[letter] == own[letter] for letter in letters):
-            alike.append(config)
-    return alike
-
-
 def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mapping[str, int]) -> dict[str, str]:
     """Resize the patch kernel for Detectron2, whose detectors have patches of 16 pixels; return what was resized."""
-    size, released = sizes["p"], {config.patch_size for config in _released_alike(sizes)}
+    size, released = sizes["p"], {config.patch_size for config in released_configs(sizes)}
     if target in ("release", "timm") and released and size not in released:
         raise CheckpointError(
             f"{path} has no way to {target}: its patch kernel was resized to {size} pixels from {released.pop()}, "
@@ -401,7 +342,7 @@ def _first_name(alias: str) -> str:
 
 
 def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> None:
-    """Keep the rows of COCO's categories, and say where the encoder's geometry is not that of the preset.
+    """Keep the rows of COCO's categories, and say where the encoder's geometry is not 'deta'.
 
     The last head proposes boxes by its row 0, whatever the class, so that its first rows stay where they are.
     """
@@ -414,11 +355,13 @@ def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> 
             kept = done.state[name] = value[: len(rows)] if int(name.split(".")[2]) == last else value[rows]
             done.resized[name] = f"{tuple(value.shape)} -> {tuple(kept.shape)}"
         done.notes.append("of 91 classes the 80 of COCO are kept; the last head keeps the objectness, its first")
-    found, preset = done.geometry, _recipe("DETA", sizes)
-    if found and (preset is None or replace(found, image=preset.image, dtype=preset.dtype) != preset):
+    ours, recipe = done.rope, recipe_tables("DETA", sizes)
+    if ours and (recipe is None or (ours.geometry, ours.num_heads) != (recipe.geometry, recipe.num_heads)):
+        geometry = ours.geometry
         done.notes.append(
-            f"its encoder is not that of preset 'deta': window_size={found.window}, rope_grid={found.grid}, "
-            f"pos_grid={math.isqrt(sizes['n'])}, global_attn_indexes={found.global_blocks}"
+            f"the geometry of its encoder is not 'deta': window_size={geometry.window_size}, "
+            f"rope_grid={geometry.rope_grid}, pos_grid={geometry.pos_grid}, "
+            f"global_attn_indexes={geometry.global_attn_indexes}"
         )
 
 
@@ -438,97 +381,17 @@ def _add_aliases(done: Conversion, sizes: Mapping[str, int]) -> None:
 
 def _add_tables(done: Conversion, sizes: Mapping[str, int]) -> Conversion:
     project = {"detectron2": "Detectron2", "deta": "Meta's DETA"}[done.layout_out]
-    geometry = done.geometry or _recipe(done.kind, sizes)
-    if geometry is None:
+    rope = done.rope or recipe_tables(done.kind, sizes)
+    if rope is None:
         done.notes.append(
-            "the rotary tables are left out: the file does not tell their geometry, and no released detector has these "
+            "the rotary tables are omitted: the file does not tell their geometry, and no released detector has these "
             f"shapes; {project} computes them itself, and warns"
         )
         return done
-    tables = geometry.tables(done.layout_out, sizes["e"], sizes["d"], sizes["n"])
+    tables = rope.build(done.layout_out, sizes["e"], sizes["d"])
     done.state.update(tables)
     done.added.update(dict.fromkeys(tables, f"rotary constants, which {project} keeps in the file"))
-    return replace(done, geometry=geometry)
-
-
-def _geometry(
-    file: CheckpointFile, layout: str, rope: Mapping[str, Tensor], sizes: Mapping[str, int]
-) -> tuple[RopeGeometry, float]:
-    """Return the geometry that the tables show, and by how much they deviate from what it gives."""
-    path, home = file.path, ENCODERS[layout]
-    windows, images = (rope.get(f"{home}rope_{kind}.freqs_cos") for kind in ("win", "glb"))
-    if windows is None or images is None or any(table.ndim != 2 or not table.numel() for table in (windows, images)):
-        raise CheckpointError(f"{path} has rotary tables, but rope_win and rope_glb are not both there as matrices")
-    geometry = RopeGeometry(
-        heads=max(sizes["e"] // images.shape[1], 1),
-        window=math.isqrt(windows.shape[0]),
-        image=math.isqrt(images.shape[0]),
-        global_blocks=tuple(
-            int(name.removeprefix(f"{home}transformer.resblocks.").partition(".")[0])
-            for name, table in rope.items()
-            if name.endswith("attn.rope.freqs_cos") and table.shape == images.shape
-        ),
-        dtype=str(images.dtype).removeprefix("torch."),
-        grid=_compressed_into(windows, rope.get(f"{home}rope_win.freqs_sin")) if layout == "deta" else None,
-    )
-    expected, deviation = geometry.tables(layout, sizes["e"], sizes["d"], sizes["n"]), 0.0
-    odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
-    if odd:
-        raise CheckpointError(f"{path} has rotary tables that do not go together ({some(sorted(odd))}) for {geometry}")
-    for name, table in rope.items():
-        difference = 0.0 if table.is_meta else float((table.float() - expected[name].float()).abs().max())
-        if not difference <= 1e-5:  # nor nan
-            raise CheckpointError(
-                f"{path} has rotary tables of another geometry: {name} differs by {difference:.1g} from that of "
-                f"{geometry} on a grid of {math.isqrt(sizes['n'])} tokens"
-            )
-        deviation = max(deviation, difference)
-    return geometry, deviation
-
-
-def _compressed_into(cos: Tensor, sin: Tensor | None) -> int:
-    """Return the grid of DETA's positions, which its shapes do not tell, from the angle between two cells of a row."""
-    side = math.isqrt(cos.shape[0])
-    if cos.is_meta or sin is None or sin.shape != cos.shape or side < 2:
-        return _DETA_GRID
-    first, second = torch.atan2(sin[:2, 0].double(), cos[:2, 0].double()).tolist()
-    return round((second - first) % math.tau * side)
-
-
-def _shape_of(tables: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return tuple(tables[name].shape) if name in tables else ()
-
-
-def _stored_geometry(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeGeometry | None:
-    """Return the geometry that a converted file carries: an entry of its meta, or JSON in safetensors' metadata."""
-    meta = file.rest.get("meta")
-    facts = meta.get("pe_spatial") if isinstance(meta, Mapping) else file.rest.get("pe_spatial")
-    if facts is None:
-        return None
-    try:
-        facts = json.loads(facts) if isinstance(facts, str) else facts
-        geometry = RopeGeometry(**{**facts, "global_blocks": tuple(facts["global_blocks"])})
-        if sizes["e"] % (4 * geometry.heads):
-            raise ValueError(f"{geometry.heads} heads")
-        geometry.tables("detectron2", sizes["e"], 0, 1)
-    except Exception as error:  # whatever an entry of another type or size leads to
-        raise CheckpointError(f"{file.path} says nonsense on its rotary tables ({facts}); remove that entry") from error
-    return geometry
-
-
-def _recipe(kind: str, sizes: Mapping[str, int]) -> RopeGeometry | None:
-    """Return the geometry of the released detectors: images of 1024 or 1824 pixels, windows of the learned grid."""
-    deta = kind == "DETA"
-    heads = {config.num_heads for config in _released_alike(sizes, letters="emdts" if deta else "emndts")}
-    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES or (deta and sizes["n"] != 24**2):
-        return None
-    return RopeGeometry(
-        heads=heads.pop(),
-        window=math.isqrt(sizes["n"]),
-        image=(1824 if deta else 1024) // 16,
-        global_blocks=VITDET_RECIPES[sizes["d"]].global_attn_indexes,
-        grid=_DETA_GRID if deta else None,
-    )
+    return replace(done, rope=rope)
 
 
 # --- writing

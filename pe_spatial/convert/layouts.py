@@ -13,9 +13,11 @@ LayerScale.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pe_spatial.encoder.checkpoint import RELEASED_TO_OURS
+from pe_spatial.encoder.variants import VARIANTS, EncoderConfig
 
 
 class Row(NamedTuple):
@@ -187,3 +189,15 @@ ALIAS = re.compile(r"transformer\.decoder\.((?:class|bbox)_embed\..+)")
 DETA_CLASSES = 91
 COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 """The 80 categories of COCO, in MMDetection's order; DETA has a class for every number up to the largest."""
+
+
+def released_configs(sizes: Mapping[str, int], *, letters: str = "emndts") -> list[EncoderConfig]:
+    """Return the released configurations with these shapes, whatever their patch."""
+    alike = []
+    for config in VARIANTS.values():
+        own = {"e": config.embed_dim, "m": int(config.embed_dim * config.mlp_ratio), "d": config.depth,
+               "n": config.grid_size**2 + config.class_token, "t": int(config.class_token),
+               "s": 0 if config.init_values is None else config.depth}  # fmt: skip
+        if all(sizes[letter] == own[letter] for letter in letters):
+            alike.append(config)
+    return alike

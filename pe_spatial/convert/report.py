@@ -48,7 +48,7 @@ def _section(title: str, rows: Iterable[tuple[str, str]], between: str) -> list[
 def report(conversion: Conversion) -> str:
     """Return a table of the conversion, grouped over blocks."""
     same = sum(before == after for before, after in conversion.renamed.items())
-    geometry = [] if conversion.geometry is None else [f"rotary tables: {conversion.geometry}"]
+    rope = [] if conversion.rope is None else [f"rotary tables: {conversion.rope}"]
     return "\n".join(
         [
             *_section("renamed", ((a, b) for a, b in conversion.renamed.items() if a != b), "->"),
@@ -56,7 +56,7 @@ def report(conversion: Conversion) -> str:
             *_section("dropped", conversion.dropped.items(), ":"),
             *_section("added", conversion.added.items(), ":"),
             *_section("resized", conversion.resized.items(), ":"),
-            *geometry,
+            *rope,
             *(f"note: {note}" for note in conversion.notes),
         ]
     )

@@ -174,8 +174,7 @@ def _build_head(cfg: Mapping[str, Any], backbone: Any) -> nn.Module:
     elif "in_channels" not in cfg:
         raise ConfigError(f"{type(backbone).__name__} has no embed_dim; give decode_head.in_channels")
     head = MODELS.build(cfg)
-    # `prefix` counts the class token of a Perception Encoder.
-    if head.token == "class" and not (hasattr(backbone, "forward_with_class_tokens") and backbone.prefix):
+    if head.token == "class" and not (hasattr(backbone, "forward_with_class_tokens") and backbone.num_prefix_tokens):
         name = getattr(backbone, "variant", None) or type(backbone).__name__
         raise ConfigError(f"{name} has no class token; set decode_head.token to 'mean' (of the patches) or None")
     return head

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .files import SUFFIXES, CheckpointError, locate, read_state_dict, some
+from .geometry import Geometry, get_geometry, preset_name
 from .resize import resize_patch_kernel, resize_pos_embed
-from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, preset_options, variant_key
+from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
 from .vit import PerceptionEncoder
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
 
     Args:
         model: the encoder. Blocks that it did not build are left out; a patch kernel of the released size is resized to
-            `model.patch_size`, learned positions of the released grid to `model.pos_grid`.
+            `model.patch_size`, learned positions of the released grid to `model.geometry.pos_grid`.
         source: a local .pt, .pth or .safetensors file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it)
             'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards; 'released', the
             published weights of the variant; or 'package://module/file', a file that an installed package ships.
@@ -87,16 +88,14 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
     path = locate(_released(model.variant, model.config) if str(source) == "released" else source)
-    report = load_state(model, read_state_dict(path), path=path)
-    _log.info("%s: %s layout, left out %s", path, report.layout, sorted(set(report.left_out.values())))
-    return report
+    return load_state(model, read_state_dict(path), path=path)
 
 
 def from_pretrained(
     source: str | Path,
     *,
     variant: str | EncoderConfig | Mapping[str, Any] | None = None,
-    preset: str = "release",
+    geometry: str | Geometry | Mapping[str, Any] = "release",
     **options: Any,
 ) -> PerceptionEncoder:
     """Build an encoder, load its weights, and return it in evaluation mode.
@@ -107,8 +106,9 @@ def from_pretrained(
         source: a released name ('PE-Spatial-B16-512' or 'pe_spatial_b16_512': from the hub, through its cache); a local
             folder that holds its weights; or what `load_checkpoint` takes. A detector's file gives its encoder.
         variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
-        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`).
-        options: those of `PerceptionEncoder`, such as `out_indices`; they override the preset.
+        geometry: as in `PerceptionEncoder`. Where it has no patch size or grid of learned positions of its own, those
+            of the file are kept.
+        options: the others of `PerceptionEncoder`, such as `out_indices`.
 
     Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
     """
@@ -124,13 +124,18 @@ def from_pretrained(
             raise CheckpointError(f"{error}; or give a folder, or a file that ends in {', '.join(SUFFIXES)}") from None
         path = locate(_released(variant_key(str(source)), str(source)))
     state = to_timm_names(read_state_dict(path))[0]
-    found: dict[str, int] = {}
+    pos_grid = None
     if variant is None:
-        variant, found = _variant_of(state, path)
+        variant, pos_grid = _variant_of(state, path)
     kernel = state.get(_KERNEL)
-    patch_size = {} if kernel is None else {"patch_size": kernel.shape[-1]}  # the detectors' is 16, not 14
+    patch_size = None if kernel is None else kernel.shape[-1]  # the detectors' is 16, not 14
+    overrides = {field.name: options.pop(field.name) for field in fields(Geometry) if field.name in options}
+    geometry = get_geometry(geometry, **overrides)
+    geometry = replace(
+        geometry, patch_size=geometry.patch_size or patch_size, pos_grid=geometry.pos_grid or pos_grid
+    )
     with torch.device("meta"):
-        model = PerceptionEncoder(variant, **{**patch_size, **found, **preset_options(preset, variant), **options})
+        model = PerceptionEncoder(variant, geometry=geometry, **options)
     load_state(model, state, path=path)
     return model.eval()
 
@@ -153,22 +158,22 @@ def _weights_in(folder: Path, variant: object) -> Path:
     return files[0]
 
 
-def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, int]]:
+def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, int | None]:
     """Return the variant, and the grid of learned positions where it is not the variant's own."""
     for variant, name in RELEASED_NAMES.items():
         if path.stem == name:
-            return variant, {}
+            return variant, None
     found = {name: value.shape for name, value in state.items() if name != _KERNEL}
     positions = found.get(_POSITIONS)
-    others: dict[EncoderConfig, tuple[str, dict[str, int]]] = {}
+    others: dict[EncoderConfig, tuple[str, int]] = {}
     with torch.device("meta"):
         for variant, config in VARIANTS.items():  # those of the same shapes have the same configuration
             shapes = {name: value.shape for name, value in PerceptionEncoder(variant).state_dict().items()}
             del shapes[_KERNEL]
             if shapes == found:
-                return variant, {}
+                return variant, None
             if positions is not None and {**shapes, _POSITIONS: positions} == found:
-                others.setdefault(config, (variant, {"pos_grid": math.isqrt(positions[1] - config.class_token)}))
+                others.setdefault(config, (variant, math.isqrt(positions[1] - config.class_token)))
     if len(others) == 1:  # the grid tells a Core from a Spatial encoder, but where LayerScale or the width does, too
         return others.popitem()[1]
     raise CheckpointError(f"{path} holds no released variant; give variant=dict(img_size=..., patch_size=..., ...)")
@@ -190,6 +195,10 @@ def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: s
             left_out[name] = f"block after the last of out_indices ({model.depth - 1})"
     resized = _resize_kernel(state, model) | _resize_positions(state, model)
     _load_strictly(model, state, path)
+    _log.info(
+        "%s: %s layout, geometry %s, omitted %s",
+        path, layout, preset_name(model.geometry, model.config) or model.geometry, sorted(set(left_out.values())),
+    )  # fmt: skip
     return LoadReport(path, layout, left_out, resized)
 
 
@@ -246,13 +255,14 @@ def _resize_kernel(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[s
 
 
 def _resize_positions(state: dict[str, Tensor], model: PerceptionEncoder) -> dict[str, str]:
-    """Bring the released table to `model.pos_grid`, as perception_models@3e352cc:apps/detection/tools/convert_d2.py."""
-    table, side, grid = state.get(_POSITIONS), model.config.grid_size, model.pos_grid
-    if table is None or side == grid or table.ndim != 3 or table.shape[1] != model.prefix + side**2:
+    """Bring the released table to `pos_grid`, as perception_models@3e352cc:apps/detection/tools/convert_d2.py."""
+    table, side, grid = state.get(_POSITIONS), model.config.grid_size, model.geometry.pos_grid
+    prefix = model.num_prefix_tokens
+    if table is None or side == grid or table.ndim != 3 or table.shape[1] != prefix + side**2:
         return {}
-    patches = table[:, model.prefix :].float().unflatten(1, (side, side))
+    patches = table[:, prefix:].float().unflatten(1, (side, side))
     patches = resize_pos_embed(patches, (grid, grid), mode="bicubic").flatten(1, 2).to(table.dtype)
-    state[_POSITIONS] = torch.cat((table[:, : model.prefix], patches), dim=1)
+    state[_POSITIONS] = torch.cat((table[:, :prefix], patches), dim=1)
     return {_POSITIONS: f"{tuple(table.shape)} -> {tuple(state[_POSITIONS].shape)}"}
 
 

@@ -17,7 +17,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> 
     - 'bicubic_antialias': timm's `resample_abs_pos_embed`.
     - 'tile': repeat the pretraining grid and crop, the released detectors.
 
-    The pretraining grid itself comes back untouched in every mode.
+    On the pretraining grid itself every mode returns `pos_embed` unchanged.
     """
     side = pos_embed.shape[1]
     if grid == (side, side):

@@ -1,7 +1,7 @@
 """Rotary positions on a 2-D grid (perception_models@3e352cc:core/vision_encoder/rope.py, `Rope2D`).
 
-Pairs of the head dimension are interleaved; the first half of it turns with the column (x), the second with the row
-(y); theta is 10000. Only differences of positions matter between patches; the class token stands at position 0.
+Pairs of the head dimension are interleaved; the first half is rotated by the column (x), the second by the row (y);
+theta is 10000. Only differences of positions matter between patches; the class token is at position 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ _tables: dict[tuple[object, ...], Tensor] = {}
 
 
 def _build(
-    grid: tuple[int, int], head_dim: int, scale: tuple[float, float], offset: int, prefix: int, device: torch.device
+    grid: tuple[int, int],
+    head_dim: int,
+    scale: tuple[float, float],
+    offset: int,
+    num_prefix_tokens: int,
+    device: torch.device,
 ) -> Tensor:
     pairs = head_dim // 4  # pairs for each axis
     freqs = _THETA ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
@@ -29,7 +34,7 @@ def _build(
         ),
         dim=-1,
     ).flatten(0, 1)  # (h * w, head_dim / 2)
-    angles = torch.cat((angles.new_zeros(prefix, head_dim // 2), angles))
+    angles = torch.cat((angles.new_zeros(num_prefix_tokens, head_dim // 2), angles))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -39,29 +44,29 @@ def rope_table(
     *,
     scale: tuple[float, float] = (1.0, 1.0),
     offset: int = 0,
-    prefix: int = 0,
+    num_prefix_tokens: int = 0,
     device: torch.device,
 ) -> Tensor:
-    """Return cosines and sines, (prefix + h * w, head_dim / 2, 2) in float32, for tokens in row-major order.
+    """Return cosines and sines, (num_prefix_tokens + h * w, head_dim / 2, 2) in float32, for tokens in row-major order.
 
     Args:
         grid: (h, w) in tokens.
         head_dim: a multiple of 4.
-        scale: (y, x); token i of an axis stands at `(i + offset) * scale`.
-        offset: 1 where the encoder has a class token, which itself is not turned; else 0.
-        prefix: number of tokens before the grid that are not turned.
-        device: where the table lives.
+        scale: (y, x); token i of an axis has the position `(i + offset) * scale`.
+        offset: 1 where the encoder has a class token, else 0.
+        num_prefix_tokens: number of tokens before the grid; they are not rotated.
+        device: of the table.
 
-    A table depends on its arguments alone: it is computed once and kept outside of any module, so that nothing is
-    saved, copied or synchronised with a model.
+    A table depends on its arguments alone: it is computed once and cached outside of any module, so that it is never
+    saved, copied or synchronized with a model.
     """
     if torch.compiler.is_compiling():
-        return _build(grid, head_dim, scale, offset, prefix, device)
-    key = (grid, head_dim, scale, offset, prefix, device)
+        return _build(grid, head_dim, scale, offset, num_prefix_tokens, device)
+    key = (grid, head_dim, scale, offset, num_prefix_tokens, device)
     table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False), torch.no_grad():
-            table = _build(grid, head_dim, scale, offset, prefix, device)
+            table = _build(grid, head_dim, scale, offset, num_prefix_tokens, device)
         if type(table) is Tensor:  # a fake or otherwise wrapped tensor belongs to its tracer, not to us
             while len(_tables) >= _MAX_TABLES:
                 _tables.pop(next(iter(_tables)), None)
@@ -70,13 +75,13 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs of `x` (B, N, ..., D) by `table` (N, D / 2, 2); computed in float32, returned in x's type."""
+    """Rotate the pairs of `x` (B, N, ..., D) by `table` (N, D / 2, 2); computed in float32, returned in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, ..., D / 2, 2)
     table = table.view(table.shape[0], *(1,) * (x.ndim - 3), *table.shape[1:])
     if torch.compiler.is_compiling():
-        # The compiler fuses the real form and knows no complex numbers; eagerly one complex product is far faster.
+        # The compiler fuses the real form and has no complex numbers; in eager mode one complex product is far faster.
         (even, odd), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return turned.flatten(-2).type_as(x)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return rotated.flatten(-2).type_as(x)

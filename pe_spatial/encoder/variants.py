@@ -1,4 +1,4 @@
-"""One row per released checkpoint, and the geometries they are used with.
+"""One row per released checkpoint, and the recipe that encoders are fine-tuned with.
 
 Source of the rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
 """
@@ -101,64 +101,37 @@ def get_config(variant: str | EncoderConfig | Mapping[str, Any]) -> EncoderConfi
 
 
 class ViTDetRecipe(NamedTuple):
-    """What a full fine-tuning in the ViTDet manner sets by the depth of the encoder."""
+    """What the published ViTDet fine-tuning sets by the depth of the encoder."""
 
-    global_attn_indexes: tuple[int, ...]
     drop_path_rate: float
     layer_decay_rate: float
 
 
 VITDET_RECIPES: dict[int, ViTDetRecipe] = {
-    12: ViTDetRecipe((2, 5, 8, 11), 0.1, 0.7),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
-    24: ViTDetRecipe((5, 11, 17, 23), 0.4, 0.8),  # PE paper, Tab. 24
-    50: ViTDetRecipe((12, 24, 36, 49), 0.5, 0.9),  # PE paper, Tab. 24
+    12: ViTDetRecipe(0.1, 0.7),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
+    24: ViTDetRecipe(0.4, 0.8),  # PE paper, Tab. 24
+    50: ViTDetRecipe(0.5, 0.9),  # PE paper, Tab. 24
 }
-"""Depth -> recipe. Only these depths were ever published; others must be spelled out."""
+"""Depth -> recipe. Only these depths were published."""
 
 
-def vitdet_recipe(depth: int) -> ViTDetRecipe:
-    """Return the published ViTDet recipe of an encoder of `depth` blocks, or say that there is none."""
+def recipe_rate(name: str, rate: float | str, depth: int) -> float:
+    """Return `rate`, or for 'vitdet' what the published recipe has for an encoder of `depth` blocks.
+
+    Args:
+        name: 'drop_path_rate' or 'layer_decay_rate'.
+        rate: a number, or 'vitdet'.
+        depth: number of blocks.
+
+    Raises ValueError for another text, and for a depth without a published recipe.
+    """
+    if not isinstance(rate, str):
+        return float(rate)
+    if rate != "vitdet":
+        raise ValueError(f"{name} is {rate!r}; allowed are a number and 'vitdet'")
     if depth not in VITDET_RECIPES:
         raise ValueError(
             f"no ViTDet recipe is published for {depth} blocks, only for {', '.join(map(str, VITDET_RECIPES))}; "
-            "give global_attn_indexes, drop_path_rate and layer_decay_rate yourself"
+            f"give {name} as a number"
         )
-    return VITDET_RECIPES[depth]
-
-
-PRESETS = ("release", "timm", "vitdet", "deta")
-
-
-def preset_options(preset: str, variant: str | EncoderConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `PerceptionEncoder` that make up a known geometry.
-
-    - 'release': the released encoder. Learned positions resized bilinearly, rotary positions run on as integers
-      (perception_models@3e352cc:core/vision_encoder/pe.py).
-    - 'timm': timm 1.0's. Equal to 'release' at the pretraining size; elsewhere learned positions are resized
-      bicubically with antialias and rotary positions rescaled to the pretraining grid.
-    - 'vitdet': the released detectors. Patches of 16 pixels, windows of the pretraining grid, four global blocks,
-      learned positions tiled, rotary positions compressed into the pretraining range, drop path by depth
-      (perception_models@3e352cc:apps/detection/detectron2_pe).
-    - 'deta': the released DETA. Like 'vitdet', but learned positions and windows of 24 tokens for every variant, and
-      rotary positions compressed into a range of 16, whatever the pretraining grid: that is how the weights were
-      trained (perception_models@3e352cc:apps/detection/DETA_pe/models/pev1.py, 'Gwin384').
-    """
-    config = get_config(variant)
-    if preset == "release":
-        return {"pos_embed_mode": "bilinear", "rope_mode": "extrapolate"}
-    if preset == "timm":
-        return {"pos_embed_mode": "bicubic_antialias", "rope_mode": "interpolate", "rope_grid": config.grid_size}
-    if preset == "vitdet":
-        recipe = vitdet_recipe(config.depth)
-        return {
-            "patch_size": 16,
-            "window_size": config.grid_size,
-            "global_attn_indexes": recipe.global_attn_indexes,
-            "pos_embed_mode": "tile",
-            "rope_mode": "interpolate",
-            "rope_grid": config.grid_size,
-            "drop_path_rate": recipe.drop_path_rate,
-        }
-    if preset == "deta":
-        return {**preset_options("vitdet", config), "window_size": 24, "pos_grid": 24, "rope_grid": 16}
-    raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    return float(getattr(VITDET_RECIPES[depth], name))

@@ -7,7 +7,8 @@ as in apps/detection/detectron2_pe/modeling/backbone/pev1_det.py of the same com
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -17,13 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .resize import POS_EMBED_MODES, resize_pos_embed
+from .geometry import Geometry, block_indices, get_geometry, preset_name
+from .resize import resize_pos_embed
 from .rope import apply_rope, rope_table
-from .variants import EncoderConfig, get_config, variant_key
-from .windows import real_tokens, window_partition, window_unpartition
+from .variants import EncoderConfig, get_config, recipe_rate, variant_key
+from .windows import valid_tokens, window_partition, window_unpartition
 
 _EPS = 1e-5  # of every LayerNorm in the encoder, whatever the released detection configs say
-ROPE_MODES = ("extrapolate", "interpolate")
+# A side of the grid over that of the pretraining, above which the released geometry gets a warning. Published: tracking
+# with PE-Spatial-G holds or gains up to 1.9 (short side of 840 px) and loses 4 to 12 points of J&F at 2.8 (1260 px), on
+# each of DAVIS, YouTube-VOS and MOSE (DINOv3 paper, Tab. 5). Nothing is published for smaller images.
+_LARGE = 2.0
+_warned = False
 
 
 class Attention(nn.Module):
@@ -77,26 +83,26 @@ class Block(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, rope: Tensor, real: Tensor | None, mask: Tensor | None, images: int) -> Tensor:
-        """(B * n, N, C) -> the same, for n windows of each of `images` images (n = 1 where attention is global).
+    def forward(self, x: Tensor, rope: Tensor, valid: Tensor | None, mask: Tensor | None, batch_size: int) -> Tensor:
+        """(B * n, N, C) -> the same, for n windows of each of B = `batch_size` images (n = 1 if attention is global).
 
-        `real` (B * n, N, 1) is 0 on padding: the released detectors pad windows with zeros after norm1, and these take
-        part as keys. `mask` (B * n, 1, 1, N) instead keeps padding out of the attention.
+        `valid` (B * n, N, 1) is 0 on padding: the released detectors pad windows with zeros after norm1, and these take
+        part as keys. `mask` (B * n, 1, 1, N) instead excludes padding from the attention.
         """
         y = self.norm1(x)
-        if real is not None:
-            y = y * real.to(y.dtype)
-        x = x + self._branch(self.attn(y, rope, mask), self.gamma_1, images)
-        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2, images)
+        if valid is not None:
+            y = y * valid.to(y.dtype)
+        x = x + self._branch(self.attn(y, rope, mask), self.gamma_1, batch_size)
+        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2, batch_size)
 
-    def _branch(self, y: Tensor, gamma: Tensor | None, images: int) -> Tensor:
+    def _branch(self, y: Tensor, gamma: Tensor | None, batch_size: int) -> Tensor:
         if gamma is not None:
             y = y * gamma
         if self.drop_path == 0.0 or not self.training:
             return y
         keep = 1.0 - self.drop_path
-        scale = y.new_empty(images, 1, 1, 1).bernoulli_(keep).div_(keep)  # one draw an image, for all its windows
-        return (y.unflatten(0, (images, -1)) * scale).flatten(0, 1)
+        scale = y.new_empty(batch_size, 1, 1, 1).bernoulli_(keep).div_(keep)  # one for all windows of an image
+        return (y.unflatten(0, (batch_size, -1)) * scale).flatten(0, 1)
 
     def extra_repr(self) -> str:
         """Show what differs from block to block."""
@@ -122,83 +128,63 @@ class PerceptionEncoder(nn.Module):
         variant: a key of `VARIANTS`, a released name such as 'PE-Spatial-B16-512', an `EncoderConfig` or its fields.
         out_indices: blocks whose output is returned, in this order; 0-based, negatives count from the end. Blocks after
             the last of them are not built.
-        window_size: side of the attention windows, in tokens; None means global attention everywhere. A class token is
-            copied into every window for a run of windowed blocks; at the end of the run the copies are averaged.
-        global_attn_indexes: the blocks that keep global attention (with `window_size`).
-        pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
-            'bicubic_antialias' (as timm) or 'tile'.
-        pos_grid: side of the table of learned positions, in tokens, if not the pretraining grid; `load_checkpoint`
-            resizes the released table.
-        rope_mode: 'extrapolate' counts tokens on; 'interpolate' maps an axis of n tokens to positions
-            `i / n * rope_grid`, where n is the window in windowed blocks and the grid in global ones.
-        rope_grid: side of the grid to which 'interpolate' maps; one number, or (windows, global); the default is the
-            pretraining grid.
-        patch_size: side of a patch, in pixels, if not the released one; `load_checkpoint` resizes the kernel.
-        drop_path_rate: stochastic depth of the last block of the whole network; rises linearly from 0.
+        geometry: positions, patches and windows: a preset's name ('release', 'timm', 'vitdet', 'deta'), a `Geometry` or
+            its fields.
+        drop_path_rate: stochastic depth of the last block of the complete network; rises linearly from 0. 'vitdet' is
+            the published rate for the depth.
         grad_checkpointing: True for every block, or the indices of the blocks whose activations are recomputed.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
             run in evaluation mode and without autograd.
-        mask_window_padding: keep the padding of windows that do not divide the grid out of the attention. The released
-            detectors let it take part as keys.
+        overrides: single fields of the geometry by name, for instance `window_size=16`.
+
+    Attributes:
+        geometry: the geometry in numbers.
+        depth: number of blocks built.
+        num_prefix_tokens: tokens before the patches: 1 with a class token, else 0.
+
+    Raises ValueError for a value that is not allowed, and TypeError for an option that does not exist.
     """
 
-    def __init__(  # noqa: PLR0913  (one option for each decision in which checkpoints or recipes differ)
+    def __init__(
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
         out_indices: Sequence[int] = (-1,),
-        window_size: int | None = None,
-        global_attn_indexes: Sequence[int] = (),
-        pos_embed_mode: str = "bilinear",
-        pos_grid: int | None = None,
-        rope_mode: str = "extrapolate",
-        rope_grid: int | Sequence[int] | None = None,
-        patch_size: int | None = None,
-        drop_path_rate: float = 0.0,
+        geometry: str | Geometry | Mapping[str, Any] = "release",
+        drop_path_rate: float | str = 0.0,
         grad_checkpointing: bool | Sequence[int] = False,
         frozen_stages: int = -1,
-        mask_window_padding: bool = False,
+        **overrides: Any,
     ) -> None:
         super().__init__()
         config = get_config(variant)
         self.variant = variant_key(variant) if isinstance(variant, str) else None
         self.config = config
-        self.patch_size = patch_size or config.patch_size
+        self.geometry = get_geometry(geometry, **overrides).resolve(config)
+        self.patch_size = self.geometry.patch_size
         self.embed_dim = config.embed_dim
-        self.out_indices = _block_indices("out_indices", out_indices, config.depth)
+        self.out_indices = block_indices("out_indices", out_indices, config.depth)
         if not self.out_indices:
             raise ValueError("out_indices is empty; name at least one block, for instance (-1,) for the last")
         self.depth = max(self.out_indices) + 1
-        self.window_size = window_size
-        self.global_attn_indexes = _block_indices("global_attn_indexes", global_attn_indexes, config.depth)
-        self.pos_embed_mode = _one_of("pos_embed_mode", pos_embed_mode, POS_EMBED_MODES)
-        self.pos_grid = config.grid_size if pos_grid is None else pos_grid
-        self.rope_mode = _one_of("rope_mode", rope_mode, ROPE_MODES)
-        self.rope_grid = _rope_grid(rope_grid, rope_mode, config.grid_size)
-        self.mask_window_padding = mask_window_padding
-        if window_size is None and (global_attn_indexes or mask_window_padding):
-            raise ValueError("global_attn_indexes and mask_window_padding need window_size; give it too")
-        if window_size is not None and window_size < 1:
-            raise ValueError(f"window_size is {window_size}; it is in tokens and at least 1, or None for no windows")
-        if self.pos_grid < 1:
-            raise ValueError(f"pos_grid is {pos_grid}; it is in tokens and at least 1, or None as pretrained")
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}; it is a probability below 1")
+        rate = recipe_rate("drop_path_rate", drop_path_rate, config.depth)
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path_rate is {rate}; it is a probability below 1")
         if not -1 <= frozen_stages <= self.depth:
             raise ValueError(f"frozen_stages is {frozen_stages}; -1 (none) to {self.depth} (all blocks) are allowed")
         self.frozen_stages = frozen_stages
         self.grad_checkpointing = grad_checkpointing
 
         dim = config.embed_dim
-        self.prefix = int(config.class_token)
+        self.num_prefix_tokens = int(config.class_token)
         self.patch_embed = PatchEmbed(config.in_chans, dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + self.pos_grid**2, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + self.geometry.pos_grid**2, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=_EPS)
-        rates = [drop_path_rate * i / max(config.depth - 1, 1) for i in range(self.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        # Neighbouring blocks of one kind run together: tokens enter and leave the windows once a run.
-        windowed = [window_size is not None and i not in self.global_attn_indexes for i in range(self.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate * i / max(config.depth - 1, 1)) for i in range(self.depth))
+        # Neighboring blocks of one kind run together: tokens enter and leave the windows once per run.
+        windows, global_blocks = self.geometry.window_size is not None, self.geometry.global_attn_indexes
+        windowed = [windows and i not in global_blocks for i in range(self.depth)]
         self._runs = [(kind, tuple(run)) for kind, run in groupby(range(self.depth), key=lambda i: windowed[i])]
         for token in self._tokens():
             nn.init.normal_(token, std=dim**-0.5)
@@ -212,7 +198,7 @@ class PerceptionEncoder(nn.Module):
     @grad_checkpointing.setter
     def grad_checkpointing(self, blocks: bool | Sequence[int]) -> None:
         chosen = range(self.depth if blocks else 0) if isinstance(blocks, bool) else blocks
-        self._checkpointed = _block_indices("grad_checkpointing", chosen, self.config.depth)
+        self._checkpointed = block_indices("grad_checkpointing", chosen, self.config.depth)
 
     def _tokens(self) -> list[nn.Parameter]:
         return [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
@@ -237,7 +223,7 @@ class PerceptionEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Encode `images` (B, 3, H, W), normalised, into maps (B, C, H / p, W / p), one for each of `out_indices`.
+        """Encode `images` (B, 3, H, W), normalized, into maps (B, C, H / p, W / p), one for each of `out_indices`.
 
         Maps are the residual stream after a block: the released models end without a norm. Raises ValueError if a side
         is not a multiple of the patch size p.
@@ -247,21 +233,22 @@ class PerceptionEncoder(nn.Module):
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the maps of `forward` and, after the same blocks, the class tokens (B, C); none if there is none."""
         grid = self._grid(images)
+        self._warn_of_large(grid)
         with _autograd(self.frozen_stages < 0):
             x = self._embed(images, grid)
         maps: dict[int, Tensor] = {}
         tokens: dict[int, Tensor] = {}
         for windowed, run in self._runs:
             rope = self._rope(windowed, grid, x.device)
-            real, mask = self._padding(windowed, grid, x)
+            valid, mask = self._padding(windowed, grid, x)
             if windowed:
                 x = self._enter_windows(x, grid)
             for i in run:
                 with _autograd(i >= self.frozen_stages):
-                    x = self._block(i, x, rope, real, mask, images.shape[0])
+                    x = self._block(i, x, rope, valid, mask, images.shape[0])
                 if i in self.out_indices:
                     maps[i] = self._map(x, grid, windowed)
-                    if self.prefix:
+                    if self.num_prefix_tokens:
                         tokens[i] = self._class_token(x, images.shape[0])[:, 0]
             if windowed:
                 x = self._leave_windows(x, grid)
@@ -278,48 +265,68 @@ class PerceptionEncoder(nn.Module):
             )
         return h // p, w // p
 
+    def _warn_of_large(self, grid: tuple[int, int]) -> None:
+        """Warn once per process where the released geometry meets images for which it is known to get worse."""
+        global _warned
+        if torch.compiler.is_compiling() or _warned or min(grid) <= _LARGE * self.config.grid_size:
+            return
+        if preset_name(self.geometry, self.config) == "release":
+            _warned = True
+            native = self.config.grid_size
+            warnings.warn(
+                f"images of {grid[0]}x{grid[1]} patches are more than {_LARGE:g} times the pretraining grid of "
+                f"{native}x{native}, and the geometry is 'release', with which PE-Spatial gets worse at such sizes; "
+                "use geometry='vitdet' (windows of the pretraining grid) or smaller images",
+                stacklevel=2,
+            )
+
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        pos = self.pos_embed[:, self.prefix :].unflatten(1, (self.pos_grid, self.pos_grid))
-        x = (self.patch_embed(images) + resize_pos_embed(pos, grid, mode=self.pos_embed_mode)).flatten(1, 2)
+        side, mode = self.geometry.pos_grid, self.geometry.pos_embed_mode
+        pos = self.pos_embed[:, self.num_prefix_tokens :].unflatten(1, (side, side))
+        x = (self.patch_embed(images) + resize_pos_embed(pos, grid, mode=mode)).flatten(1, 2)
         if self.cls_token is not None:
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat((cls_token.to(x.dtype), x), dim=1)
         return self.norm_pre(x)
 
     def _rope(self, windowed: bool, grid: tuple[int, int], device: torch.device) -> Tensor:
-        if windowed and self.window_size is not None:
-            grid = (self.window_size, self.window_size)
-        target = self.rope_grid[0 if windowed else 1]
-        scale = (1.0, 1.0) if self.rope_mode == "extrapolate" else (target / grid[0], target / grid[1])
+        window, target, prefix = self.geometry.window_size, self.geometry.rope_grid, self.num_prefix_tokens
+        if windowed and window is not None:
+            grid = (window, window)
+        scale = (1.0, 1.0)
+        if target is not None:
+            side = target[0 if windowed else 1]
+            scale = (side / grid[0], side / grid[1])
         head_dim = self.embed_dim // self.config.num_heads
-        return rope_table(grid, head_dim, scale=scale, offset=self.prefix, prefix=self.prefix, device=device)
+        return rope_table(grid, head_dim, scale=scale, offset=prefix, num_prefix_tokens=prefix, device=device)
 
     def _padding(self, windowed: bool, grid: tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (real, mask) of `Block.forward`: at most one of them is not None."""
-        real = real_tokens(grid, self.window_size, x.device) if windowed and self.window_size is not None else None
-        if real is None:
+        """Return (valid, mask) of `Block.forward`: at most one of them is not None."""
+        window = self.geometry.window_size
+        valid = valid_tokens(grid, window, x.device) if windowed and window is not None else None
+        if valid is None:
             return None, None
-        real = F.pad(real, (self.prefix, 0), value=True).repeat(x.shape[0], 1)  # (B * n, N)
-        return (None, real[:, None, None]) if self.mask_window_padding else (real[..., None], None)
+        valid = F.pad(valid, (self.num_prefix_tokens, 0), value=True).repeat(x.shape[0], 1)  # (B * n, N)
+        return (None, valid[:, None, None]) if self.geometry.mask_window_padding else (valid[..., None], None)
 
     def _enter_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        assert self.window_size is not None
-        windows = window_partition(x[:, self.prefix :].unflatten(1, grid), self.window_size)
-        if self.prefix:
+        assert self.geometry.window_size is not None
+        windows = window_partition(x[:, self.num_prefix_tokens :].unflatten(1, grid), self.geometry.window_size)
+        if self.num_prefix_tokens:
             copies = x[:, :1].repeat_interleave(windows.shape[0] // x.shape[0], dim=0)
             windows = torch.cat((copies, windows), dim=1)
         return windows
 
     def _leave_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        assert self.window_size is not None
-        patches = window_unpartition(x[:, self.prefix :], self.window_size, grid).flatten(1, 2)
-        if self.prefix:
+        assert self.geometry.window_size is not None
+        patches = window_unpartition(x[:, self.num_prefix_tokens :], self.geometry.window_size, grid).flatten(1, 2)
+        if self.num_prefix_tokens:
             patches = torch.cat((self._class_token(x, patches.shape[0]), patches), dim=1)
         return patches
 
-    def _class_token(self, x: Tensor, images: int) -> Tensor:
-        """(images * windows, N, C) -> the mean over the windows of each image, (images, 1, C)."""
-        return x[:, :1].unflatten(0, (images, -1)).mean(dim=1)
+    def _class_token(self, x: Tensor, batch_size: int) -> Tensor:
+        """(B * windows, N, C) -> the mean over the windows of each image, (B, 1, C)."""
+        return x[:, :1].unflatten(0, (batch_size, -1)).mean(dim=1)
 
     def _block(self, i: int, x: Tensor, *args: Any) -> Tensor:
         block = self.blocks[i]
@@ -329,47 +336,21 @@ class PerceptionEncoder(nn.Module):
         return block(x, *args)
 
     def _map(self, x: Tensor, grid: tuple[int, int], windowed: bool) -> Tensor:
-        patches = x[:, self.prefix :]
-        if windowed and self.window_size is not None:
-            tokens = window_unpartition(patches, self.window_size, grid)
+        patches, window = x[:, self.num_prefix_tokens :], self.geometry.window_size
+        if windowed and window is not None:
+            tokens = window_unpartition(patches, window, grid)
         else:
             tokens = patches.unflatten(1, grid)
         return tokens.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
-        """Show the geometry."""
+        """Show the configuration, and the geometry by the name of its preset and in numbers."""
         return (
-            f"{self.config}, patch_size={self.patch_size}, out_indices={self.out_indices}, "
-            f"window_size={self.window_size}, global_attn_indexes={self.global_attn_indexes}, "
-            f"pos_embed_mode={self.pos_embed_mode!r}, pos_grid={self.pos_grid}, rope_mode={self.rope_mode!r}, "
-            f"rope_grid={self.rope_grid}, "
+            f"{self.config}, out_indices={self.out_indices}, "
+            f"geometry={preset_name(self.geometry, self.config) or 'custom'}: {self.geometry}, "
             f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}"
         )
 
 
 def _autograd(enabled: bool) -> AbstractContextManager[None]:
     return torch.set_grad_enabled(enabled and torch.is_grad_enabled())
-
-
-def _block_indices(name: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
-    indices = tuple(indices)
-    if any(not -depth <= i < depth for i in indices):
-        raise ValueError(f"{name} is {indices}, out of range for {depth} blocks; {-depth} to {depth - 1} are allowed")
-    return tuple(i % depth for i in indices)
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-    return value
-
-
-def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: int) -> tuple[int, int]:
-    if rope_grid is None:
-        return default, default
-    if rope_mode == "extrapolate":
-        raise ValueError("rope_grid means nothing with rope_mode='extrapolate'; use rope_mode='interpolate'")
-    pair = (rope_grid, rope_grid) if isinstance(rope_grid, int) else tuple(rope_grid)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"rope_grid is {rope_grid}; give one positive number, or two: (windows, global)")
-    return pair[0], pair[1]

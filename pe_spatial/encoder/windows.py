@@ -28,8 +28,8 @@ def window_unpartition(windows: Tensor, window: int, grid: tuple[int, int]) -> T
     return x[:, : grid[0], : grid[1]]
 
 
-def real_tokens(grid: tuple[int, int], window: int, device: torch.device) -> Tensor | None:
-    """Return which tokens of the windows are not padding, (n, window * window) bool; None if all of them are real."""
+def valid_tokens(grid: tuple[int, int], window: int, device: torch.device) -> Tensor | None:
+    """Return which tokens of the windows are not padding, (n, window * window) bool; None if all of them are valid."""
     if grid[0] % window + grid[1] % window == 0:  # one condition, so that a compiled model meets two cases, not three
         return None
     return window_partition(torch.ones(1, *grid, 1, device=device), window)[..., 0] > 0

@@ -22,7 +22,7 @@ from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict, some
 from pe_spatial.encoder.layer_decay import lr_factor
 from pe_spatial.encoder.pyramid import FusedFeaturePyramid, SimpleFeaturePyramid
-from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_recipe
+from pe_spatial.encoder.variants import EncoderConfig, recipe_rate
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
@@ -38,13 +38,12 @@ class PerceptionEncoderPyramid(Backbone):
     Args:
         variant: as in `PerceptionEncoder`.
         pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` if `out_indices` names several blocks.
-        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`); None leaves it to `options`.
         weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
         size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
             levels need. Whole windows are `window_size * patch_size`.
         square_size: side of the square to which Detectron2 pads every image, in pixels, as the released detectors do;
             0 for none. Detectron2 crops a single image that is larger without a word, so resize to fit.
-        options: those of `PerceptionEncoder`; they override the preset.
+        options: those of `PerceptionEncoder`, such as `geometry`.
     """
 
     def __init__(
@@ -52,14 +51,13 @@ class PerceptionEncoderPyramid(Backbone):
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
         pyramid: Mapping[str, Any] | None = None,
-        preset: str | None = None,
         weights: str | Path | None = None,
         size_divisibility: int | None = None,
         square_size: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.encoder = PerceptionEncoder(variant, **{**(preset_options(preset, variant) if preset else {}), **options})
+        self.encoder = PerceptionEncoder(variant, **options)
         maps, width, patch = len(self.encoder.out_indices), self.encoder.embed_dim, self.encoder.patch_size
         sizes = {"in_stride": patch, **(pyramid or {})}
         if maps == 1:
@@ -163,7 +161,7 @@ def layer_decay(model: nn.Module, rate: float | str = "vitdet") -> Callable[[str
     if not encoders:
         raise ConfigError("the model holds no PerceptionEncoder, so there are no layers to decay the rate over")
     rates = {
-        prefix: vitdet_recipe(encoder.config.depth).layer_decay_rate if rate == "vitdet" else float(rate)
+        prefix: recipe_rate("layer_decay_rate", rate, encoder.config.depth)
         for prefix, encoder in encoders.items()
     }
 
@@ -200,7 +198,7 @@ def add_pe_spatial_config(cfg: CfgNode) -> None:
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PE_SPATIAL = node = CfgNode()
     node.VARIANT = ""  # must be given: 'pe_spatial_b16_512', ...
-    node.PRESET = "vitdet"
+    node.GEOMETRY = "vitdet"
     node.WEIGHTS = None  # 'released', 'hf://owner/repo', a file; MODEL.WEIGHTS is for whole detectors
     node.OUT_INDICES = (-1,)
     node.STRIDES = (4, 8, 16, 32, 64)
@@ -209,9 +207,9 @@ def add_pe_spatial_config(cfg: CfgNode) -> None:
     node.SQUARE_SIZE = 0
     node.FROZEN_STAGES = -1
     node.GRAD_CHECKPOINTING = False
-    node.DROP_PATH_RATE = None  # None in this line and the next: as the preset has it
-    node.PATCH_SIZE = None
-    node.LAYER_DECAY_RATE = "vitdet"  # read by `build_optimizer`
+    node.PATCH_SIZE = None  # that of the geometry
+    node.DROP_PATH_RATE = None  # this and the next: a number, or None for the published one ('vitdet')
+    node.LAYER_DECAY_RATE = None  # read by `build_optimizer`
 
 
 @BACKBONE_REGISTRY.register()
@@ -227,18 +225,18 @@ def build_pe_spatial_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Perceptio
             "pe_spatial_b16_512 or the like"
         )
     _check_pixels(cfg)
-    optional = {"drop_path_rate": node.DROP_PATH_RATE, "patch_size": node.PATCH_SIZE}
     backbone = PerceptionEncoderPyramid(
         node.VARIANT,
         pyramid={"strides": node.STRIDES, "out_channels": node.OUT_CHANNELS},
-        preset=node.PRESET,
+        geometry=node.GEOMETRY,
         weights=node.WEIGHTS,
         size_divisibility=node.SIZE_DIVISIBILITY,
         square_size=node.SQUARE_SIZE,
         out_indices=node.OUT_INDICES,
         frozen_stages=node.FROZEN_STAGES,
         grad_checkpointing=node.GRAD_CHECKPOINTING,
-        **{name: value for name, value in optional.items() if value is not None},
+        drop_path_rate="vitdet" if node.DROP_PATH_RATE is None else node.DROP_PATH_RATE,
+        **({} if node.PATCH_SIZE is None else {"patch_size": node.PATCH_SIZE}),
     )
     if input_shape.channels != backbone.encoder.config.in_chans:
         raise ConfigError(f"the input has {input_shape.channels} channels; {node.VARIANT} takes RGB")
@@ -253,10 +251,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     if solver.BIAS_LR_FACTOR != 1.0:
         raise ConfigError(f"SOLVER.BIAS_LR_FACTOR is {solver.BIAS_LR_FACTOR}; layer-wise decay allows only 1.0")
+    rate = cfg.MODEL.PE_SPATIAL.LAYER_DECAY_RATE
     params = layer_decay_params(
         model,
         base_lr=solver.BASE_LR,
-        layer_decay_rate=cfg.MODEL.PE_SPATIAL.LAYER_DECAY_RATE,
+        layer_decay_rate="vitdet" if rate is None else rate,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pe_spatial.encoder import pyramid as core
 from pe_spatial.encoder.checkpoint import load_checkpoint
 from pe_spatial.encoder.layer_decay import is_norm_or_bias, lr_factor
-from pe_spatial.encoder.variants import EncoderConfig, preset_options, vitdet_recipe
+from pe_spatial.encoder.variants import EncoderConfig, recipe_rate
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.timm import PREFIX, TimmEncoder, check_init_cfg
@@ -45,10 +45,9 @@ class Backbone(PerceptionEncoder):
 
     Args:
         variant: as in `PerceptionEncoder`.
-        preset: 'release', 'timm', 'vitdet' or 'deta': the geometry (see `preset_options`); None leaves it to `options`.
         init_cfg: None for random weights, or `dict(type='Pretrained', checkpoint=...)` with what `load_checkpoint`
             takes: 'released', 'hf://owner/repo', or a local file. Loading is strict.
-        options: those of `PerceptionEncoder`; they override the preset.
+        options: those of `PerceptionEncoder`, such as `geometry`.
     """
 
     loads_released_weights = True
@@ -57,12 +56,11 @@ class Backbone(PerceptionEncoder):
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
-        preset: str | None = None,
         init_cfg: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         check_init_cfg(init_cfg)
-        super().__init__(variant, **{**(preset_options(preset, variant) if preset else {}), **options})
+        super().__init__(variant, **options)
         self.init_cfg = init_cfg
         self.is_init = False
 
@@ -317,8 +315,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return {id(g["params"][0]): (g.get("lr", self.base_lr), g.get("weight_decay")) for g in groups}
 
     def _rate(self, encoder: PerceptionEncoder | TimmEncoder) -> float:
-        rate = self.paramwise_cfg["layer_decay_rate"]
-        return vitdet_recipe(encoder.config.depth).layer_decay_rate if rate == "vitdet" else float(rate)
+        return recipe_rate("layer_decay_rate", self.paramwise_cfg["layer_decay_rate"], encoder.config.depth)
 
 
 def _lr_factor(encoder: PerceptionEncoder | TimmEncoder, name: str, rate: float) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.variants import recipe_rate
 from pe_spatial.errors import ConfigError
 
 PREFIX = "timm:"
@@ -73,7 +74,7 @@ class TimmEncoder(nn.Module):
         out_indices: Sequence[int] = (-1,),
         final_norm: bool = True,
         patch_size: int | None = None,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float | str = 0.0,
         grad_checkpointing: bool = False,
         frozen_stages: int = -1,
         init_cfg: Mapping[str, Any] | None = None,
@@ -95,6 +96,7 @@ class TimmEncoder(nn.Module):
             depth=len(plan.blocks),
             grid_size=grid,
         )
+        rate = recipe_rate("drop_path_rate", drop_path_rate, self.config.depth)
         self.out_indices = _block_indices(out_indices, self.config.depth)
         self.depth = max(self.out_indices) + 1
         if not -1 <= frozen_stages <= self.depth:
@@ -105,7 +107,7 @@ class TimmEncoder(nn.Module):
         self.is_init = False
         # Another patch size keeps the grid of learned positions, and with it their values.
         sizes = {"patch_size": self.patch_size, "img_size": tuple(n * self.patch_size for n in grid)}
-        self.model = _create(variant, drop_path_rate=drop_path_rate, **(sizes if self.patch_size != native else {}))
+        self.model = _create(variant, drop_path_rate=rate, **(sizes if self.patch_size != native else {}))
         self.mean = tuple(self.model.pretrained_cfg["mean"])
         self.std = tuple(self.model.pretrained_cfg["std"])
         self._moved_norm = isinstance(self.model.norm, nn.Identity) and not isinstance(self.model.fc_norm, nn.Identity)
@@ -155,14 +157,14 @@ class TimmEncoder(nn.Module):
                 f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
             )
         blocks = sorted(set(self.out_indices))  # the order in which timm returns them
-        options = dict(norm=self.final_norm, return_prefix_tokens=bool(self.prefix), intermediates_only=True)
+        options = dict(norm=self.final_norm, return_prefix_tokens=bool(self.num_prefix_tokens), intermediates_only=True)
         out = self.model.forward_intermediates(images, indices=blocks, **options)
-        maps, tokens = zip(*out, strict=True) if self.prefix else (out, ())
+        maps, tokens = zip(*out, strict=True) if self.num_prefix_tokens else (out, ())
         at = [blocks.index(i) for i in self.out_indices]
         return tuple(maps[i] for i in at), tuple(tokens[i][:, 0] for i in at if tokens)
 
     @property
-    def prefix(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """1 with a class token, else 0."""
         return int(getattr(self.model, "cls_token", None) is not None)
 

@@ -142,7 +142,7 @@ class CachedEncoder(nn.Module):
         self.config = encoder.config
         self.patch_size: int = encoder.patch_size  # type: ignore[assignment]
         self.embed_dim: int = encoder.embed_dim  # type: ignore[assignment]
-        self.prefix = getattr(encoder, "prefix", 0)
+        self.num_prefix_tokens = getattr(encoder, "num_prefix_tokens", 0)
         self.out_indices = tuple(out_indices)
         self.read: Callable[[Tensor], Features]
 

@@ -48,7 +48,12 @@ def project(tmp_path_factory):
     full = Config.fromfile(REPO / "configs" / "pe_spatial_cascade_coco.py").to_dict()
     cfg = Config(shrink(full))
     cfg.model.backbone.update(
-        variant=ENCODER, preset=None, window_size=2, global_attn_indexes=(1,), pos_embed_mode="tile"
+        variant=ENCODER,
+        geometry="release",
+        drop_path_rate=0.0,
+        window_size=2,
+        global_attn_indexes=(1,),
+        pos_embed_mode="tile",
     )
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(root / "encoder.pt"))
     cfg.optim_wrapper.paramwise_cfg.layer_decay_rate = 0.7

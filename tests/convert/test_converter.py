@@ -19,7 +19,8 @@ from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, PerceptionEncoder, SimpleFeaturePyramid
-from pe_spatial.convert.converter import RopeGeometry, convert, to_mmdet, write_checkpoint
+from pe_spatial.convert.converter import convert, to_mmdet, write_checkpoint
+from pe_spatial.convert.rope_tables import RopeTables, detector_geometry
 from pe_spatial.encoder.files import CheckpointError, CheckpointFile, read_checkpoint
 from pe_spatial.encoder.resize import resize_patch_kernel
 from pe_spatial.encoder.variants import RELEASED_NAMES
@@ -80,8 +81,9 @@ def test_every_released_detector_maps_and_comes_back(contracts, name, facts):
     assert there.dropped.keys() == rope
     assert there.renamed.keys() == keys.keys() - rope
     assert len(there.state) == len(set(there.renamed.values())) == len(keys) - len(rope)
-    assert there.geometry == RopeGeometry(heads=16, window=32, image=64, global_blocks=(12, 24, 36, 49))
-    rest = {"meta": {"pe_spatial": asdict(there.geometry)}} if facts else {}
+    geometry = detector_geometry(pos_grid=32, window_size=32, rope_grid=32, blocks=(12, 24, 36, 49))
+    assert there.rope == RopeTables(geometry=geometry, num_heads=16, image_grid=64)
+    rest = {"meta": {"pe_spatial": asdict(there.rope)}} if facts else {}
     back = convert(file(there.state, **rest), "detectron2")
     assert shapes_of(back.state) == keys
     assert back.added.keys() == rope
@@ -161,7 +163,7 @@ def test_detector_round_trip_is_bit_identical(detectors, tmp_path, name, suffix,
     state = {key: value.to(dtype) for key, value in source.state.items()}
     there = convert(CheckpointFile(source.path, state, source.rest), "pe_spatial")
     assert there.dropped["trainer"] == there.dropped["iteration"] == "training state or description, not weights"
-    assert there.geometry.global_blocks == (1, 3)
+    assert there.rope.geometry.global_attn_indexes == (1, 3)
     size = write_checkpoint(tmp_path / f"ours{suffix}", there)
     (tmp_path / "usual").touch()
     assert (tmp_path / f"ours{suffix}").stat().st_size == size
@@ -293,7 +295,7 @@ def test_tables_of_no_known_geometry_are_left_out_and_said(ours, reference):
     done = convert(file(ours), "detectron2")  # a detector of other shapes, trained here
     assert not any("rope" in name for name in done.state)
     assert done.state.keys() == {name for name in reference.state if "rope" not in name}
-    assert "rotary tables are left out" in done.notes[0]
+    assert "rotary tables are omitted" in done.notes[0]
 
 
 def test_views_do_not_take_their_storage_to_the_file(golden, tmp_path):
@@ -339,8 +341,8 @@ def put(name, value):
             lambda s: s.update({f"{BOXES}.weight": torch.ones(8, 64), f"{BOXES}.bias": torch.ones(8)}),
             "bbox_pred.weight has 8 outputs but should have 4 or 20",
         ),
-        (lambda s: s.pop(f"{NET}rope_win.freqs_cos"), "rope_win and rope_glb are not both there"),
-        (lambda s: s.pop(f"{BLOCK}2.attn.rope.freqs_sin"), "do not go together .*resblocks.2"),
+        (lambda s: s.pop(f"{NET}rope_win.freqs_cos"), "rope_win and rope_glb are not both matrices"),
+        (lambda s: s.pop(f"{BLOCK}2.attn.rope.freqs_sin"), "do not fit together .*resblocks.2"),
         (lambda s: s[f"{NET}rope_glb.freqs_sin"].add_(2e-5), "another geometry: .*rope_glb.freqs_sin differs by 2e-05"),
         (lambda s: s[f"{NET}rope_glb.freqs_sin"].fill_(float("nan")), "another geometry: .*differs by nan"),
     ],
@@ -373,15 +375,24 @@ def test_no_way_back_for_what_detectron2_has_no_place_for(ours, detectors):
         convert(file(ours), "timm")
 
 
-FACTS = asdict(RopeGeometry(heads=3, window=4, image=16, global_blocks=(1, 3)))
+GEOMETRY = detector_geometry(pos_grid=4, window_size=4, rope_grid=4, blocks=(1, 3))
+FACTS = asdict(RopeTables(geometry=GEOMETRY, num_heads=3, image_grid=16))
 
 
 @pytest.mark.parametrize(
-    "facts", ["{", 7, {"heads": 3}, FACTS | {"heads": 5}, FACTS | {"dtype": "nothing"}, FACTS | {"window": "wide"}]
+    "facts",
+    [
+        "{",
+        7,
+        {"num_heads": 3},
+        FACTS | {"num_heads": 5},
+        FACTS | {"dtype": "nothing"},
+        FACTS | {"geometry": FACTS["geometry"] | {"window_size": "wide"}},
+    ],
 )
 def test_facts_that_make_no_sense_are_refused(ours, facts):
     convert(file(ours, meta={"pe_spatial": FACTS}), "detectron2")
-    with pytest.raises(CheckpointError, match="says nonsense on its rotary tables"):
+    with pytest.raises(CheckpointError, match="describes no rotary tables of this model"):
         convert(file(ours, meta={"pe_spatial": facts}), "detectron2")
 
 

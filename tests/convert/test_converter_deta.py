@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from checkpoint_files import file, same_bits, shapes_of
 from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
-from pe_spatial import EncoderConfig, PerceptionEncoder, from_pretrained, preset_options
-from pe_spatial.convert.converter import RopeGeometry, convert, to_mmdet, write_checkpoint
+from pe_spatial import EncoderConfig, PerceptionEncoder, from_pretrained
+from pe_spatial.convert.converter import convert, to_mmdet, write_checkpoint
+from pe_spatial.convert.rope_tables import RopeTables, detector_geometry
 from pe_spatial.encoder.files import CheckpointError, CheckpointFile, read_checkpoint
 from pe_spatial.encoder.pyramid import DETAFeaturePyramid
 
@@ -33,7 +34,8 @@ CATEGORY_IDS = [
     *range(72, 83),
     *range(84, 91),
 ]
-RELEASED = RopeGeometry(heads=16, window=24, image=114, global_blocks=(12, 24, 36, 49), grid=16)
+GEOMETRY = detector_geometry(pos_grid=24, window_size=24, rope_grid=16, blocks=(12, 24, 36, 49))
+RELEASED = RopeTables(geometry=GEOMETRY, num_heads=16, image_grid=114)
 SMALL = EncoderConfig(
     img_size=64,
     patch_size=16,
@@ -90,7 +92,7 @@ def test_released_file_maps_completely(released, contract):
     assert len(set(done.renamed.values())) == len(done.renamed) == len(done.state)
     assert done.dropped[f"{BODY}rope_glb.freqs_cos"] == "rotary constants, computed here"
     assert done.dropped["transformer.decoder.class_embed.3.bias"] == "second name of class_embed.3.bias"
-    assert done.geometry == RELEASED
+    assert done.rope == RELEASED
     assert done.notes == ["of 91 classes the 80 of COCO are kept; the last head keeps the objectness, its first"]
     classes = {f"bbox_head.cls_branches.{i}.{name}" for i in range(7) for name in ("weight", "bias")}
     assert done.resized.keys() == classes
@@ -104,7 +106,7 @@ def test_released_file_comes_back_with_all_classes(released):
     assert (there.resized, there.notes) == ({}, [])
     back = convert(file(there.state), "release")  # without the facts that travel with a file
     assert shapes_of(back.state) == shapes_of(released.state)
-    assert back.geometry == RELEASED
+    assert back.rope == RELEASED
     assert back.added.keys() == there.dropped.keys()
     assert back.dropped == back.resized == {}
 
@@ -120,7 +122,7 @@ def test_released_encoder_and_pyramid_are_those_of_the_preset(released):
     state = convert(released, "mmdet").state
     home = {"encoder": "backbone.encoder.", "pyramid": "backbone.pyramid."}
     with torch.device("meta"):
-        encoder = PerceptionEncoder("pe_spatial_g14_448", **preset_options("deta", "pe_spatial_g14_448"))
+        encoder = PerceptionEncoder("pe_spatial_g14_448", geometry="deta")
         pyramid = DETAFeaturePyramid(1536)
     for name, module in (("encoder", encoder), ("pyramid", pyramid)):
         found = {key.removeprefix(home[name]): value for key, value in state.items() if key.startswith(home[name])}
@@ -134,8 +136,7 @@ def test_names_and_shapes_are_those_of_the_config(released):
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.utils import import_modules_from_strings
 
-    parts = ("integrations.openmmlab", "detection.deta", "detection.deta.head")
-    import_modules_from_strings([f"pe_spatial.{part}" for part in parts])
+    import_modules_from_strings(["pe_spatial.detection"])
     init_default_scope("mmdet")
     cfg = Config.fromfile(REPO / "configs/_base_/models/deta_pe.py")
     with torch.device("meta"):
@@ -224,8 +225,8 @@ def test_round_trip_is_bit_identical(reference, tmp_path, suffix, dtype):
     state = {name: value.to(dtype) for name, value in reference.state.items()}
     there = convert(CheckpointFile(reference.path, state, reference.rest), "pe_spatial", all_classes=True)
     assert {"epoch", "args"} < there.dropped.keys()
-    assert (there.geometry.window, there.geometry.image, there.geometry.grid) == (6, 16, 4)
-    assert there.geometry.global_blocks == (1, 3)
+    assert (there.rope.geometry.window_size, there.rope.image_grid, there.rope.geometry.rope_grid) == (6, 16, 4)
+    assert there.rope.geometry.global_attn_indexes == (1, 3)
     write_checkpoint(tmp_path / f"ours{suffix}", there)
     back = convert(read_checkpoint(tmp_path / f"ours{suffix}"), "release")
     write_checkpoint(tmp_path / f"theirs{suffix}", back)
@@ -253,20 +254,20 @@ def test_other_class_counts_stay_and_come_back(reference, classes):
     there = convert(file(state), "mmdet")
     assert there.resized == {}
     assert there.state["bbox_head.cls_branches.2.bias"].shape == (classes,)
-    back = convert(file(there.state, meta={"pe_spatial": there.geometry.__dict__}), "release")
+    back = convert(file(there.state, meta={"pe_spatial": asdict(there.rope)}), "release")
     same_bits(back.state, state)
 
 
 def test_geometry_that_is_not_the_preset_is_said(reference, released):
     assert convert(reference, "mmdet").notes[1] == (
-        "its encoder is not that of preset 'deta': window_size=6, rope_grid=4, pos_grid=6, global_attn_indexes=(1, 3)"
+        "the geometry of its encoder is not 'deta': window_size=6, rope_grid=4, pos_grid=6, global_attn_indexes=(1, 3)"
     )
-    tables = replace(RELEASED, grid=24).tables("deta", 1536, 50, 576)  # the bug mended
-    mended = convert(file(released.state | tables), "mmdet")
-    assert mended.geometry.grid == 24
-    assert "rope_grid=24, pos_grid=24" in mended.notes[1]
-    other = replace(RELEASED, image=64, dtype="bfloat16")  # 1024 pixels
-    assert len(convert(file(released.state | other.tables("deta", 1536, 50, 576)), "mmdet").notes) == 1
+    tables = replace(RELEASED, geometry=replace(GEOMETRY, rope_grid=24)).build("deta", 1536, 50)  # the bug fixed
+    fixed = convert(file(released.state | tables), "mmdet")
+    assert fixed.rope.geometry.rope_grid == 24
+    assert "rope_grid=24, pos_grid=24" in fixed.notes[1]
+    other = replace(RELEASED, image_grid=64, dtype="bfloat16")  # 1024 pixels
+    assert len(convert(file(released.state | other.build("deta", 1536, 50)), "mmdet").notes) == 1
 
 
 def test_tables_of_no_known_geometry_are_left_out_and_said(reference):
@@ -289,8 +290,8 @@ def test_encoder_is_taken_out_of_the_released_detector(reference, tmp_path):
 def test_released_file_tells_variant_patches_and_grid_of_its_encoder(released, tmp_path):
     torch.save({"model": released.state}, tmp_path / "deta.pth")
     encoder = from_pretrained(tmp_path / "deta.pth")
-    assert (encoder.variant, encoder.patch_size, encoder.pos_grid) == ("pe_spatial_g14_448", 16, 24)
-    assert from_pretrained(tmp_path / "deta.pth", preset="deta").window_size == 24
+    assert (encoder.variant, encoder.patch_size, encoder.geometry.pos_grid) == ("pe_spatial_g14_448", 16, 24)
+    assert from_pretrained(tmp_path / "deta.pth", geometry="deta").geometry.window_size == 24
 
 
 # --- what is refused
@@ -312,7 +313,7 @@ def put(name, value):
         (put("transformer.level_embed", torch.ones(4, 64)), r"is \(4, 64\) but should be \(5, c\)"),
         (put(f"{BODY}positional_embedding", torch.ones(36, 48)), r"is \(36, 48\) but should be \(1, n, e\)"),
         (lambda s: s[f"{BODY}rope_glb.freqs_sin"].add_(2e-5), "another geometry: .*freqs_sin differs by 2e-05"),
-        (lambda s: s.pop(f"{BODY}rope_win.freqs_cos"), "rope_win and rope_glb are not both there"),
+        (lambda s: s.pop(f"{BODY}rope_win.freqs_cos"), "rope_win and rope_glb are not both matrices"),
     ],
 )  # fmt: skip
 def test_file_that_does_not_fit_is_refused(reference, change, words):

@@ -531,7 +531,9 @@ def test_released_recipe_of_75_epochs(name):
 def test_a_tiny_detector_trains_and_is_evaluated(lvis, tmp_path):
     cfg = tiny(lvis)
     encoder = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, class_token=False)
-    cfg.model.backbone.update(variant=encoder, preset=None, grad_checkpointing=False, init_cfg=None)
+    cfg.model.backbone.update(
+        variant=encoder, geometry="release", drop_path_rate=0.0, grad_checkpointing=False, init_cfg=None
+    )
     cfg.model.data_preprocessor.pad_size_divisor = 64
     cfg.model.train_cfg.rcnn.sampler.num = 16
     cfg.model.roi_head.mask_head.num_classes = cfg.model.roi_head.bbox_head.num_classes = len(NAMES)

@@ -346,8 +346,8 @@ def test_from_pretrained_takes_a_folder_or_a_file_and_finds_the_variant(tmp_path
         assert model.variant == "pe_spatial_t16_512"
         with torch.no_grad():
             assert_close(model(image)[1], t16(image)[0], rtol=0, atol=0)
-    assert from_pretrained(path, preset="vitdet", window_size=16).window_size == 16
-    assert from_pretrained(path, preset="vitdet").pos_embed_mode == "tile"
+    assert from_pretrained(path, geometry="vitdet", window_size=16).geometry.window_size == 16
+    assert from_pretrained(path, geometry="vitdet").geometry.pos_embed_mode == "tile"
 
 
 @pytest.mark.parametrize("name", ["PE-Spatial-T16-512", "pe_spatial_t16_512"])
@@ -412,7 +412,7 @@ def test_from_pretrained_finds_a_variant_whose_positions_were_resized(tmp_path):
                 with pytest.raises(CheckpointError, match="holds no released variant; give variant="):
                     from_pretrained(path)
             found = from_pretrained(path, **({} if known else {"variant": variant, "pos_grid": 12}))
-            assert (found.variant, found.patch_size, found.pos_grid) == (variant, 16, 12)
+            assert (found.variant, found.patch_size, found.geometry.pos_grid) == (variant, 16, 12)
 
 
 def test_from_pretrained_errors_say_what_to_do(tmp_path, checkpoint):

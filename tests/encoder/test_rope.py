@@ -26,7 +26,8 @@ def turned_one_by_one(vector: list[float], x: float, y: float) -> list[float]:
 def test_turns_pairs_by_column_then_row(offset, prefix, scale):
     grid, head_dim = (3, 2), 8
     vectors = torch.randn(1, prefix + 6, head_dim)
-    turned = apply_rope(vectors, rope_table(grid, head_dim, scale=scale, offset=offset, prefix=prefix, device=CPU))
+    table = rope_table(grid, head_dim, scale=scale, offset=offset, num_prefix_tokens=prefix, device=CPU)
+    turned = apply_rope(vectors, table)
     assert_close(turned[:, :prefix], vectors[:, :prefix], rtol=0, atol=0)
     for token in range(6):
         row, col = divmod(token, grid[1])
@@ -39,7 +40,7 @@ def test_shift_of_all_positions_keeps_attention_among_patches_but_not_with_the_c
     q, k = torch.randn(2, 1, 13, 2, 16).unbind(0)
 
     def logits(offset: int, prefix: int) -> torch.Tensor:
-        table = rope_table((4, 3), 16, offset=offset, prefix=prefix, device=CPU)
+        table = rope_table((4, 3), 16, offset=offset, num_prefix_tokens=prefix, device=CPU)
         turned = [apply_rope(v[:, 1 - prefix :], table) for v in (q, k)]
         return torch.einsum("bnhd,bmhd->bhnm", *turned)
 

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, PerceptionEncoder
 from pe_spatial.encoder.checkpoint import load_state
-from pe_spatial.encoder.variants import preset_options
 
 timm = pytest.importorskip("timm")
 
@@ -29,19 +28,19 @@ def test_equals_timm(variant, randomize):
     randomize(theirs)
     with torch.device("meta"):
         ours = {
-            preset: PerceptionEncoder(config, out_indices=layers, **preset_options(preset, config)).eval()
-            for preset in ("release", "timm")
+            geometry: PerceptionEncoder(config, out_indices=layers, geometry=geometry).eval()
+            for geometry in ("release", "timm")
         }
     for model in ours.values():
         assert load_state(model, theirs.state_dict()).layout == "timm"
 
-    def difference(preset: str, grid: tuple[int, int]) -> float:
+    def difference(geometry: str, grid: tuple[int, int]) -> float:
         """Compare the maps after every block; return the largest difference of the last."""
         images = torch.randn(1, 3, *(n * config.patch_size for n in grid))
         with torch.inference_mode():
-            got = ours[preset](images)
+            got = ours[geometry](images)
             expected = theirs.forward_intermediates(images, indices=list(layers), norm=False, intermediates_only=True)
-        if preset == "timm" or grid == (side, side):
+        if geometry == "timm" or grid == (side, side):
             assert_close(got, tuple(expected), rtol=1e-4, atol=1e-4)
         return (got[-1] - expected[-1]).abs().max().item()
 

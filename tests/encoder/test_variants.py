@@ -1,4 +1,4 @@
-"""The table of variants, their names, and the presets of geometry."""
+"""The table of variants, their names, and the published recipe by depth."""
 
 from dataclasses import FrozenInstanceError, asdict, replace
 
@@ -7,7 +7,7 @@ import torch
 from helpers.golden import read_json
 
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
-from pe_spatial.encoder.variants import PRESETS, RELEASED_NAMES, get_config, preset_options, vitdet_recipe
+from pe_spatial.encoder.variants import RELEASED_NAMES, get_config, recipe_rate
 
 # Counted from the released configurations (class token, positions and all blocks; no pooling, no projection).
 PARAMETERS = {
@@ -59,27 +59,22 @@ def test_config_is_frozen_and_checked():
         EncoderConfig(224, 16, 192, 12, 3)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_presets_build_every_variant(preset, name):
-    config = VARIANTS[name]
-    detector = preset in ("vitdet", "deta")
-    if detector and config.depth not in (12, 24, 50):
-        with pytest.raises(ValueError, match=r"no ViTDet recipe is published for (23|47) blocks"):
-            preset_options(preset, name)
-        return
+def test_recipe_is_the_published_one_and_numbers_stay():
+    assert [recipe_rate("drop_path_rate", "vitdet", depth) for depth in (12, 24, 50)] == [0.1, 0.4, 0.5]
+    assert [recipe_rate("layer_decay_rate", "vitdet", depth) for depth in (12, 24, 50)] == [0.7, 0.8, 0.9]
+    assert recipe_rate("drop_path_rate", 0.3, 7) == 0.3
     with torch.device("meta"):
-        model = PerceptionEncoder(name, **preset_options(preset, name))
-    assert model.patch_size == (16 if detector else config.patch_size)
-    assert model.rope_grid == ((16, 16) if preset == "deta" else (config.grid_size, config.grid_size))
-    assert model.pos_grid == (24 if preset == "deta" else config.grid_size)
-    if detector:
-        assert model.window_size == model.pos_grid
-        # Every run of windowed blocks ends in one of four global blocks, the last of them the last block.
-        assert [kind for kind, _ in model._runs] == [True, False] * 4
-        assert model.blocks[-1].drop_path == vitdet_recipe(config.depth).drop_path_rate
+        blocks = PerceptionEncoder("pe_spatial_l14_448", drop_path_rate="vitdet", out_indices=(-2,)).blocks
+    assert [round(block.drop_path, 6) for block in blocks] == [round(0.4 * i / 23, 6) for i in range(23)]
 
 
-def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="release, timm, vitdet, deta"):
-        preset_options("vit", "pe_spatial_b16_512")
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        ("vitdet", "no ViTDet recipe is published for 23 blocks, only for 12, 24, 50; give drop_path_rate as a number"),
+        ("vit", "drop_path_rate is 'vit'; allowed are a number and 'vitdet'"),
+    ],
+)
+def test_other_recipes_are_refused(rate, words):
+    with pytest.raises(ValueError, match=words):
+        PerceptionEncoder("pe_lang_l14_448", drop_path_rate=rate)

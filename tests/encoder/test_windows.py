@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
 from pe_spatial.encoder.checkpoint import load_state
-from pe_spatial.encoder.windows import real_tokens, window_partition, window_unpartition
+from pe_spatial.encoder.windows import valid_tokens, window_partition, window_unpartition
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 layouts = pytest.mark.parametrize("class_token", [True, False])
@@ -77,7 +77,7 @@ def test_partition_and_its_inverse(grid):
         for c in range(0, 3 * cols, 3)
     ]
     assert windows[..., 0].tolist() == by_hand
-    real = real_tokens(grid, 3, x.device)
+    real = valid_tokens(grid, 3, x.device)
     assert (
         real is None
         if grid in ((6, 9), (3, 3))
@@ -92,11 +92,11 @@ def test_partition_and_its_inverse(grid):
 @pytest.mark.parametrize(
     ("grid", "options"),
     [
-        ((4, 4), {"window_size": 4}),
-        ((4, 4), {"window_size": 4, "mask_window_padding": True}),
-        ((4, 4), {"window_size": 4, "rope_mode": "interpolate", "rope_grid": (7, 7)}),
-        ((5, 3), {"window_size": 5, "mask_window_padding": True}),
-        ((3, 6), {"window_size": 8, "mask_window_padding": True}),
+        ((4, 4), {"window_size": 4, "global_attn_indexes": ()}),
+        ((4, 4), {"window_size": 4, "global_attn_indexes": (), "mask_window_padding": True}),
+        ((4, 4), {"window_size": 4, "global_attn_indexes": (), "rope_mode": "interpolate", "rope_grid": (7, 7)}),
+        ((5, 3), {"window_size": 5, "global_attn_indexes": (), "mask_window_padding": True}),
+        ((3, 6), {"window_size": 8, "global_attn_indexes": (), "mask_window_padding": True}),
     ],
 )
 def test_one_window_over_the_grid_is_global_attention(tiny, class_token, grid, options):
@@ -109,7 +109,8 @@ def test_one_window_over_the_grid_is_global_attention(tiny, class_token, grid, o
 
 def test_unmasked_padding_does_take_part(tiny):
     with torch.no_grad():
-        assert (tiny(False, window_size=5)(images(5, 3))[0] - tiny(False)(images(5, 3))[0]).abs().max() > 0.01
+        windowed = tiny(False, window_size=5, global_attn_indexes=())(images(5, 3))[0]
+        assert (windowed - tiny(False)(images(5, 3))[0]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("mask_window_padding", [True, False])
@@ -126,8 +127,8 @@ def test_runs_equal_partitioning_in_every_block(tiny, grid, mask_window_padding)
             windowed = i != 2
             rope = model._rope(windowed, grid, x.device)
             if windowed:
-                real, mask = model._padding(True, grid, tokens)
-                tokens = window_unpartition(block(window_partition(tokens, 3), rope, real, mask, 2), 3, grid)
+                valid, mask = model._padding(True, grid, tokens)
+                tokens = window_unpartition(block(window_partition(tokens, 3), rope, valid, mask, 2), 3, grid)
             else:
                 tokens = block(tokens.flatten(1, 2), rope, None, None, 2).unflatten(1, grid)
             assert_close(maps[i], tokens.permute(0, 3, 1, 2), **EXACT)
@@ -150,18 +151,20 @@ def test_windows_see_only_themselves_until_a_global_block(tiny, class_token):
 
 @layouts
 @pytest.mark.parametrize("mode", ["masked", "takes part", "nothing done"])
-def test_content_of_padding_never_reaches_real_tokens(tiny, class_token, mode):
+def test_content_of_padding_never_reaches_valid_tokens(tiny, class_token, mode):
     """Where padding takes part it does so as zeros, whatever the blocks before made of it."""
-    model, grid, x = tiny(class_token, window_size=3, mask_window_padding=mode == "masked"), (4, 5), images(4, 5)
-    rope, is_real = model._rope(True, grid, x.device), real_tokens(grid, 3, x.device).repeat(2, 1)
-    real, mask = (None, None) if mode == "nothing done" else model._padding(True, grid, x)
-    assert [real is None, mask is None] == [mode != "takes part", mode != "masked"]
+    grid, x = (4, 5), images(4, 5)
+    model = tiny(class_token, window_size=3, global_attn_indexes=(), mask_window_padding=mode == "masked")
+    rope, is_valid = model._rope(True, grid, x.device), valid_tokens(grid, 3, x.device).repeat(2, 1)
+    valid, mask = (None, None) if mode == "nothing done" else model._padding(True, grid, x)
+    assert [valid is None, mask is None] == [mode != "takes part", mode != "masked"]
     with torch.no_grad():
         tokens = model._enter_windows(model._embed(x, grid), grid)
         dirty = tokens.clone()
-        dirty[:, int(class_token) :][~is_real] += 10 * torch.randn(int((~is_real).sum()), 32)
-        clean_out, dirty_out = (model.blocks[0](t, rope, real, mask, 2)[:, int(class_token) :] for t in (tokens, dirty))
-    assert (clean_out[is_real] - dirty_out[is_real]).abs().max().gt(1e-5).item() is (mode == "nothing done")
+        dirty[:, int(class_token) :][~is_valid] += 10 * torch.randn(int((~is_valid).sum()), 32)
+        outputs = (model.blocks[0](t, rope, valid, mask, 2) for t in (tokens, dirty))
+        clean_out, dirty_out = (out[:, int(class_token) :] for out in outputs)
+    assert (clean_out[is_valid] - dirty_out[is_valid]).abs().max().gt(1e-5).item() is (mode == "nothing done")
 
 
 def test_class_token_leaves_a_run_as_the_mean_over_windows(tiny):

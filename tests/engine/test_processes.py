@@ -100,7 +100,7 @@ def cascade(*, boxes=(4, 4)):
     model = Config.fromfile(CONFIGS / "_base_" / "models" / "cascade_mask_rcnn_pe.py").model
     width, classes = 16, 3
     model.data_preprocessor.pad_size_divisor = SIDE
-    model.backbone.update(variant=TINY, preset=None, init_cfg=None)
+    model.backbone.update(variant=TINY, geometry="release", drop_path_rate=0.0, init_cfg=None)
     model.backbone.pyramid.out_channels = width
     model.rpn_head.update(in_channels=width, feat_channels=width)
     head = model.roi_head
@@ -124,7 +124,7 @@ def depth_case(head, *losses, holes):
     init_default_scope("mmseg")
     layers = [0, 1, 0, 1] if head["type"] == "DPTDepthHead" else [1]
     model = DepthEstimator(
-        backbone=dict(type="PerceptionEncoder", variant=TINY, preset="release", out_indices=layers),
+        backbone=dict(type="PerceptionEncoder", variant=TINY, geometry="release", out_indices=layers),
         decode_head=head,
         losses=losses,
         frozen=False,

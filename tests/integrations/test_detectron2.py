@@ -10,10 +10,10 @@ import torch
 from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch.testing import assert_close
 
-from pe_spatial import VARIANTS, FusedFeaturePyramid, PerceptionEncoder, SimpleFeaturePyramid, preset_options
+from pe_spatial import VARIANTS, FusedFeaturePyramid, PerceptionEncoder, SimpleFeaturePyramid
 from pe_spatial.encoder.checkpoint import CheckpointError
 from pe_spatial.encoder.files import read_state_dict
-from pe_spatial.encoder.variants import vitdet_recipe
+from pe_spatial.encoder.variants import VITDET_RECIPES
 from pe_spatial.errors import ConfigError
 
 INSTALLED = importlib.util.find_spec("detectron2") is not None
@@ -59,7 +59,7 @@ def yacs():
 
 
 @pytest.mark.parametrize(
-    "options", [GEOMETRY, {**GEOMETRY, "out_indices": (1, 2, 3)}, preset_options("timm", SMALL), {"frozen_stages": 2}]
+    "options", [GEOMETRY, {**GEOMETRY, "out_indices": (1, 2, 3)}, {"geometry": "timm"}, {"frozen_stages": 2}]
 )
 def test_maps_equal_the_core_bit_for_bit(randomize, options):
     backbone = randomize(ours.PerceptionEncoderPyramid(SMALL, pyramid=dict(out_channels=24), **options)).eval()
@@ -80,14 +80,14 @@ def test_maps_equal_the_core_bit_for_bit(randomize, options):
         assert {level.dtype for level in backbone(images).values()} == {torch.float32}
 
 
-def test_presets_and_weights_come_from_the_core(tmp_path, randomize):
+def test_geometry_and_weights_come_from_the_core(tmp_path, randomize):
     encoder = randomize(PerceptionEncoder("pe_spatial_t16_512"))
     torch.save(encoder.state_dict(), tmp_path / "t16.pt")
     backbone = ours.PerceptionEncoderPyramid(
-        "pe_spatial_t16_512", preset="vitdet", weights=tmp_path / "t16.pt", drop_path_rate=0.2
+        "pe_spatial_t16_512", geometry="vitdet", weights=tmp_path / "t16.pt", drop_path_rate=0.2
     )
     assert_close(dict(backbone.encoder.state_dict()), dict(encoder.state_dict()), rtol=0, atol=0)
-    assert backbone.encoder.window_size == 32
+    assert backbone.encoder.geometry.window_size == 32
     assert backbone.encoder.blocks[-1].drop_path == pytest.approx(0.2)
 
 
@@ -124,7 +124,7 @@ def test_levels_cover_a_image_padded_to_the_divisor():
         (dict(size_divisibility=48), "size_divisibility is 48 pixels; patches and levels need a multiple of 32"),
         (dict(square_size=1000), "square_size is 1000 pixels"),
         (dict(patch_size=14, pyramid=dict(strides=(7, 14))), "Detectron2 takes different powers of two"),
-        (dict(preset="x"), "unknown preset 'x'; known are"),
+        (dict(geometry="x"), "geometry is 'x'; allowed are"),
     ],
 )
 def test_options_that_cannot_be_honoured(options, message):
@@ -156,7 +156,7 @@ def test_yacs_config_builds_the_same_backbone(yacs, tmp_path):
     encoder = backbone.encoder
     assert (encoder.out_indices, encoder.frozen_stages) == ((5, 11), 3)
     assert encoder.grad_checkpointing == tuple(range(12))
-    assert encoder.window_size == 32
+    assert encoder.geometry.window_size == 32
     assert encoder.blocks[-1].drop_path == pytest.approx(0.3)
     assert_close(dict(encoder.state_dict()), read_state_dict(tmp_path / "t16.pt"))
 
@@ -245,7 +245,7 @@ def shrunk_recipe(facts):
             depth=vit["depth"], num_heads=vit["num_heads"], mlp_ratio=facts["mlp_ratio"],
             class_token=False, init_values=facts["init_values"],
         ),
-        preset=None, weights=None, square_size=vit["img_size"],
+        weights=None, square_size=vit["img_size"],
         window_size=vit["window_size"], pos_embed_mode="tile",
         global_attn_indexes=[i for i in range(vit["depth"]) if i not in vit["window_block_indexes"]],
         rope_mode="interpolate", rope_grid=vit["pt_hw_seq_len"],
@@ -346,8 +346,8 @@ def test_another_variant_is_one_option(variant):
     LazyConfig.apply_overrides(cfg, [f"model.backbone.variant={variant}", "model.backbone.weights=null"])
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    encoder, recipe = model.backbone.encoder, vitdet_recipe(VARIANTS[variant].depth)
-    assert (encoder.config, encoder.patch_size, encoder.window_size) == (VARIANTS[variant], 16, 32)
+    encoder, recipe = model.backbone.encoder, VITDET_RECIPES[VARIANTS[variant].depth]
+    assert (encoder.config, encoder.patch_size, encoder.geometry.window_size) == (VARIANTS[variant], 16, 32)
     assert encoder.blocks[-1].drop_path == pytest.approx(recipe.drop_path_rate)
     cfg.optimizer.params.model = model
     rates = {group["lr"] for group in instantiate(cfg.optimizer).param_groups}

@@ -33,8 +33,8 @@ def test_every_framework_finds_the_names(scope, name):
         assert registry.get(name) is not None
 
 
-def test_backbone_equals_the_core_and_options_override_the_preset():
-    backbone = MODELS.build(ConfigDict(type="PerceptionEncoder", variant=SMALL, preset="timm", out_indices=(1, -1)))
+def test_backbone_equals_the_core_and_options_override_the_geometry():
+    backbone = MODELS.build(ConfigDict(type="PerceptionEncoder", variant=SMALL, geometry="timm", out_indices=(1, -1)))
     core = PerceptionEncoder(
         EncoderConfig(**SMALL), out_indices=(1, 3), pos_embed_mode="bicubic_antialias", rope_mode="interpolate"
     )
@@ -42,10 +42,10 @@ def test_backbone_equals_the_core_and_options_override_the_preset():
     images = torch.randn(1, 3, 96, 64)
     for ours, theirs in zip(backbone.eval()(images), core.eval()(images), strict=True):
         torch.testing.assert_close(ours, theirs)
-    other = MODELS.build(dict(type="PerceptionEncoder", variant=SMALL, preset="timm", pos_embed_mode="tile"))
-    assert other.pos_embed_mode == "tile"
-    with pytest.raises(ValueError, match="unknown preset 'x'; known are"):
-        MODELS.build(dict(type="PerceptionEncoder", variant=SMALL, preset="x"))
+    other = MODELS.build(dict(type="PerceptionEncoder", variant=SMALL, geometry="timm", pos_embed_mode="tile"))
+    assert other.geometry.pos_embed_mode == "tile"
+    with pytest.raises(ValueError, match="geometry is 'x'; allowed are"):
+        MODELS.build(dict(type="PerceptionEncoder", variant=SMALL, geometry="x"))
 
 
 @pytest.mark.parametrize("out_indices", [(-1,), (1, 2, 3)])

@@ -158,7 +158,7 @@ ATSS = "mmdet::atss/atss_r50_fpn_1x_coco.py"
         (dict(layers=[3, 7]), "reads one layer but layers is.*use 'fused' or 'single'"),
         (dict(layers=[3, 7], adapter="single"), "one for each of 4 levels"),
         (dict(adapter="sfp"), "allowed are 'simple', 'fused', 'single'"),
-        (dict(preset="deta"), "supported are release, timm, vitdet"),
+        (dict(geometry="deta"), "supported are release, timm, vitdet"),
         (dict(strides=[4, 8]), "belong together"),
         (dict(strides=[4, 8], channels=[256]), "differ in length"),
         (dict(strides=[8, 12], channels=[256, 256]), "times powers of two"),
@@ -209,8 +209,8 @@ def test_every_variant_takes_the_place(variant):
             (256, 128, 128), (512, 64, 64), (1024, 32, 32), (2048, 16, 16),
         ]  # fmt: skip
     assert backbone.encoder.patch_size == 16
-    assert backbone.encoder.window_size == backbone.encoder.config.grid_size
-    assert len(backbone.encoder.global_attn_indexes) == 4
+    assert backbone.encoder.geometry.window_size == backbone.encoder.config.grid_size
+    assert len(backbone.encoder.geometry.global_attn_indexes) == 4
     assert bool(plan.notes) == (backbone.encoder.config.depth in (23, 47))
 
 
@@ -234,7 +234,7 @@ def test_normalisation_and_padding_follow_the_encoder():
     assert preprocessor.mean == preprocessor.std == [127.0] * 3
     assert preprocessor.bgr_to_rgb is True
     assert preprocessor.batch_augments
-    detr = plan_swap(config("mmdet::detr/detr_r50_8xb2-150e_coco.py"), B16, preset="release").cfg.model
+    detr = plan_swap(config("mmdet::detr/detr_r50_8xb2-150e_coco.py"), B16, geometry="release").cfg.model
     assert detr.data_preprocessor.mean == [127.5] * 3
     assert detr.data_preprocessor.pad_size_divisor == 32
     name = "mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"

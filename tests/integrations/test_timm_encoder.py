@@ -16,7 +16,6 @@ from mmengine.registry import HOOKS, MODELS
 from pe_spatial import PerceptionEncoder
 from pe_spatial.encoder.checkpoint import RELEASED_TO_OURS, CheckpointError, load_state
 from pe_spatial.encoder.layer_decay import lr_factor
-from pe_spatial.encoder.variants import preset_options
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import build_encoder
 from pe_spatial.integrations.timm import TimmEncoder
@@ -43,7 +42,7 @@ def test_equals_our_encoder_on_the_same_weights(randomize, grid):
     layers = (11, 0, 5)
     theirs = randomize(build_encoder(PE, out_indices=layers)).eval()
     ours = PerceptionEncoder(
-        "pe_spatial_t16_512", out_indices=layers, **preset_options("timm", "pe_spatial_t16_512")
+        "pe_spatial_t16_512", out_indices=layers, geometry="timm"
     ).eval()
     load_state(ours, theirs.model.state_dict())
     assert (theirs.embed_dim, theirs.patch_size, theirs.depth) == (ours.embed_dim, ours.patch_size, ours.depth)
@@ -64,7 +63,7 @@ def test_builds_without_weights_and_gives_maps_of_the_right_stride(name):
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []  # DDP would stop at one
     assert [tuple(x.shape) for x in maps] == [(2, channels, 5, 3)] * 2
     tokens = encoder.forward_with_class_tokens(torch.randn(2, 3, 5 * patch, 3 * patch))[1]
-    assert [tuple(x.shape) for x in tokens] == [(2, channels)] * 2 * encoder.prefix
+    assert [tuple(x.shape) for x in tokens] == [(2, channels)] * 2 * encoder.num_prefix_tokens
     assert not any(name.startswith(("model.head", "model.attn_pool", "model.fc_norm")) for name in encoder.state_dict())
 
 
@@ -238,7 +237,7 @@ def test_file_in_timms_layout_loads_once_and_strictly(released):
 
 def test_published_layouts_that_timm_converts(tmp_path):
     """Meta's own file of PE, in the released layout, through timm."""
-    ours = PerceptionEncoder("pe_spatial_t16_512", **preset_options("timm", "pe_spatial_t16_512")).eval()
+    ours = PerceptionEncoder("pe_spatial_t16_512", geometry="timm").eval()
     names = {name.format(i): released.format(i) for released, name in RELEASED_TO_OURS.items() for i in range(12)}
     state = {names[name]: value for name, value in ours.state_dict().items()}
     state["class_embedding"] = state["class_embedding"].flatten()
@@ -304,9 +303,9 @@ def test_names_that_will_not_do(name, message):
 
 
 def test_options_that_will_not_do():
-    with pytest.raises(ConfigError, match=r"test_vit.* has no preset, window_size, unlike a Perception Encoder"):
-        build_encoder(TINY, preset="vitdet", window_size=32)
-    assert isinstance(build_encoder(TINY, preset=None), TimmEncoder)
+    with pytest.raises(ConfigError, match=r"test_vit.* has no geometry, window_size, unlike a Perception Encoder"):
+        build_encoder(TINY, geometry="vitdet", window_size=32)
+    assert isinstance(build_encoder(TINY, geometry=None), TimmEncoder)
     with pytest.raises(ConfigError, match=r"out_indices is \(6,\); name one or several of -6 to 5"):
         build_encoder(TINY, out_indices=(6,))
     with pytest.raises(ConfigError, match="timm's encoders take True or False"):

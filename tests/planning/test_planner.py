@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_spatial import PerceptionEncoder
-from pe_spatial.encoder.variants import preset_options
 from pe_spatial.planning.ledger import Ledger
 from pe_spatial.planning.planner import build_on_meta, measure_step, measure_weights, set_checkpointing
 
@@ -167,8 +166,7 @@ def test_memory_grows_with_the_batch_by_equal_steps():
 
 def test_giant_at_1824_px():
     """The arithmetic of the DETA recipe: 53 T in linear layers, 4 T in global attention; inputs of 50 blocks."""
-    options = preset_options("deta", "pe_spatial_g14_448")
-    model = on_meta(lambda: PerceptionEncoder("pe_spatial_g14_448", grad_checkpointing=True, **options))
+    model = on_meta(lambda: PerceptionEncoder("pe_spatial_g14_448", geometry="deta", grad_checkpointing=True))
     plan = measure_step(model, 1, (1824, 1824), bfloat16=True)
     tokens, padded = 114**2, 120**2
     linear = sum(2 * p.numel() for p in model.blocks[0].parameters() if p.ndim == 2) * (46 * padded + 4 * tokens)
@@ -393,7 +391,7 @@ def test_two_stage_heads_run_on_as_many_boxes_as_they_sample():
 
     cfg = Config.fromfile(CONFIG.with_name("mask_rcnn_pe.py"))
     cfg.default_scope = "mmdet"
-    cfg.model.backbone.update(variant=vars(TINY), preset="release")
+    cfg.model.backbone.update(variant=vars(TINY), geometry="release", drop_path_rate=0.0)
     cfg.optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=1e-3))
     operations = []
     for number in (512, 640):

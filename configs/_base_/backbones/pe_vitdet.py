@@ -12,7 +12,8 @@ pe_backbone = dict(
     _delete_=True,
     type='PerceptionEncoderPyramid',
     variant='pe_spatial_b16_512',
-    preset='vitdet',
+    geometry='vitdet',
+    drop_path_rate='vitdet',
     any_size=True,
     pyramid=dict(strides=[4, 8, 16, 32], out_channels=[256, 512, 1024, 2048]),
     init_cfg=dict(type='Pretrained', checkpoint='released'))

@@ -15,7 +15,8 @@ model = dict(
     backbone=dict(
         type='PerceptionEncoderPyramid',
         variant='pe_spatial_g14_448',
-        preset='deta',
+        geometry='deta',
+        drop_path_rate='vitdet',
         adapter='deta',  # strides 8, 16, 32
         grad_checkpointing=True,
         init_cfg=dict(type='Pretrained', checkpoint='released')),

@@ -16,7 +16,8 @@ model = dict(
     backbone=dict(
         type='PerceptionEncoderPyramid',
         variant='pe_spatial_b16_512',
-        preset='vitdet',
+        geometry='vitdet',
+        drop_path_rate='vitdet',
         pyramid=dict(strides=strides, out_channels=256),
         init_cfg=dict(type='Pretrained', checkpoint='released')),
     neck=None,

@@ -15,14 +15,15 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
-from pe_spatial.encoder.variants import VITDET_RECIPES, get_config, preset_options
+from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
+from pe_spatial.encoder.variants import VITDET_RECIPES, get_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import HEAD_OPTIONS, build_encoder
 from pe_spatial.integrations.swap.probe import Level, evaluation_level, find_feature_specs, find_unused, type_name
 from pe_spatial.integrations.timm import PREFIX
 
 ADAPTERS = ("simple", "fused", "single")
-PRESETS = ("release", "timm", "vitdet")  # DETA's needs its own pyramid and statistics
+GEOMETRIES = ("release", "timm", "vitdet")  # DETA's needs its own pyramid and statistics
 LEARNING_RATE = 1e-4  # ViTDet's and PE's for AdamW
 WEIGHT_DECAY = 0.1
 _STRIDE = 16  # of the encoder's map; where a released patch differs, its kernel is resized
@@ -72,7 +73,7 @@ def plan_swap(
     adapter: str = "simple",
     strides: Sequence[int] | None = None,
     channels: Sequence[int] | None = None,
-    preset: str = "vitdet",
+    geometry: str = "vitdet",
     checkpoint: str | None = "released",
     lr: float | None = None,
     encoder: Mapping[str, Any] | None = None,
@@ -89,8 +90,8 @@ def plan_swap(
         adapter: 'simple' (ViTDet's pyramid on one layer), 'fused' (on the sum of several) or 'single' (each level is
             one layer, resampled and projected; one layer, or one for each level).
         strides, channels: those of the maps to give, in pixels and numbers, if the backbone cannot be probed.
-        preset: 'vitdet', 'release' or 'timm', as in `preset_options`; but 'vitdet' also supports depths for which no
-            recipe was published: the four global blocks end the quarters of the depth. Encoders of timm ignore it.
+        geometry: 'vitdet', 'release' or 'timm', as in `PerceptionEncoder`; but 'vitdet' also supports depths without
+            published global blocks: it takes the last blocks of four equal parts. Encoders of timm ignore it.
         checkpoint: checkpoint of the encoder, as in `load_checkpoint`; None starts from random weights.
         lr: learning rate; by default the original's, if it belongs to an Adam and is not above 1e-4, or 1e-4.
         encoder: further options of `PerceptionEncoder`, for instance `frozen_stages`.
@@ -108,10 +109,10 @@ def plan_swap(
         backbone = ConfigDict(
             type="PerceptionEncoderPyramid",
             variant=copy.deepcopy(variant),
-            **_encoder_options(variant, preset, layers, adapter, len(feature_specs), unused, encoder, notes),
+            **_encoder_options(variant, geometry, layers, adapter, len(feature_specs), unused, encoder, notes),
             any_size=True,
             pyramid=_pyramid(feature_specs, unused),
-            **_set_preprocessors(new.model, *_statistics(variant, preset), divisor, notes),
+            **_set_preprocessors(new.model, *_statistics(variant, geometry), divisor, notes),
             init_cfg=None if checkpoint is None else dict(type="Pretrained", checkpoint=checkpoint),
             **({} if eval_level is None else {"eval_level": eval_level}),
         )
@@ -132,7 +133,7 @@ def _pyramid(feature_specs: Sequence[Level], unused: Sequence[int]) -> dict[str,
 
 def _encoder_options(
     variant: str | Mapping[str, Any],
-    preset: str,
+    geometry: str,
     layers: Sequence[int] | None,
     adapter: str,
     levels: int,
@@ -142,7 +143,7 @@ def _encoder_options(
 ) -> dict[str, Any]:
     if adapter not in ADAPTERS:
         raise ConfigError(f"adapter is {adapter!r}; allowed are {', '.join(map(repr, ADAPTERS))}")
-    options = _geometry(variant, preset, notes)
+    options = _geometry(variant, geometry, notes)
     if layers is None and adapter == "fused":
         depth = _shape(variant).depth
         layers = [depth * (k + 1) // 4 - 1 for k in range(4)]
@@ -161,29 +162,28 @@ def _encoder_options(
     return {**options, **(more or {})}
 
 
-def _geometry(variant: str | Mapping[str, Any], preset: str, notes: list[str]) -> dict[str, Any]:
+def _geometry(variant: str | Mapping[str, Any], geometry: str, notes: list[str]) -> dict[str, Any]:
+    """Return the options of the encoder that set its geometry, and the drop path that belongs to it."""
     config = _shape(variant)
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}; supported are {', '.join(PRESETS)}")
+    if geometry not in GEOMETRIES:
+        raise ConfigError(f"unknown geometry {geometry!r}; supported are {', '.join(GEOMETRIES)}")
     patch = {} if math.log2(config.patch_size / _STRIDE).is_integer() else {"patch_size": _STRIDE}
     if _of_timm(variant):
         return patch
-    if preset != "vitdet":
-        return {"preset": preset, **patch}
-    if config.depth in VITDET_RECIPES:
-        return {"preset": preset}
+    if geometry != "vitdet":
+        return {"geometry": geometry, **patch}
+    if config.depth in GLOBAL_BLOCKS:
+        return {"geometry": geometry, "drop_path_rate": "vitdet"}
     blocks = [config.depth * (k + 1) // 4 - 1 for k in range(4)]
-    nearest = VITDET_RECIPES[_nearest_depth(config.depth)]
+    nearest = _nearest_depth(config.depth)
     notes.append(
         f"no ViTDet recipe is published for {config.depth} blocks: blocks {blocks} get global attention, and drop path "
-        f"and layer decay are those of {_nearest_depth(config.depth)} blocks"
+        f"and layer decay are those of {nearest} blocks"
     )
-    options = preset_options("vitdet", {**_fields(config), "depth": _nearest_depth(config.depth)})
     return {
-        **options,
-        "rope_grid": config.grid_size,
+        "geometry": geometry,
         "global_attn_indexes": [i for i in dict.fromkeys(blocks) if i >= 0],
-        "drop_path_rate": nearest.drop_path_rate,
+        "drop_path_rate": VITDET_RECIPES[nearest].drop_path_rate,
     }
 
 
@@ -199,21 +199,17 @@ def _shape(variant: str | Mapping[str, Any]) -> Any:
         return _checked(build_encoder, variant).config
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
-
-
 def _nearest_depth(depth: int) -> int:
     return min(VITDET_RECIPES, key=lambda published: abs(published - depth))
 
 
-def _statistics(variant: str | Mapping[str, Any], preset: str) -> tuple[list[float], list[float]]:
+def _statistics(variant: str | Mapping[str, Any], geometry: str) -> tuple[list[float], list[float]]:
     """Return the mean and standard deviation of R, G, B, in 0 to 255, that the encoder was trained with."""
     if _of_timm(variant):
         with torch.device("meta"):
             encoder = _checked(build_encoder, variant)
         return [round(255.0 * x, 4) for x in encoder.mean], [round(255.0 * x, 4) for x in encoder.std]
-    value = 127.0 if preset == "vitdet" else 127.5  # as Meta's detectors, and as PE's own transform
+    value = 127.0 if geometry == "vitdet" else 127.5  # as Meta's detectors, and as PE's own transform
     return [value] * 3, [value] * 3
 
 

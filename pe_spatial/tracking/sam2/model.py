@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import load_checkpoint, mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.geometry import GLOBAL_BLOCKS, PRESETS, Geometry
 from pe_spatial.encoder.pyramid import SimpleFeaturePyramid
-from pe_spatial.encoder.variants import VITDET_RECIPES, EncoderConfig, get_config, preset_options
+from pe_spatial.encoder.variants import EncoderConfig, get_config
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
@@ -76,11 +78,12 @@ class PETrunk(nn.Module):
     Args:
         variant: as in `PerceptionEncoder`.
         grid: tokens per side.
-        image_size: pixels per side of the input images, which are normalized with ImageNet's statistics.
+        image_size: pixels per side of the input images, which are normalized with ImageNet's statistics; None takes one
+            patch of the encoder per token.
         out_index: block whose output is returned.
         frozen: run in evaluation mode and without autograd (up to `frozen_stages` if `options` contain it).
-        options: options of `PerceptionEncoder`. Without `window_size` they add to the geometry above; with it they are
-            the complete geometry (`dict(window_size=None)` is the released one at every grid).
+        options: options of `PerceptionEncoder`. `geometry` or `window_size` among them replaces the geometry above:
+            `dict(geometry='release')` is the released one at every grid.
 
     Raises ConfigError for a grid above the pretraining grid if the encoder has no published global blocks.
     """
@@ -90,7 +93,7 @@ class PETrunk(nn.Module):
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
         grid: int,
-        image_size: int,
+        image_size: int | None = None,
         out_index: int = -1,
         frozen: bool = True,
         options: Mapping[str, Any] | None = None,
@@ -100,10 +103,11 @@ class PETrunk(nn.Module):
         options = dict(options or {})
         if frozen:
             options.setdefault("frozen_stages", out_index % config.depth + 1)
-        geometry = {} if "window_size" in options else _geometry(config, grid)
-        self.encoder = PerceptionEncoder(variant, out_indices=(out_index,), **{**geometry, **options})
-        self.image_size = image_size
+        if "window_size" not in options:
+            options.setdefault("geometry", _geometry(config, grid))
+        self.encoder = PerceptionEncoder(variant, out_indices=(out_index,), **options)
         self.input_size = grid * self.encoder.patch_size
+        self.image_size = image_size or self.input_size
         self.channel_list = [self.encoder.embed_dim]
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("_scale", std / PE_STD, persistent=False)
@@ -123,19 +127,18 @@ class PETrunk(nn.Module):
         return list(self.encoder(images))
 
 
-def _geometry(config: EncoderConfig, grid: int) -> dict[str, Any]:
+def _geometry(config: EncoderConfig, grid: int) -> Geometry:
     native = config.grid_size
     if grid <= native:
-        return preset_options("release", config)
-    if config.depth not in VITDET_RECIPES:
+        return PRESETS["release"]
+    if config.depth not in GLOBAL_BLOCKS:
         raise ConfigError(
             f"grid {grid} is above the pretraining grid {native}, and no global blocks are published for an encoder of "
-            f"{config.depth} blocks; take a grid up to {native}, or give encoder_options=dict(window_size={native}, "
-            "global_attn_indexes=..., pos_embed_mode='tile', rope_mode='interpolate')"
+            f"{config.depth} blocks; take a grid up to {native}, or give encoder_options=dict(geometry='vitdet', "
+            f"window_size={native}, patch_size={config.patch_size}, global_attn_indexes=...)"
         )
-    windows = {k: v for k, v in preset_options("vitdet", config).items() if k not in ("patch_size", "drop_path_rate")}
     # The released detectors let padding take part as keys; a frozen encoder has never seen any.
-    return {**windows, "mask_window_padding": grid % native != 0}
+    return replace(PRESETS["vitdet"], patch_size=None, mask_window_padding=grid % native != 0)
 
 
 class PENeck(nn.Module):
@@ -221,12 +224,12 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
     from sam2.modeling.backbones.image_encoder import ImageEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
 
-    patch = (encoder_options or {}).get("patch_size") or get_config(variant).patch_size
-    stride = patch if true_stride else STRIDE
-    image_size = stride * grid
+    image_size = None if true_stride else STRIDE * grid
     trunk = PETrunk(
         variant, grid=grid, image_size=image_size, out_index=out_index, frozen=frozen, options=encoder_options
     )
+    image_size = trunk.image_size
+    stride = image_size // grid
     if checkpoint is not None:
         load_checkpoint(trunk.encoder, checkpoint)
     neck = PENeck(PositionEmbeddingSine(d_model), d_model=d_model, backbone_channel_list=trunk.channel_list)

@@ -24,7 +24,7 @@ model = dict(
     data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, pad_size_divisor=size),
     backbone=dict(
         variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
-        preset='release',
+        geometry='release',
         drop_path_rate=0.05,
         grad_checkpointing=False,
         init_cfg=dict(checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),

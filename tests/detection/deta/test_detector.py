@@ -60,7 +60,7 @@ class Fixture:
                 depth=vit["depth"], num_heads=vit["num_heads"], mlp_ratio=self.facts["mlp_ratio"],
                 class_token=False, init_values=hyper["backbone_init_values"],
             ),
-            preset=None, init_cfg=None, grad_checkpointing=False,
+            geometry="release", drop_path_rate=0.0, init_cfg=None, grad_checkpointing=False,
             window_size=vit["window_size"], pos_embed_mode="tile",
             global_attn_indexes=[i for i in range(vit["depth"]) if i not in vit["window_block_indexes"]],
             rope_mode="interpolate", rope_grid=vit["pt_hw_seq_len"],

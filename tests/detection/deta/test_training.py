@@ -101,9 +101,9 @@ def test_stage_builds_at_full_width(name):
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     encoder = model.backbone.encoder
-    assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.window_size) == (1536, 50, 16, 24)
-    assert tuple(encoder.global_attn_indexes) == (12, 24, 36, 49)
-    assert encoder.pos_grid == 24
+    assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.geometry.window_size) == (1536, 50, 16, 24)
+    assert tuple(encoder.geometry.global_attn_indexes) == (12, 24, 36, 49)
+    assert encoder.geometry.pos_grid == 24
     assert encoder.blocks[-1].drop_path == pytest.approx(expected["path"])
     assert encoder.grad_checkpointing
     assert model.grad_checkpointing
@@ -272,8 +272,8 @@ def small(cfg, data, *, classes=("red", "blue")):
     model.num_queries = 20  # more than the tokens of the two coarsest levels, which have 4 and 1
     model.data_preprocessor.pad_size_divisor = canvas
     model.backbone.update(
-        variant=SMALL, preset=None, window_size=3, global_attn_indexes=(1, 3), pos_embed_mode="tile",
-        rope_mode="interpolate", rope_grid=16, init_cfg=None)  # fmt: skip
+        variant=SMALL, geometry="release", drop_path_rate=0.0, window_size=3, global_attn_indexes=(1, 3),
+        pos_embed_mode="tile", rope_mode="interpolate", rope_grid=16, init_cfg=None)  # fmt: skip
     model.neck.out_channels = width
     model.positional_encoding.num_feats = width // 2
     for part in (model.encoder, model.decoder):

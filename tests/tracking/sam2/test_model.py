@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder, preset_options
+from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.layer_decay import lr_factor
 from pe_spatial.errors import ConfigError
@@ -47,7 +47,7 @@ def without_trunk(model):
 def test_trunk_up_to_the_native_grid_is_the_released_encoder(randomize, config, grid):
     """Behind images in PE's normalization, at `grid` patches whatever their size."""
     trunk = randomize(PETrunk(config, grid=grid, image_size=16 * grid)).eval()
-    encoder = PerceptionEncoder(config, **preset_options("release", config)).eval()
+    encoder = PerceptionEncoder(config).eval()
     encoder.load_state_dict(trunk.encoder.state_dict())
     images = torch.rand(2, 3, 16 * grid, 16 * grid)
     (found,) = trunk(normalized(images))
@@ -62,9 +62,9 @@ def test_trunk_above_the_native_grid_sees_windows(randomize):
     """Every window of the pretraining grid is encoded as an image of its own would be, up to the global blocks."""
     config = replace(TINY, depth=12, class_token=False)
     trunk = randomize(PETrunk(config, grid=8, image_size=128, out_index=1)).eval()
-    assert trunk.encoder.window_size == 4
-    assert trunk.encoder.global_attn_indexes == (2, 5, 8, 11)
-    assert (trunk.encoder.patch_size, trunk.encoder.mask_window_padding) == (16, False)
+    assert trunk.encoder.geometry.window_size == 4
+    assert trunk.encoder.geometry.global_attn_indexes == (2, 5, 8, 11)
+    assert (trunk.encoder.patch_size, trunk.encoder.geometry.mask_window_padding) == (16, False)
     images = normalized(torch.rand(1, 3, 128, 128))
     (whole,) = trunk(images)
     one = PETrunk(config, grid=4, image_size=64, out_index=1).eval()
@@ -75,7 +75,7 @@ def test_trunk_above_the_native_grid_sees_windows(randomize):
 
 def test_windows_that_do_not_divide_the_grid_are_masked_and_drop_path_is_off():
     trunk = PETrunk(replace(TINY, depth=12), grid=6, image_size=96)
-    assert trunk.encoder.mask_window_padding
+    assert trunk.encoder.geometry.mask_window_padding
     assert {block.drop_path for block in trunk.encoder.blocks} == {0.0}
 
 
@@ -94,16 +94,16 @@ def test_released_variants_at_the_grids_of_sam(variant, grid, window):
     with torch.device("meta"):
         model = build_pe_sam2(variant, grid, layers=1)
     trunk = model.image_encoder.trunk
-    assert trunk.encoder.window_size == window
+    assert trunk.encoder.geometry.window_size == window
     assert trunk.input_size == grid * VARIANTS[variant].patch_size
     assert (model.image_size, model.sam_image_embedding_size) == (16 * grid, grid)
     assert trunk.channel_list == [VARIANTS[variant].embed_dim]
 
 
 def test_options_with_a_window_size_are_the_whole_geometry():
-    plain = PETrunk(TINY, grid=8, image_size=128, options=dict(window_size=None)).encoder
+    plain = PETrunk(TINY, grid=8, image_size=128, options=dict(window_size=None)).encoder.geometry
     assert (plain.window_size, plain.pos_embed_mode, plain.rope_mode) == (None, "bilinear", "extrapolate")
-    windowed = PETrunk(TINY, grid=8, image_size=128, options=WINDOWED).encoder
+    windowed = PETrunk(TINY, grid=8, image_size=128, options=WINDOWED).encoder.geometry
     assert (windowed.window_size, windowed.pos_embed_mode) == (4, "tile")
     added = PETrunk(TINY, grid=4, image_size=64, options=dict(grad_checkpointing=True)).encoder
     assert added.grad_checkpointing == (0, 1)
@@ -303,7 +303,8 @@ def test_widths_that_do_not_fit(sizes):
 
 
 def test_other_errors_say_what_to_do(model):
-    with pytest.raises(ConfigError, match=r"above the pretraining grid 4.*encoder_options=dict\(window_size=4"):
+    words = r"above the pretraining grid 4.*encoder_options=dict\(geometry='vitdet', window_size=4"
+    with pytest.raises(ConfigError, match=words):
         build_pe_sam2(TINY, 8, **SMALL)
     with pytest.raises(ConfigError, match="allowed are 'base', 'video' and subclasses"):
         build_pe_sam2(TINY, 4, cls="image", **SMALL)

@@ -1,0 +1,176 @@
+"""Geometry: how an encoder that was pretrained on one grid of patches reads images of another size.
+
+Learned positions, rotary positions, the patch size and attention windows are one decision: each published checkpoint
+was trained with one combination of them, and each combination is a row of `PRESETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .resize import POS_EMBED_MODES
+from .variants import EncoderConfig
+
+ROPE_MODES = ("extrapolate", "interpolate")
+
+GLOBAL_BLOCKS: dict[int, tuple[int, ...]] = {
+    12: (2, 5, 8, 11),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
+    24: (5, 11, 17, 23),  # PE paper, Tab. 24
+    50: (12, 24, 36, 49),  # PE paper, Tab. 24
+}
+"""Depth -> the blocks that keep global attention in the published ViTDet models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Positions, patches and attention windows of a Perception Encoder.
+
+    Args:
+        patch_size: side of a patch, in pixels; None is that of the pretraining. `load_checkpoint` resizes the kernel.
+        pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
+            'bicubic_antialias' (as timm) or 'tile'.
+        pos_grid: side of the table of learned positions, in tokens; None is the pretraining grid. `load_checkpoint`
+            resizes the released table.
+        rope_mode: rotary positions; 'extrapolate' counts tokens beyond the pretraining grid, 'interpolate' maps an axis
+            of n tokens to `i / n * rope_grid`, where n is the window in windowed blocks and the grid in global ones.
+        rope_grid: side of the grid to which 'interpolate' maps, in tokens: one number, or (windows, global); None is
+            the pretraining grid.
+        window_size: side of the attention windows, in tokens; 'pretraining' is the pretraining grid, and None means
+            global attention in every block. A class token is copied into every window for a run of windowed blocks; at
+            the end of the run the copies are averaged.
+        global_attn_indexes: the blocks that keep global attention (with `window_size`), negatives count from the end;
+            None takes the published ones for the depth (`GLOBAL_BLOCKS`).
+        mask_window_padding: exclude the padding of windows that do not divide the grid from the attention. The released
+            detectors let it take part as keys.
+    """
+
+    patch_size: int | None = None
+    pos_embed_mode: str = "bilinear"
+    pos_grid: int | None = None
+    rope_mode: str = "extrapolate"
+    rope_grid: int | Sequence[int] | None = None
+    window_size: int | str | None = None
+    global_attn_indexes: Sequence[int] | None = None
+    mask_window_padding: bool = False
+
+    def resolve(self, config: EncoderConfig) -> ResolvedGeometry:
+        """Return the geometry in numbers for an encoder of `config`.
+
+        Raises ValueError for values that are not allowed, or that have no effect together.
+        """
+        window = config.grid_size if self.window_size == "pretraining" else self.window_size
+        if window is None and (self.global_attn_indexes or self.mask_window_padding):
+            raise ValueError("global_attn_indexes and mask_window_padding need window_size; set it too")
+        if window is not None and (isinstance(window, str) or window < 1):
+            raise ValueError(
+                f"window_size is {window!r}; allowed are a number of tokens from 1, 'pretraining' and None (no windows)"
+            )
+        return ResolvedGeometry(
+            patch_size=_at_least_one("patch_size", self.patch_size, config.patch_size, "pixels"),
+            pos_embed_mode=_one_of("pos_embed_mode", self.pos_embed_mode, POS_EMBED_MODES),
+            pos_grid=_at_least_one("pos_grid", self.pos_grid, config.grid_size, "tokens"),
+            rope_mode=_one_of("rope_mode", self.rope_mode, ROPE_MODES),
+            rope_grid=_rope_grid(self.rope_grid, self.rope_mode, config.grid_size),
+            window_size=window,
+            global_attn_indexes=() if window is None else _global_blocks(self.global_attn_indexes, config.depth),
+            mask_window_padding=self.mask_window_padding,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedGeometry(Geometry):
+    """A geometry in numbers: what `Geometry.resolve` returns. None means "no windows", or "no rotary interpolation"."""
+
+    patch_size: int
+    pos_grid: int
+    rope_grid: tuple[int, int] | None
+    window_size: int | None
+    global_attn_indexes: tuple[int, ...]
+
+
+PRESETS: dict[str, Geometry] = {
+    # The released encoder: perception_models@3e352cc:core/vision_encoder/pe.py.
+    "release": Geometry(),
+    # timm 1.0. Equal to the release at the pretraining size alone.
+    "timm": Geometry(pos_embed_mode="bicubic_antialias", rope_mode="interpolate"),
+    # The released Mask R-CNN detectors: perception_models@3e352cc:apps/detection/detectron2_pe.
+    "vitdet": Geometry(patch_size=16, pos_embed_mode="tile", rope_mode="interpolate", window_size="pretraining"),
+    # The released DETA: perception_models@3e352cc:apps/detection/DETA_pe/models/pev1.py, 'Gwin384'. Its rotary
+    # positions are compressed into a range of 16, whatever the pretraining grid: the weights were trained with that.
+    "deta": Geometry(
+        patch_size=16, pos_embed_mode="tile", pos_grid=24, rope_mode="interpolate", rope_grid=16, window_size=24
+    ),
+}
+"""Name -> geometry. Each row belongs to published weights."""
+
+_FIELDS = tuple(field.name for field in fields(Geometry))
+
+
+def get_geometry(geometry: str | Geometry | Mapping[str, Any], **overrides: Any) -> Geometry:
+    """Return the geometry of a preset's name, a mapping of fields, or itself, with single fields overridden.
+
+    Raises ValueError for an unknown preset, and TypeError for a field that `Geometry` does not have.
+    """
+    if isinstance(geometry, str):
+        geometry = PRESETS[_one_of("geometry", geometry, tuple(PRESETS))]
+    elif isinstance(geometry, Mapping):
+        overrides, geometry = {**geometry, **overrides}, Geometry()
+    elif not isinstance(geometry, Geometry):
+        raise ValueError(f"geometry is {geometry!r}; allowed are a Geometry, its fields and {', '.join(PRESETS)}")
+    unknown = [name for name in overrides if name not in _FIELDS]
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; the fields of a geometry are {', '.join(_FIELDS)}")
+    return replace(geometry, **overrides)
+
+
+def preset_name(geometry: ResolvedGeometry, config: EncoderConfig) -> str | None:
+    """Return the preset that gives `geometry` for an encoder of `config`, whatever its patch size; None for none."""
+    for name, preset in PRESETS.items():
+        known = preset.window_size is None or preset.global_attn_indexes or config.depth in GLOBAL_BLOCKS
+        if known and replace(preset, patch_size=geometry.patch_size).resolve(config) == geometry:
+            return name
+    return None
+
+
+def block_indices(name: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
+    """Return `indices` counted from 0; ValueError names the option where one is not a block of `depth`."""
+    indices = tuple(indices)
+    if any(not -depth <= i < depth for i in indices):
+        raise ValueError(f"{name} is {indices}, out of range for {depth} blocks; {-depth} to {depth - 1} are allowed")
+    return tuple(i % depth for i in indices)
+
+
+def _global_blocks(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    if indices is None and depth not in GLOBAL_BLOCKS:
+        raise ValueError(
+            f"no global blocks are published for {depth} blocks, only for {', '.join(map(str, GLOBAL_BLOCKS))}; give "
+            f"global_attn_indexes, for instance the last blocks of four equal parts, or [] for windows everywhere"
+        )
+    return block_indices("global_attn_indexes", GLOBAL_BLOCKS[depth] if indices is None else indices, depth)
+
+
+def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: int) -> tuple[int, int] | None:
+    if rope_mode == "extrapolate":
+        if rope_grid is not None:
+            raise ValueError("rope_grid has no effect with rope_mode='extrapolate'; use rope_mode='interpolate'")
+        return None
+    if rope_grid is None:
+        rope_grid = default
+    pair = (rope_grid, rope_grid) if isinstance(rope_grid, int) else tuple(rope_grid)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"rope_grid is {rope_grid}; give one positive number, or two: (windows, global)")
+    return pair[0], pair[1]
+
+
+def _at_least_one(name: str, value: int | None, default: int, unit: str) -> int:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; give a number of {unit} from 1, or None for that of the pretraining")
+    return default if value is None else value
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    return value
