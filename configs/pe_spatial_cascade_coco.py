@@ -3,7 +3,7 @@
 #   command   torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_cascade_coco.py --launcher pytorch
 #             python tools/train.py configs/pe_spatial_cascade_coco.py --auto-scale-lr    (one GPU, or none)
 #   data      data/coco/{train2017,val2017,annotations}, or --data-root FOLDER
-#   hardware  8 GPUs of 80 GB, 8 images each (memory not measured yet; where it is short, --cfg-options
+#   hardware  8 GPUs of 80 GB, 8 images each (memory not measured yet; to save memory, --cfg-options
 #             model.backbone.grad_checkpointing=True, or train_dataloader.batch_size=N with --auto-scale-lr)
 #   cost      66375 iterations of 64 images; not measured yet
 #   expected  not measured yet: nobody has published a Cascade R-CNN on PE. ViTDet-B, the nearest known recipe, reaches

@@ -4,7 +4,7 @@
 #                 tools/train.py configs/pe_spatial_cascade_coco_g14.py --launcher pytorch
 #   hardware  64 GPUs of 80 GB, 1 image each (weights, gradients and AdamW take 30 GB on each)
 #   cost      66375 iterations of 64 images; not measured yet
-#   expected  not measured yet; the plain Mask R-CNN of pe_spatial_maskrcnn_coco_g14.py is the published neighbour
+#   expected  not measured yet; the nearest published result is the Mask R-CNN of pe_spatial_maskrcnn_coco_g14.py
 
 _base_ = 'pe_spatial_cascade_coco.py'
 

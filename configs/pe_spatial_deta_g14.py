@@ -1,7 +1,7 @@
 # DETA on PE-Spatial-G14-448 (patches of 16 px) at 1824 px: evaluates Meta's released detector on COCO.
 #
 #   command   python tools/test.py configs/pe_spatial_deta_g14.py hf://facebook/PE-Detection/deta_coco_1824pix.pth
-#             the same with --tta: eight views of each image, 2000 queries; --limit N for the first N images
+#             the same with --tta: eight views of each image, 2000 queries; --limit N: the first N images
 #   data      data/coco/{val2017,annotations}, or --data-root FOLDER
 #   hardware  one GPU; memory not measured yet
 #   cost      not measured yet
@@ -9,8 +9,8 @@
 #             package versions may make it 65.9); not measured yet with this config
 #
 # Evaluation only; the four training stages are in projects/coco_detection/deta/. The released evaluation ignores EXIF
-# rotation, runs in float32, and antialiases the smaller views with torchvision 0.17 or later: tta_model.antialias=False
-# for without.
+# rotation, runs in float32, and antialiases the smaller views with torchvision 0.17 or later; tta_model.antialias=False
+# does what it does with older versions.
 
 _base_ = [
     '_base_/models/deta_pe.py',

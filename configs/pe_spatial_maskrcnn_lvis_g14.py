@@ -10,7 +10,7 @@
 #   expected  box AP 54.2, mask AP 49.3 on LVIS v1 val: Meta's numbers for their detectron2 run (README of
 #             apps/detection); not measured yet with this config
 #
-# Differs from the released run as pe_spatial_maskrcnn_coco_g14.py does; boxes of less than a pixel are left out in
+# Differs from the released run as pe_spatial_maskrcnn_coco_g14.py does; boxes of less than a pixel are omitted in
 # training.
 
 _base_ = [

@@ -1,4 +1,4 @@
-# Everything about a run that is neither model, data nor schedule.
+# Settings of a run besides model, data and schedule.
 
 default_scope = 'mmdet'
 custom_imports = dict(

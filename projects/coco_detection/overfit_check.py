@@ -1,5 +1,5 @@
-# Can the main job learn at all? pe_spatial_cascade_coco.py with the T variant from random weights, on eight real
-# images, evaluated on the same eight.
+# Can the main recipe learn? pe_spatial_cascade_coco.py with the T variant from random weights, trained on eight photos
+# and evaluated on the same eight.
 #
 #   command   python tools/train.py projects/coco_detection/overfit_check.py --data-root FOLDER_OF_COCO_TINY
 #   data      the first eight images of coco_tiny's train2017 without an object below 32 x 32 pixels
@@ -7,8 +7,8 @@
 #   cost      12 minutes
 #   expected  box AP50 above 0.6 on the images it was trained on; measured here: 0.978 (docs/benchmarks.md)
 #
-# Besides the data this changes what stands between a network and learning eight images by heart in minutes: no
-# jitter, no drop path, no decay of weights or of the rate over layers, 512 px and fewer samples an image.
+# To overfit eight images in minutes it also drops jitter, drop path, weight decay and layer decay, and uses 512 px and
+# fewer samples per image.
 
 _base_ = '../../configs/pe_spatial_cascade_coco.py'
 

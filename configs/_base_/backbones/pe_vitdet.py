@@ -1,12 +1,12 @@
-# PE in the place of a ResNet-50 for those who write their config by hand (tools/swap_backbone.py finds the numbers):
+# PE in place of a ResNet-50, for configs that are written by hand (tools/swap_backbone.py writes them for you):
 #
 #   _base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'pe_spatial::_base_/backbones/pe_vitdet.py']
 #   model = dict(backbone=_base_.pe_backbone, data_preprocessor=_base_.pe_preprocessor)
 #   optim_wrapper = _base_.pe_optim_wrapper
 #
-# Where the neck ignores maps (start_level=1), name them: model = dict(backbone=dict(pyramid=dict(unused=[0])), ...) in
-# a config that inherits that one. Outside this project's tools, import pe_spatial.integrations.openmmlab before the
-# config is read: mmengine knows 'pe_spatial::' from then on.
+# If the neck ignores maps (start_level=1), list them: model = dict(backbone=dict(pyramid=dict(unused=[0])), ...) in a
+# config that inherits that one. Outside this project's tools, import pe_spatial.integrations.openmmlab before
+# the config is read: it makes 'pe_spatial::' known to mmengine.
 
 pe_backbone = dict(
     _delete_=True,

@@ -1,5 +1,5 @@
-# COCO 2017 boxes for DETA, as released: images as they are stored, whatever their EXIF says, and in training those
-# without objects too. The pipelines, which depend on the canvas, are the stages'. Another folder: --data-root FOLDER.
+# COCO 2017 boxes for DETA, as released: images are not rotated by EXIF, and those without objects train too. The
+# pipelines depend on the canvas and are in the stages. Another folder: --data-root FOLDER.
 
 data_root = 'data/coco/'
 
@@ -14,7 +14,7 @@ pack_test = [
 ]
 
 train_dataloader = dict(
-    batch_size=1,  # a GPU
+    batch_size=1,  # per GPU
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),

@@ -1,5 +1,5 @@
 # COCO 2017 with boxes and masks; large-scale jitter (0.1 to 2.0) and crops of 1024 px in training, 1024 px in testing.
-# Another folder: --data-root FOLDER (holding train2017/, val2017/ and annotations/).
+# Another folder: --data-root FOLDER (containing train2017/, val2017/ and annotations/).
 
 data_root = 'data/coco/'
 size = (1024, 1024)  # (w, h) in pixels; model.data_preprocessor.pad_size_divisor pads to it

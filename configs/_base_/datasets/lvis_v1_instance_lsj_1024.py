@@ -1,5 +1,5 @@
-# LVIS v1 on the images of COCO 2017: data_root holds COCO's train2017/ and val2017/ (links will do; val has images
-# of both) and annotations/lvis_v1_{train,val}.json. Pipelines as on COCO; images of rare classes come more often.
+# LVIS v1 on the images of COCO 2017: data_root contains COCO's train2017/ and val2017/ (or links; val has images of
+# both) and annotations/lvis_v1_{train,val}.json. Pipelines as on COCO; images of rare classes are repeated.
 # Another folder: --data-root FOLDER.
 
 _base_ = './coco_instance_lsj_1024.py'

@@ -1,5 +1,5 @@
 # coco_deta.py for Objects365 v2: 365 classes, images in train/patchN/ and val/patchN/. The release reads a
-# zhiyuan_objv2_train_fixmiss.json, from which images that were never published are gone; here `skip_missing` counts
+# zhiyuan_objv2_train_fixmiss.json without the images that were never published; here `skip_missing` omits and counts
 # them. Another folder: --data-root FOLDER.
 
 _base_ = './coco_deta.py'

@@ -1,6 +1,6 @@
-# mask_rcnn_pe.py with three class-agnostic box heads at IoU 0.5, 0.6, 0.7 and one mask head on the final boxes, equal
-# to detectron2@02b5c4e's cascade: the one of ViTDet. MMDetection's own would weigh the stages 1, 1/2, 1/4, average
-# logits instead of probabilities, sample anew at each stage, and train three mask heads.
+# mask_rcnn_pe.py with three class-agnostic box heads at IoU 0.5, 0.6, 0.7 and one mask head on the final boxes: the
+# cascade of detectron2@02b5c4e, which ViTDet uses. MMDetection's cascade weighs the stages 1, 1/2, 1/4, averages logits
+# instead of probabilities, samples boxes at each stage, and trains three mask heads.
 
 _base_ = './mask_rcnn_pe.py'
 

@@ -1,10 +1,10 @@
-# DETA on PE as in perception_models@3e352cc:apps/detection/DETA_pe, in MMDetection's words: the released weights give
-# the released results. Another variant: model.backbone.variant. Another canvas:
+# DETA on PE as in perception_models@3e352cc:apps/detection/DETA_pe, with MMDetection's classes: the released weights
+# give the released results. Another variant: model.backbone.variant. Another canvas:
 # model.data_preprocessor.pad_size_divisor, and the sizes of the pipelines.
 
 model = dict(
     type='DETA',
-    num_queries=900,  # nothing in the model depends on it; the released test-time augmentation takes 2000
+    num_queries=900,  # no weight depends on it; the released test-time augmentation uses 2000
     num_feature_levels=5,
     data_preprocessor=dict(
         type='CanvasPreprocessor',

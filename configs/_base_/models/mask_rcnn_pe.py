@@ -1,6 +1,6 @@
-# Mask R-CNN on PE as in perception_models@3e352cc:apps/detection/detectron2_pe, in MMDetection's words: the released
-# weights give the released results. The variant alone decides widths, depth, windows, global blocks, drop path and
-# layer decay.
+# Mask R-CNN on PE as in perception_models@3e352cc:apps/detection/detectron2_pe, with MMDetection's classes: the
+# released weights give the released results. Widths, depth, windows, global blocks, drop path
+# and layer decay follow from the variant.
 
 norm_cfg = dict(type='ChannelLayerNorm', eps=1e-6)  # over channels; mmcv's build_norm_layer would default to 1e-5
 strides = [4, 8, 16, 32, 64]

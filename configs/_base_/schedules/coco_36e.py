@@ -1,6 +1,6 @@
 # 36 COCO epochs of 64 images as released (perception_models@3e352cc, mask_rcnn_PEspatial_G_coco36ep.py): AdamW, step
-# decay at 8/9 and 26/27, 90 iterations of warm-up, layer-wise decay, weight decay on everything, norms and biases too.
-# bfloat16 stands for the released float16: it needs no loss scale and runs on CPUs.
+# decay at 8/9 and 26/27, 90 iterations of warm-up, layer decay, weight decay on all parameters (also norms and biases).
+# bfloat16 replaces the released float16: it needs no loss scale and runs on CPUs.
 
 max_iters = 66375
 optim_wrapper = dict(

@@ -1,4 +1,4 @@
-# coco_36e.py for 75 COCO epochs, as released (perception_models@3e352cc, mask_rcnn_PEcore_G_coco75ep.py), LVIS's too.
+# coco_36e.py for 75 COCO epochs, as released (perception_models@3e352cc, mask_rcnn_PEcore_G_coco75ep.py); LVIS too.
 
 _base_ = './coco_36e.py'
 

@@ -1,7 +1,7 @@
-# How DETA trains in every stage, as released (perception_models@3e352cc:apps/detection/DETA_pe/main.py): no warm-up,
-# one rate for encoder and head, a tenth of it for the offsets of deformable attention, weight decay on everything.
-# Epochs, their drop and the rate are the stages'.
-# No layer-wise decay: the released scripts ask for 0.9, but their code grants it to encoders named 'vev01' alone.
+# Training of every DETA stage, as released (perception_models@3e352cc:apps/detection/DETA_pe/main.py): no warm-up, one
+# learning rate for encoder and head, a tenth of it for the offsets of deformable attention, weight decay on all
+# parameters. Each stage sets its epochs and learning rate.
+# No layer decay: the released scripts set 0.9, but their code applies it only to encoders named 'vev01'.
 
 optim_wrapper = dict(
     type='OptimWrapper',

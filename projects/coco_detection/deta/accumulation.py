@@ -1,4 +1,4 @@
-"""Print over how many steps a stage must accumulate gradients on this number of GPUs to keep its total batch.
+"""Print the number of steps over which a stage must accumulate gradients on some GPUs to keep its total batch.
 
 python projects/coco_detection/deta/accumulation.py CONFIG GPUS
 """
@@ -12,5 +12,5 @@ cfg = Config.fromfile(config, import_custom_modules=False)
 total, each = cfg.auto_scale_lr.base_batch_size, cfg.train_dataloader.batch_size
 steps, rest = divmod(total, gpus * each)
 if not steps or rest:
-    sys.exit(f"error: {total} images are no multiple of {gpus} GPUs x {each}; use another number of GPUs")
+    sys.exit(f"error: a batch of {total} images is not a multiple of {gpus} GPUs x {each}; use another number of GPUs")
 print(steps)

@@ -7,8 +7,8 @@
 #   cost      12 epochs of 118 thousand images; not measured yet
 #   expected  not measured yet; nobody has published DETA on the distilled encoders
 #
-# Ours: canvas, batch, rate, and to start on COCO right away. As released: model, images, optimizer, the drop path of
-# the encoder's depth (0.1 for S and B, 0.4 for L), and the epochs of stage 3.
+# Chosen here: canvas, batch, learning rate, and training on COCO alone. As released: model, images, optimizer, the drop
+# path for the depth of the encoder (0.1 for S and B, 0.4 for L), and the epochs of stage 3.
 
 _base_ = ['common.py', '../../../configs/_base_/datasets/coco_deta.py']
 

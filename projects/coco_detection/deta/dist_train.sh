@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train a stage on one node or many with its total batch, by torchrun:
+# Train a stage with its total batch on one or more nodes, by torchrun:
 #
 #   projects/coco_detection/deta/dist_train.sh STAGE GPUS [flags of tools/train.py]
 #   NNODES=8 MASTER_ADDR=node0 projects/coco_detection/deta/dist_train.sh stage3_coco_1728 8    the same on each node
 #
 # STAGE is a config of this folder without its .py, GPUS those of one node. For the other variables see tools/dist_train.sh,
-# for flags tools/train.py --help; run it in the folder that holds tools/.
+# for flags tools/train.py --help; run it in the folder that contains tools/.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: projects/coco_detection/deta/dist_train.sh STAGE GPUS [flags of tools/train.py]" >&2

@@ -4,7 +4,7 @@
 #   NNODES=8 projects/coco_detection/deta/slurm_train.sh PARTITION STAGE [flags of tools/train.py]
 #
 # STAGE is a config of this folder without its .py, and the name of the job. For the other variables see
-# tools/slurm_train.sh, for flags tools/train.py --help; run it in the folder that holds tools/.
+# tools/slurm_train.sh, for flags tools/train.py --help; run it in the folder that contains tools/.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: projects/coco_detection/deta/slurm_train.sh PARTITION STAGE [flags of tools/train.py]" >&2

@@ -6,8 +6,8 @@
 #   cost      12 epochs of 1.74 million images; not measured yet
 #   expected  the authors published no number for this stage; not measured yet
 #
-# Paper and released script agree. The script trains in float32, and so does this; --amp: the encoder in bfloat16. Its
-# head has a row 0 that no object has, because the file's classes begin with 1; here are the 365.
+# Paper and released script agree. It trains in float32, as the script does; with --amp the encoder runs in bfloat16.
+# The head of the script has an unused class 0, because the ids in the file start at 1; here it has the 365 classes.
 
 _base_ = ['common.py', '../../../configs/_base_/datasets/objects365_deta.py']
 

@@ -7,9 +7,9 @@
 #   expected  the authors published no number for this stage; not measured yet
 #
 # The rate drops after epoch 4, as in the released script; the paper says 5: param_scheduler.0.milestones=[5].
-# The class heads start anew, as in the script, which keeps them in stage 4 alone (the paper does not say), though the
-# classes are the same: custom_hooks.1.skip=[] keeps them. Both options go behind --cfg-options.
-# Float32 as in the script; --amp: the encoder in bfloat16.
+# The class heads start from scratch, as in the script, although the classes are the same; only stage 4 keeps them (the
+# paper does not say). custom_hooks.1.skip=[] keeps them here. Both options follow --cfg-options.
+# Float32 as in the script; with --amp the encoder runs in bfloat16.
 
 _base_ = 'stage1_objects365_1024.py'
 

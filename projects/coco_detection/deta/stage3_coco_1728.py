@@ -8,8 +8,8 @@
 #
 # The rate drops after epoch 10, as in the released script; the paper says 8: --cfg-options
 # param_scheduler.0.milestones=[8].
-# All class heads start anew, also the objectness of the proposals, as in the script: Objects365's 365 classes are not
-# COCO's 80. The encoder computes in bfloat16.
+# All class heads start from scratch, including the objectness of the proposals, as in the script: COCO has other
+# classes than Objects365. The encoder runs in bfloat16.
 
 _base_ = ['common.py', '../../../configs/_base_/datasets/coco_deta.py']
 

@@ -1,13 +1,13 @@
-# A small DETA on the embedded synthetic world, from the small encoder that the package ships: does DETA learn here?
+# Does DETA learn? A small one on the embedded synthetic world, from the small encoder that ships with the package.
 #
 #   command   python tools/render_synthetic.py data/synthetic_192 --train 400 --val 60 --size 192 192 --workers 2
 #             python tools/train.py projects/coco_detection/deta/synthetic.py
 #   hardware  two CPU cores, no GPU, about 2 GB of memory
-#   cost      27 minutes on one core of a machine that did other work beside it
+#   cost      27 minutes on one core of a busy machine
 #   expected  box AP 0.49, AP50 0.67 on 120 images of unseen scenes (measured here, one run, docs/benchmarks.md)
 #
-# What is small: images of 192 px, patches of 8 px, so that levels have strides 4 to 64; 64 channels, 2 + 3 layers, 2
-# points and 4 heads in deformable attention, 100 queries, 4 images a step. Ours: rate, cosine, warm-up, clipping.
+# Reduced: images of 192 px, patches of 8 px (levels have strides 4 to 64), 64 channels, 2 + 3 layers, 2 points and 4
+# heads in deformable attention, 100 queries, 4 images per step. Chosen here: learning rate, cosine, warm-up, clipping.
 
 _base_ = ['../../../configs/_base_/models/deta_pe.py', '../../../configs/_base_/detection_runtime.py']
 

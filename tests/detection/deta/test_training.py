@@ -442,6 +442,6 @@ def test_slurm_train_likewise(launch):
 def test_a_batch_that_the_gpus_cannot_share_is_refused(launch):
     done = launch("dist_train.sh", "stage3_coco_1728", "7")
     assert done.returncode == 1
-    assert "error: 64 images are no multiple of 7 GPUs x 1" in done.stderr
+    assert "error: a batch of 64 images is not a multiple of 7 GPUs x 1" in done.stderr
     assert launch("dist_train.sh", "stage3_coco_1728").returncode == 2
     assert launch("slurm_train.sh", "long").returncode == 2
