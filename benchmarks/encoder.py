@@ -1,7 +1,7 @@
 """Measure speed and memory of the encoder against its peers in the same run; print one markdown table.
 
 Every time is the median of several runs that alternate with the peer's; the ratio is the median of the ratios of
-neighbouring runs, so that a busy machine slows both. Peak memory is measured apart, one process for each cell: on CUDA
+neighboring runs, so that a busy machine slows both. Peak memory is measured apart, one process for each cell: on CUDA
 what torch allocated, on the CPU the resident size of the whole process (Python, torch and weights included).
 """
 

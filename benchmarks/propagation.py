@@ -1,6 +1,6 @@
 """Measure label propagation against the steps of the released script, in the same run.
 
-Both sides take turns and must agree; ratios are medians of the ratios of neighbouring frames. The peer is written here,
+Both sides take turns and must agree; ratios are medians of the ratios of neighboring frames. The peer is written here,
 step by step, from facebookresearch/dino@7c446df:eval_video_segmentation.py.
 """
 
@@ -23,7 +23,7 @@ GRID, WIDTH, LABELS = (30, 53), 768, 3  # 480p in patches of 16 px; channels of 
 CONTEXT, RADIUS, TOPK, TEMPERATURE = 7, 12, 5, 0.1  # the first frame beside the context makes eight
 
 
-def four_deep_neighbourhood(h: int, w: int) -> Tensor:
+def four_deep_neighborhood(h: int, w: int) -> Tensor:
     """Return which patches each patch may see, (h * w, h * w), by the script's four loops."""
     mask = torch.zeros(h, w, h, w)
     for i in range(h):
@@ -64,7 +64,7 @@ def propagation_table(frames: int, long: int) -> list[str]:
     ours = LabelPropagation(context=CONTEXT, radius=RADIUS, topk=TOPK, temperature=TEMPERATURE)
     first = next(stream)
     ours.start(first, soft)
-    loop, near = cpu_seconds(lambda: four_deep_neighbourhood(*GRID))
+    loop, near = cpu_seconds(lambda: four_deep_neighborhood(*GRID))
     queue: list[tuple[Tensor, Tensor]] = []
     times = []
     for _ in range(CONTEXT + frames):

@@ -1,6 +1,6 @@
 """Measure J&F against the official evaluator's steps, in the same run.
 
-Both sides take turns and must agree; ratios are medians of the ratios of neighbouring runs. The peer is written here,
+Both sides take turns and must agree; ratios are medians of the ratios of neighboring runs. The peer is written here,
 step by step, from davisvideochallenge/davis2017-evaluation@ac7c43f.
 """
 

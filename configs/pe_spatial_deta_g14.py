@@ -27,7 +27,7 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-tta_pipeline = test_pipeline  # views are made from the normalised image
+tta_pipeline = test_pipeline  # views are made from the normalized image
 tta_model = dict(
     _delete_=True,
     type='DETATTA',

@@ -24,7 +24,7 @@ from pe_spatial.errors import ConfigError
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and torch from several numbers, so that neighbouring ones share nothing."""
+    """Seed Python, NumPy and torch from several numbers, so that neighboring ones share nothing."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

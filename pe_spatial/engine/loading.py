@@ -47,7 +47,7 @@ def log_skipped(known: set[str], kind: str, path: str, problem: Exception) -> No
 class LoadCheckedImage(BaseTransform):
     """Read an image of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
 
-    Grey, palette, transparent (transparency is dropped), CMYK and 16-bit images become three channels of 8 bits. PIL
+    Gray, palette, transparent (transparency is dropped), CMYK and 16-bit images become three channels of 8 bits. PIL
     decodes, as in the released recipe.
 
     Args:
