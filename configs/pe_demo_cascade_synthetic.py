@@ -26,11 +26,11 @@ model = dict(
         pad_size_divisor=size),
     backbone=dict(
         type='PerceptionEncoderPyramid',
-        variant=dict(img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        variant='pe_synthetic_xs8_192',
         geometry='release',
         drop_path_rate=0.05,
         pyramid=dict(strides=strides, out_channels=width),
-        init_cfg=dict(type='Pretrained', checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),
+        init_cfg=dict(type='Pretrained', checkpoint='released')),
     rpn_head=dict(
         type='Detectron2RPNHead',
         in_channels=width,

@@ -118,7 +118,7 @@ def test_preprocessing_pads_squares_with_zeros_after_normalisation():
 
 def test_demo_starts_from_the_encoder_that_the_package_ships():
     cfg = load(CONFIGS / "pe_demo_cascade_synthetic.py")
-    shipped = CONFIGS.parent / "pe_spatial" / "synthetic" / Path(cfg.model.backbone.init_cfg.checkpoint).name
+    shipped = CONFIGS.parent / "pe_spatial" / "synthetic" / f"{cfg.model.backbone.variant}.safetensors"
     assert shipped.stat().st_size <= 5_000_000
     backbone = MODELS.build(cfg.model).backbone
     backbone.init_weights()

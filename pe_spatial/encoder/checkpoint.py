@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import SUFFIXES, CheckpointError, locate, read_state_dict, some
 from .geometry import Geometry, get_geometry, preset_name
 from .resize import resize_patch_kernel, resize_pos_embed
-from .variants import RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
+from .variants import DEMO_VARIANTS, RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
 from .vit import PerceptionEncoder
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
             `model.patch_size`, learned positions of the released grid to `model.geometry.pos_grid`.
         source: a local .pt, .pth or .safetensors file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it)
             'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards; 'released', the
-            published weights of the variant; or 'package://module/file', a file that an installed package ships.
+            published weights of the variant (a demonstration's are in this package); or 'package://module/file', a file
+            that an installed package ships.
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
@@ -96,11 +97,10 @@ def from_pretrained(
     *,
     variant: str | EncoderConfig | Mapping[str, Any] | None = None,
     geometry: str | Geometry | Mapping[str, Any] = "release",
+    dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> PerceptionEncoder:
     """Build an encoder, load its weights, and return it in evaluation mode.
-
-    The tensors are mapped from the file and keep its type; `model.float()` or `.to(device)` changes that as usual.
 
     Args:
         source: a released name ('PE-Spatial-B16-512' or 'pe_spatial_b16_512': from the hub, through its cache); a local
@@ -108,6 +108,7 @@ def from_pretrained(
         variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
         geometry: as in `PerceptionEncoder`. Where it has no patch size or grid of learned positions of its own, those
             of the file are kept.
+        dtype: of the weights; None keeps that of the file, from which tensors of the same dtype are mapped.
         options: the others of `PerceptionEncoder`, such as `out_indices`.
 
     Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
@@ -137,7 +138,7 @@ def from_pretrained(
     with torch.device("meta"):
         model = PerceptionEncoder(variant, geometry=geometry, **options)
     load_state(model, state, path=path)
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def _released(variant: str | None, config: object) -> str:
@@ -145,13 +146,16 @@ def _released(variant: str | None, config: object) -> str:
         raise CheckpointError(
             f"no weights were released for {config}; give a file, or start from random weights on purpose"
         )
+    if variant in DEMO_VARIANTS:
+        return f"package://pe_spatial/synthetic/{variant}.safetensors"
     return f"hf://facebook/{RELEASED_NAMES[variant]}"
 
 
 def _weights_in(folder: Path, variant: object) -> Path:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if isinstance(variant, str):
-        files = [path for path in files if path.stem == RELEASED_NAMES[variant_key(variant)]] or files
+        key = variant_key(variant)
+        files = [path for path in files if path.stem == RELEASED_NAMES.get(key, key)] or files
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {found}")
@@ -160,9 +164,9 @@ def _weights_in(folder: Path, variant: object) -> Path:
 
 def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, int | None]:
     """Return the variant, and the grid of learned positions where it is not the variant's own."""
-    for variant, name in RELEASED_NAMES.items():
-        if path.stem == name:
-            return variant, None
+    named = {name: variant for variant, name in RELEASED_NAMES.items()} | {name: name for name in DEMO_VARIANTS}
+    if path.stem in named:
+        return named[path.stem], None
     found = {name: value.shape for name, value in state.items() if name != _KERNEL}
     positions = found.get(_POSITIONS)
     others: dict[EncoderConfig, tuple[str, int]] = {}

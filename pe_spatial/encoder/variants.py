@@ -83,11 +83,20 @@ VARIANTS: dict[str, EncoderConfig] = {ours: _RELEASED[released] for ours, releas
 """Our name of a variant -> its configuration. 'pe_spatial_b16_512' and the like."""
 
 
+DEMO_VARIANTS: dict[str, EncoderConfig] = {
+    "pe_synthetic_xs8_192": EncoderConfig(img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+}
+"""For demonstrations and tests without a network; not released by Meta. The weights ship in the package."""
+
+
 def variant_key(name: str) -> str:
     """Return our name of a variant given by ours or by the released one; ValueError lists the known ones."""
     key = name.lower().replace("-", "_")
-    if key not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}, also by their released names")
+    if key not in VARIANTS and key not in DEMO_VARIANTS:
+        raise ValueError(
+            f"unknown variant {name!r}; known are {', '.join(VARIANTS)}, also by their released names, "
+            f"and {', '.join(DEMO_VARIANTS)} (a demonstration)"
+        )
     return key
 
 
@@ -97,7 +106,7 @@ def get_config(variant: str | EncoderConfig | Mapping[str, Any]) -> EncoderConfi
         return variant
     if isinstance(variant, Mapping):
         return EncoderConfig(**variant)
-    return VARIANTS[variant_key(variant)]
+    return (VARIANTS | DEMO_VARIANTS)[variant_key(variant)]
 
 
 class ViTDetRecipe(NamedTuple):

@@ -45,9 +45,8 @@ test_evaluator = val_evaluator
 
 model = dict(
     backbone=dict(
-        variant=dict(
-            _delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
-        init_cfg=dict(checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),
+        variant='pe_synthetic_xs8_192',
+        init_cfg=dict(checkpoint='released')),
     decode_head=dict(channels=32),
     losses=[dict(type='SigLoss', warm_up=20), dict(type='GradientLoss', loss_weight=0.5)])
 

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from pe_spatial import EncoderConfig, PerceptionEncoder, SimpleFeaturePyramid
+from pe_spatial import PerceptionEncoder, SimpleFeaturePyramid
+from pe_spatial.encoder.variants import get_config
 from pe_spatial.synthetic import CATEGORIES, write_dataset
 
 SIZE = 192  # side of an image in pixels
 STRIDE = 4  # stride of the predictions in pixels
-CONFIG = EncoderConfig(img_size=SIZE, patch_size=8, embed_dim=192, depth=5, num_heads=3)
+CONFIG = get_config("pe_synthetic_xs8_192")
 BOX_UNIT = 16.0  # pixels: exp(prediction) times this is the distance to a side of the box
 
 

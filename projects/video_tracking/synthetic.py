@@ -21,13 +21,13 @@ data_root = 'work_dirs/video_world/'
 grid = 24
 model = dict(
     tracker=dict(
-        variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        variant='pe_synthetic_xs8_192',
         grid=grid,
         d_model=128,
         mem_dim=32,
         layers=2,
         feedforward=512),
-    encoder_weights='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors',
+    encoder_weights='released',
     sam2_weights=None,
     prompting=dict(clicks=0.0))
 

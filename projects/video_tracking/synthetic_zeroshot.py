@@ -1,7 +1,6 @@
 # Label propagation by the encoder of synthetic.py, without any training, on the same clips: what training has to beat.
 #
-#   command   python tools/test.py projects/video_tracking/synthetic_zeroshot.py \
-#                 pe_spatial/synthetic/pe_synthetic_xs8_192.safetensors
+#   command   python tools/test.py projects/video_tracking/synthetic_zeroshot.py released
 #   data      as synthetic.py
 #   hardware  one CPU core
 #   cost      half a minute
@@ -12,7 +11,7 @@ _base_ = '../../configs/pe_spatial_zeroshot_davis.py'
 data_root = 'work_dirs/video_world/'
 model = dict(
     backbone=dict(
-        variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        variant='pe_synthetic_xs8_192',
         init_cfg=None),
     protocol='aligned',
     size=192)

@@ -450,3 +450,17 @@ def test_file_with_an_optimizer_alone_is_named(tmp_path):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(CheckpointError, match=f"holds no weights, only .*{min(content)}"):
             read_checkpoint(tmp_path / "w.pth")
+
+
+def test_the_demonstration_loads_from_the_package_without_a_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    encoder = from_pretrained("pe_synthetic_xs8_192", geometry="timm", out_indices=(1,))
+    assert (encoder.variant, encoder.depth, encoder.config.img_size) == ("pe_synthetic_xs8_192", 2, 192)
+    assert encoder(torch.zeros(1, 3, 192, 192))[0].dtype == torch.float32  # though the file holds halves
+    assert from_pretrained("pe_synthetic_xs8_192", dtype=None).pos_embed.dtype == torch.float16
+    again = PerceptionEncoder("pe_synthetic_xs8_192")
+    load_checkpoint(again, "released")
+    assert_close(again.blocks[1].mlp.fc1.weight, encoder.blocks[1].mlp.fc1.weight, rtol=0, atol=0)
+    file = locate("package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors")
+    assert from_pretrained(file).variant == "pe_synthetic_xs8_192"
+    assert "pe_synthetic_xs8_192" not in VARIANTS  # which are Meta's

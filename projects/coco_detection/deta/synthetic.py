@@ -23,11 +23,11 @@ model = dict(
     num_queries=100,
     data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, pad_size_divisor=size),
     backbone=dict(
-        variant=dict(_delete_=True, img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
+        variant='pe_synthetic_xs8_192',
         geometry='release',
         drop_path_rate=0.05,
         grad_checkpointing=False,
-        init_cfg=dict(checkpoint='package://pe_spatial.synthetic/pe_synthetic_xs8_192.safetensors')),
+        init_cfg=dict(checkpoint='released')),
     neck=dict(out_channels=width),
     positional_encoding=dict(num_feats=width // 2),
     encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=deformable, ffn_cfg=ffn)),
