@@ -1,7 +1,7 @@
-"""Label propagation: the mask of the first frame, carried through a video by the likeness of frozen features.
+"""Label propagation: the mask of the first frame, carried through a video by the similarity of frozen features.
 
-The rules are those of facebookresearch/dino@7c446df:eval_video_segmentation.py (Apache-2.0), the script behind the
-published DAVIS scores of PE; what differs is how they are computed.
+The results follow facebookresearch/dino@7c446df:eval_video_segmentation.py (Apache-2.0), the script behind the
+published DAVIS scores of PE; the computation differs.
 
 Shapes: h x w patches on the grid, C channels of the features, K labels (background and objects).
 """
@@ -15,23 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHAPES = ("square", "circle")
-_TILE = 16  # side of the blocks of queries, in patches: smaller ones copy more, larger ones multiply more in vain
+_TILE = 16  # side of the blocks of queries in patches: smaller ones copy more, larger ones multiply more for nothing
 
 
 class LabelPropagation:
-    """Soft masks of a video, frame by frame: `start` with the first frame, then `step` with each that follows.
+    """Soft masks of a video, frame by frame: `start` with the first frame, then `step` with each following one.
 
-    Every patch of a new frame takes the mean label of the patches most like it in the first frame and in the last
-    `context` frames, weighted by softmax(cosine / temperature). Memory and time per frame depend on neither the number
-    of frames nor, with a radius, on more than the neighborhood of each patch.
+    Every patch of a new frame gets the mean label of its most similar patches in the first frame and in the last
+    `context` frames, weighted by softmax(cosine / temperature). Memory and time per frame do not depend on the number
+    of frames and, with a radius, only on the neighborhood of each patch.
 
     Args:
-        context: frames that are remembered beside the first one, at least 1.
-        radius: of the neighborhood in which patches are compared, in patches, the same in each frame; None compares
-            all (0 in the script).
-        shape: of the neighborhood: 'square' (as in the script) or 'circle' (as in DINOv3's evaluation).
-        topk: patches that count, over all frames together; equals of the last one count too.
-        temperature: of the softmax; 0.1 in the script.
+        context: number of frames remembered beside the first one, at least 1.
+        radius: radius in patches of the neighborhood in which patches are compared, in every frame; None compares all
+            patches (0 in the script).
+        shape: shape of the neighborhood: 'square' (as in the script) or 'circle' (as in DINOv3's evaluation).
+        topk: number of most similar patches, over all frames together; ties with the last one count too.
+        temperature: temperature of the softmax; 0.1 in the script.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LabelPropagation:
     ) -> None:
         for name, value in (("context", context), ("radius", radius), ("topk", topk)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1 is allowed" + (", or None" * (name == "radius")))
+                raise ValueError(f"{name} is {value}; it must be at least 1" + (", or None" * (name == "radius")))
         if shape not in SHAPES:
             raise ValueError(f"shape is {shape!r}; allowed are {', '.join(map(repr, SHAPES))}")
         if not temperature > 0:
@@ -60,7 +60,7 @@ class LabelPropagation:
     def start(self, features: Tensor, soft: Tensor) -> None:
         """Begin a video with the features (C, h, w) and the labels (K, h, w) of its first frame (see `first_soft`)."""
         key = _unit(features)
-        # Place 0 is the first frame's for good; the others are taken in turn.
+        # Slot 0 keeps the first frame; the other slots are reused in turn.
         self._keys = key.new_empty(self.context + 1, *key.shape)  # (frames, h, w, C)
         self._labels = key.new_empty(self.context + 1, *key.shape[:2], len(soft))  # (frames, h, w, K)
         self._seen = 0
@@ -69,7 +69,7 @@ class LabelPropagation:
     def step(self, features: Tensor) -> Tensor:
         """Return the labels (K, h, w) of the next frame from its features (C, h, w); they sum to 1 in every patch."""
         if self._seen == 0:
-            raise RuntimeError("step before start; give the first frame and its mask to start")
+            raise RuntimeError("step was called before start; give start the first frame and its mask")
         key = _unit(features)
         if key.shape != self._keys.shape[1:]:
             raise ValueError(
@@ -86,12 +86,12 @@ class LabelPropagation:
         return labels.permute(2, 0, 1)
 
     def _remember(self, key: Tensor, labels: Tensor) -> None:
-        place = 0 if self._seen == 0 else 1 + (self._seen - 1) % self.context
-        self._keys[place], self._labels[place] = key, labels
+        slot = 0 if self._seen == 0 else 1 + (self._seen - 1) % self.context
+        self._keys[slot], self._labels[slot] = key, labels
         self._seen += 1
 
     def _labels_of(self, key: Tensor, tile: tuple[slice, slice]) -> Tensor:
-        """Return the labels of a tile of queries, compared with what lies in its reach in each frame."""
+        """Return the labels of a tile of queries, compared with the patches within its reach in each frame."""
         queries = key[tile]
         reach = max(key.shape[:2]) if self.radius is None else self.radius
         rows, columns = (
@@ -100,21 +100,23 @@ class LabelPropagation:
         )
         frames = min(self._seen, self.context + 1)
         sources = self._keys[:frames, rows, columns].flatten(0, 2)  # (sources of all frames, C)
-        likeness = queries.flatten(0, 1) @ sources.T  # (queries, sources of all frames)
+        similarity = queries.flatten(0, 1) @ sources.T  # (queries, sources of all frames)
         if self.radius is not None:
             far = ~self._near(tile, (rows, columns), self.radius).to(key.device)
-            likeness.unflatten(1, (frames, -1)).masked_fill_(far[:, None], -torch.inf)
-        best, source = likeness.topk(min(self.topk, likeness.shape[1]), dim=1)
-        least = best[:, -1:].clamp(min=-2)  # below every cosine: where fewer than topk are near, none of the far ones
-        count = int((likeness >= least).sum(1).max())
-        if count > best.shape[1]:  # equals of the last one
-            best, source = likeness.topk(count, dim=1)
+            similarity.unflatten(1, (frames, -1)).masked_fill_(far[:, None], -torch.inf)
+        best, source = similarity.topk(min(self.topk, similarity.shape[1]), dim=1)
+        least = best[:, -1:].clamp(
+            min=-2
+        )  # -2 is below every cosine: never take a far patch if fewer than topk are near
+        count = int((similarity >= least).sum(1).max())
+        if count > best.shape[1]:  # ties with the last one
+            best, source = similarity.topk(count, dim=1)
         weights = (best / self.temperature).masked_fill(best < least, -torch.inf).softmax(dim=1)
         labels = self._labels[:frames, rows, columns].flatten(0, 2)[source]  # (queries, count, K)
         return (weights[:, None] @ labels).view(*queries.shape[:2], -1)
 
     def _near(self, tile: tuple[slice, slice], around: tuple[slice, slice], radius: int) -> Tensor:
-        """Return which patches of `around` each query of `tile` may see, (queries, sources of one frame)."""
+        """Return which patches of `around` each query of `tile` may see: (queries, sources of one frame) bool."""
         dy, dx = (
             (torch.arange(query.start, query.stop)[:, None] - torch.arange(source.start, source.stop)).abs()
             for query, source in zip(tile, around, strict=True)
@@ -125,17 +127,17 @@ class LabelPropagation:
 
 
 def first_soft(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Reduce the mask of the first frame to the grid: the id at the middle of each patch.
+    """Reduce the mask of the first frame to the grid: the id at the center of each patch.
 
-    An object that holds the middle of no patch is lost: its id is not among those returned. Ids may skip numbers; the
-    script keeps an empty channel for each that is skipped, which can win nowhere.
+    An object that covers the center of no patch is lost, and its id is not returned. Ids may skip numbers; the script
+    keeps an empty channel for each skipped number, which never wins.
 
     Args:
         mask: object ids (H, W), integers, 0 for background.
         grid: (h, w) in patches.
 
     Returns:
-        The labels (K, h, w), float32, one-hot, and the ids (K,) of their channels, ascending, 0 always among them.
+        The one-hot labels (K, h, w) float32, and the ids (K,) of their channels, ascending and including 0.
     """
     small = nearest(mask, grid)
     ids = torch.cat((small.flatten(), small.new_zeros(1))).unique()
@@ -145,24 +147,24 @@ def first_soft(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def hard_mask(soft: Tensor, ids: Tensor, size: tuple[int, int], *, patch_size: int | None) -> Tensor:
     """Turn labels on the grid into a mask of object ids in pixels.
 
-    Labels are resized bilinearly, each is shifted and scaled to 0..1 on its own (which lifts weak ones), and the
-    largest wins, the first among equals. A label that is the same everywhere keeps its value (in the script it becomes
-    not a number and wins everywhere).
+    Labels are resized bilinearly, each one is shifted and scaled to 0..1 separately (which lifts weak ones), and the
+    largest wins, the first of equals. A constant label keeps its value (in the script it becomes NaN and wins
+    everywhere).
 
     Args:
         soft: labels (K, h, w).
-        ids: of their channels (K,).
+        ids: ids (K,) of their channels.
         size: (H, W) of the mask, in pixels.
-        patch_size: in pixels, to resize as the script: by the patch size, and the winners from there to `size` by their
-            nearest neighbor. None resizes the labels to `size` at once.
+        patch_size: in pixels, to resize like the script: labels by the patch size, then the winners to `size` by
+            nearest neighbor. None resizes the labels directly to `size`.
 
     Returns:
-        (H, W) of the type of `ids`.
+        (H, W) with the dtype of `ids`.
     """
     resize = {"size": size} if patch_size is None else {"scale_factor": patch_size}
     ids = ids.to(soft.device)
     best, winner = soft.new_tensor(-torch.inf), ids[0]
-    for channel, number in zip(soft, ids, strict=True):  # one at a time: 200 objects in 4K fit as well
+    for channel, number in zip(soft, ids, strict=True):  # one at a time, so that 200 objects in 4K fit
         score = F.interpolate(channel[None, None], **resize, mode="bilinear", align_corners=False)[0, 0]
         low, high = score.aminmax()
         if high > low:
@@ -174,9 +176,9 @@ def hard_mask(soft: Tensor, ids: Tensor, size: tuple[int, int], *, patch_size: i
 
 
 def nearest(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (..., H, W) to `size` by nearest neighbors as Pillow does, to the pixel.
+    """Resize (..., H, W) to `size` by nearest neighbor, pixel by pixel equal to Pillow.
 
-    Pillow adds up the step from pixel to pixel in double precision, and so do we: the sums decide ties.
+    Like Pillow it accumulates the step from pixel to pixel in double precision, because the sums decide ties.
     """
     rows, columns = starmap(_positions, zip(image.shape[-2:], size, strict=True))
     return image[..., torch.tensor(rows)[:, None], torch.tensor(columns)]
@@ -188,10 +190,10 @@ def _positions(length: int, new: int) -> list[int]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """(C, h, w) -> (h, w, C), of length 1 in every patch, float32."""
+    """(C, h, w) -> (h, w, C) float32 with length 1 in every patch."""
     if features.ndim != 3:
         raise ValueError(f"features are {tuple(features.shape)}; expected (C, h, w) of one frame")
     features = F.normalize(features.permute(1, 2, 0).float(), dim=-1)
     if not features.isfinite().all():
-        raise ValueError("features hold values that are not finite; run the encoder in float32")
+        raise ValueError("features contain values that are not finite; run the encoder in float32")
     return features

@@ -231,7 +231,7 @@ def test_aligned_masks_follow_the_whole_frame():
     ("options", "words"),
     [
         (dict(context=0), "context is 0; at least 1"),
-        (dict(radius=0), "radius is 0; at least 1 is allowed, or None"),
+        (dict(radius=0), "radius is 0; it must be at least 1, or None"),
         (dict(topk=0), "topk is 0"),
         (dict(temperature=0.0), r"temperature is 0\.0"),
         (dict(shape="hexagon"), "shape is 'hexagon'; allowed are 'square', 'circle'"),
@@ -245,7 +245,7 @@ def test_options_are_checked(options, words):
 def test_frames_are_checked():
     propagation = LabelPropagation()
     features, soft = torch.ones(4, 3, 5), torch.ones(1, 3, 5)
-    with pytest.raises(RuntimeError, match="step before start"):
+    with pytest.raises(RuntimeError, match="step was called before start"):
         propagation.step(features)
     with pytest.raises(ValueError, match=r"expected \(C, h, w\)"):
         propagation.start(features[None], soft)

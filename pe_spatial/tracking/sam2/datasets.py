@@ -1,8 +1,8 @@
-"""Clips for training a tracker: where videos and their masks lie, and how frames and objects are drawn from them.
+"""Datasets of clips for training a tracker: layouts of videos and masks, and the sampling of frames and objects.
 
-A source of masks has `frames`, the names of the annotated frames, and `read(frame)`, the masks of one of them: id ->
-(H, W) bool. Objects that are not there may be left out, and masks may overlap. A source reads nothing before it is
-asked, keeps what it has read as long as it lives (one clip), and goes to data workers.
+A mask source has `frames`, the names of the annotated frames, and `read(frame)`, the masks of one of them: object id ->
+(H, W) bool. Objects that are not in the frame may be omitted, and masks may overlap. A source reads files when needed,
+caches what it reads while it exists (for one clip), and can be pickled to data workers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pe_spatial.tracking.vos.evaluation import read_sequences
 from pe_spatial.tracking.vos.masks import VOID, object_id, read_mask, read_object_masks, split_masks
 from pe_spatial.video import list_frames
 
-_SAV_STEP = 4  # SA-V's masks are of every 4th frame (6 of 24 per second)
+_SAV_STEP = 4  # SA-V annotates every 4th frame (6 of 24 per second)
 _SAV_NAMES = ("manual", "auto")
 
-# layout -> folders of images and of masks (None: no convention, has to be given), and the list of videos
+# layout -> folders of images and of masks (None: must be given), and the list of videos
 _LAYOUTS: dict[str, tuple[str | None, str | None, str | None]] = {
     "davis": ("JPEGImages", "Annotations", "ImageSets/2017/{split}.txt"),
     "youtube-vos": ("{split}/JPEGImages", "{split}/Annotations", None),
@@ -43,7 +43,7 @@ _LAYOUTS: dict[str, tuple[str | None, str | None, str | None]] = {
 
 
 class MaskSource(Protocol):
-    """See the module."""
+    """See the module's docstring."""
 
     @property
     def frames(self) -> Sequence[str]:
@@ -53,14 +53,14 @@ class MaskSource(Protocol):
         """Read the masks of one frame."""
 
     def where(self, frame: str) -> str:
-        """Say where they are, for errors."""
+        """Name the frame's masks in error messages."""
 
 
 @dataclass(frozen=True)
 class PngMasks:
-    """Index masks <frame>.png, or SA-V's folders of binary masks <object>/<frame>.png, whichever `folder` holds.
+    """Index masks <frame>.png or SA-V's binary masks <object>/<frame>.png, whichever `folder` contains.
 
-    In an index mask 255 is void and becomes background; in a video with no other id (DAVIS 2016) it is object 1.
+    In index masks 255 is void and becomes background; in a video without other ids (DAVIS 2016) it is object 1.
     """
 
     folder: Path
@@ -71,15 +71,15 @@ class PngMasks:
 
     @cached_property
     def frames(self) -> list[str]:
-        """Names of the masks; DatasetError if there is none."""
+        """Names of the masks; DatasetError if there are none."""
         files = self.folder.glob("*.png" if self._indexed else "*/*.png")
         stems = sorted({path.stem for path in files if not path.name.startswith(".")})
         if not stems:
-            raise DatasetError(f"{self.folder} holds no mask; give <frame>.png, or <object>/<frame>.png as SA-V")
+            raise DatasetError(f"{self.folder} holds no mask; expected <frame>.png, or <object>/<frame>.png as in SA-V")
         return stems
 
     def read(self, frame: str) -> Mapping[int, np.ndarray]:
-        """Read the masks of the objects that this frame shows, or has files for."""
+        """Read the masks of the objects in this frame."""
         if not self._indexed:
             masks = read_object_masks(self.folder, frame)
             return {object_id(self.folder / name): mask for name, mask in masks.items()}
@@ -95,14 +95,14 @@ class PngMasks:
 
     @cached_property
     def _void_is(self) -> int:
-        """The object that 255 is, judged by the first mask that is not empty."""
+        """The object id that 255 stands for, judged by the first mask that is not empty."""
         masks = (read_mask(self.folder / f"{frame}.png") for frame in self.frames)
         return int(not split_masks(next(mask for mask in masks if mask.any())))
 
 
 @dataclass(frozen=True)
 class SAVMasks:
-    """SA-V's masklets: `masklet[frame][object]` of one JSON file or of several, whose objects are numbered on.
+    """SA-V's masklets: `masklet[frame][object]` of one or several JSON files, with objects numbered consecutively.
 
     A frame with a mask of None counts as not annotated, as in SAM 2 (training/dataset/vos_raw_dataset.py).
     """
@@ -114,7 +114,7 @@ class SAVMasks:
         """Frame -> RLEs of its objects."""
         files = [_read_json(path, "masklet")["masklet"] for path in self.paths]
         frames = {}
-        for i, of_files in enumerate(zip(*files, strict=False)):  # what one file lacks is not annotated
+        for i, of_files in enumerate(zip(*files, strict=False)):  # frames missing in one file are not annotated
             codes = [code for of_file in of_files for code in ([None] if of_file is None else of_file)]
             if None not in codes:
                 frames[f"{i * _SAV_STEP:05d}"] = codes
@@ -152,12 +152,12 @@ class CocoMasks:
         return {i: _decode(code, self.size, self.where(frame)) for i, code in self.segmentations.items()}
 
     def where(self, frame: str) -> str:  # noqa: ARG002
-        """Return what names them."""
+        """Return the image that they belong to."""
         return f"the annotation of {self.image}"
 
 
 def _decode(segmentation: Any, size: tuple[int, int] | None, source: str) -> np.ndarray:
-    """Decode an RLE, or with a `size` (height, width) also polygons and uncompressed RLE, to (H, W) bool."""
+    """Decode RLE to (H, W) bool; with a `size` (height, width) also polygons and uncompressed RLE."""
     from pycocotools import mask
 
     try:
@@ -167,7 +167,7 @@ def _decode(segmentation: Any, size: tuple[int, int] | None, source: str) -> np.
             segmentation = mask.frPyObjects(segmentation, *size)
         return mask.decode(segmentation).astype(bool)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DatasetError(f"a mask of {source} cannot be decoded ({error!r}); mend the annotations") from error
+        raise DatasetError(f"a mask of {source} cannot be decoded ({error!r}); correct the annotations") from error
 
 
 def _read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -185,26 +185,26 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 @DATASETS.register_module()
 class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
-    """Videos with masks, each of which `LoadClip` draws clips from; only names are read here.
+    """Videos with masks, from which `LoadClip` draws clips; the dataset itself reads names only.
 
-    Layouts, each with the folders that `data_prefix` may replace:
+    Layouts and their folders, which `data_prefix` can replace:
 
-    - davis: JPEGImages and Annotations, with or without 480p; the videos of ImageSets/2017/<split>.txt, if it is there.
+    - davis: JPEGImages and Annotations, with or without 480p; the videos of ImageSets/2017/<split>.txt if it exists.
     - youtube-vos, mose: <split>/JPEGImages and <split>/Annotations.
-    - synthetic: what pe-spatial render_synthetic writes, <split> and instances/<split>.
-    - sa-v: frames <img_path>/<video>/<frame>.jpg of 24 per second, <ann_path>/<video>_manual.json; give both.
-      Its val and test sets, and whatever has a folder of masks for each object, have the layout of mose.
-    - images: still images as clips of one frame; `ann_path` is COCO's JSON, `img_path` what its `file_name`s are
-      relative to; give both. Crowds are left out, and so are images without masks.
+    - synthetic: <split> and instances/<split>, as pe-spatial render_synthetic writes them.
+    - sa-v: frames <img_path>/<video>/<frame>.jpg at 24 per second, <ann_path>/<video>_manual.json; give both folders.
+      Its val and test sets, and all data with a folder of masks per object, have the layout mose.
+    - images: still images as clips of one frame; `ann_path` is COCO's JSON, `img_path` the folder that its `file_name`s
+      are relative to; give both. Crowds and images without masks are omitted.
 
     Args:
-        data_root: folder of everything.
+        data_root: folder that contains the others.
         layout: one of the above.
-        split: 'train' where the layout has splits.
+        split: name of the split, 'train' by default, for layouts that have splits.
         data_prefix: `img_path` and `ann_path`, relative to `data_root`.
-        sequences: file with the names of the videos to take, one a line; None for all.
-        auto: also take SA-V's automatic masks, <video>_auto.json, of the videos that have them.
-        pipeline, indices, lazy_init, max_refetch: as in mmengine's `BaseDataset`; SAM 2 also draws 100 times.
+        sequences: file with the names of the videos to use, one per line; None for all.
+        auto: also use SA-V's automatic masks, <video>_auto.json, of the videos that have them.
+        pipeline, indices, lazy_init, max_refetch: as in mmengine's `BaseDataset`; SAM 2 also tries 100 times.
     """
 
     def __init__(
@@ -227,14 +227,14 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         if not set(given) <= {"img_path", "ann_path"}:
             raise ConfigError(f"data_prefix holds {', '.join(given)}; it takes img_path and ann_path")
         if auto and layout != "sa-v":
-            raise ConfigError(f"auto=True is for the layout sa-v, not {layout}; leave it out")
+            raise ConfigError(f"auto=True is for the layout sa-v, not {layout}; omit it")
         images, masks, listed = _LAYOUTS[layout]
         places = {"img_path": images, "ann_path": masks, **given}
         if None in places.values():
             raise ConfigError(f"the layout {layout} needs both of data_prefix, img_path and ann_path")
         listed = None if sequences else listed
         if split is not None and not any("{split}" in str(place) for place in (*places.values(), listed)):
-            raise ConfigError(f"split is {split!r}, but layout, data_prefix and sequences say it all; leave it out")
+            raise ConfigError(f"split is {split!r}, but layout, data_prefix and sequences do not depend on it; omit it")
         split = split or "train"
         self.layout = layout
         self.sequences = sequences
@@ -251,7 +251,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         )
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Return video (name), img_path (folder of frames, or image) and source (of masks)."""
+        """Return video (name), img_path (folder of frames, or image) and source (of masks) of each video."""
         image_root, masks = Path(self.data_prefix["img_path"]), Path(self.data_prefix["ann_path"])
         if not image_root.is_dir():
             raise DatasetError(f"no folder {image_root}; check data_root (--data-root), layout and data_prefix")
@@ -266,12 +266,12 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
             image_root, masks = (path / "480p" if (path / "480p").is_dir() else path for path in (image_root, masks))
         names = self._chosen([path.name for path in image_root.glob("[!.]*") if path.is_dir()], image_root)
         ending = f"_{_SAV_NAMES[0]}.json" if self.layout == "sa-v" else ""
-        present = {path.name for path in masks.iterdir()}  # one listing is far cheaper than a look for each video
+        present = {path.name for path in masks.iterdir()}  # one listing is far cheaper than a check per video
         without = [name for name in names if name + ending not in present]
         if without:
             raise DatasetError(
                 f"{len(without)} of {len(names)} videos have no masks, the first is {masks / (without[0] + ending)}; "
-                "restore them, or name the others in a file and set sequences"
+                "restore them, or list the others in a file and set sequences"
             )
 
         def source(name: str) -> MaskSource:
@@ -296,53 +296,54 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
                 if one["id"] in objects
             }
         except (KeyError, TypeError) as error:
-            raise DatasetError(f"{annotations} is not in COCO's format ({error!r} is missing); mend it") from error
+            raise DatasetError(f"{annotations} is not in COCO's format ({error!r} is missing); correct it") from error
         names = self._chosen(sources, annotations)
         return [dict(video=name, img_path=sources[name].image, source=sources[name]) for name in names]
 
     def _chosen(self, present: Sequence[str] | Mapping[str, Any], where: Path) -> list[str]:
-        """Return the names of the videos to take, which all have to be there."""
+        """Return the names of the videos to use; DatasetError if one is missing."""
         if not present:
-            raise DatasetError(f"{where} holds no videos; check data_root (--data-root), layout and data_prefix")
+            raise DatasetError(f"{where} contains no videos; check data_root (--data-root), layout and data_prefix")
         if self.sequences is None:
             return sorted(present)
-        names, known = read_sequences(self.sequences), set(present)
-        absent = [name for name in names if name not in known]
-        if absent:
+        names, available = read_sequences(self.sequences), set(present)
+        missing = [name for name in names if name not in available]
+        if missing:
             raise DatasetError(
-                f"{len(absent)} of {len(names)} videos in {self.sequences} are not in {where}, the first is {absent[0]}"
+                f"{len(missing)} of {len(names)} videos of {self.sequences} are not in {where}, first {missing[0]}"
             )
         return names
 
 
 @TRANSFORMS.register_module()
 class LoadClip(BaseTransform):
-    """Draw neighboring frames and objects that the first of them shows, and read images and masks.
+    """Draw consecutive frames and objects of the first of them, and read images and masks.
 
-    As SAM 2's RandomUniformSampler does: every window of annotated frames is as likely, and another one is drawn where
-    the first frame shows no object. A video without such a window, or with too few annotated frames, is logged once,
-    and another one is drawn. An image and a mask belong together if their names are equal, as numbers if they are.
+    As in SAM 2's RandomUniformSampler, every window of annotated frames is equally likely, and another window is drawn
+    if the first frame shows no object. A video without such a window, or with too few annotated frames, is logged once
+    and replaced by another video. An image and a mask belong together if their names are equal, compared as numbers if
+    both are numbers.
 
     Args:
-        num_frames: of a clip.
-        max_objects: at most that many, at random.
-        reverse_prob: probability of the clip running backwards; 0 in SAM 2's fine-tuning.
-        skip_broken: log a video that cannot be read, and have another one drawn, instead of raising DatasetError.
+        num_frames: number of frames per clip.
+        max_objects: maximum number of objects, chosen at random.
+        reverse_prob: probability of reversing the clip; 0 in SAM 2's fine-tuning.
+        skip_broken: log a video that cannot be read and draw another one, instead of raising DatasetError.
     """
 
     def __init__(
         self, *, num_frames: int, max_objects: int, reverse_prob: float = 0.0, skip_broken: bool = False
     ) -> None:
         if num_frames < 1 or max_objects < 1:
-            raise ConfigError(f"num_frames is {num_frames} and max_objects {max_objects}; both are at least 1")
+            raise ConfigError(f"num_frames is {num_frames} and max_objects {max_objects}; both must be at least 1")
         self.num_frames = num_frames
         self.max_objects = max_objects
         self.reverse_prob = reverse_prob
         self.skip_broken = skip_broken
-        self.skipped: set[str] = set()  # videos, in this process
+        self.skipped: set[str] = set()  # videos skipped by this process
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Add frames, masks, frame_names and objects, see `transforms`; None for a video to skip."""
+        """Add frames, masks, frame_names and objects (see `transforms`), or return None to skip the video."""
         path = results["img_path"]
         try:
             results.update(self._load(Path(path), results.pop("source")))
@@ -364,18 +365,18 @@ class LoadClip(BaseTransform):
         masks: list[np.ndarray] = []
         for t, (image, name) in enumerate(window):
             frame = read_rgb(image)
-            found = source.read(name) if t else first
+            by_id = source.read(name) if t else first
             size = frame.shape[:2]
-            others = [(source.where(name), mask.shape) for mask in found.values()]
+            others = [(source.where(name), mask.shape) for mask in by_id.values()]
             others += [(str(window[0][0]), before.shape[:2]) for before in frames[:1]]
             for other, shape in others:
                 if shape != size:
                     raise DatasetError(
                         f"{image} is {size[0]}x{size[1]} (height x width) but {other} is {shape[0]}x{shape[1]}; "
-                        "bring the frames of a video and their masks to one size"
+                        "resize the frames of a video and their masks to one size"
                     )
             absent = np.zeros(size, bool)
-            masks.append(np.stack([found.get(i, absent) for i in objects]))
+            masks.append(np.stack([by_id.get(i, absent) for i in objects]))
             frames.append(frame)
         return dict(
             frames=frames,
@@ -387,9 +388,9 @@ class LoadClip(BaseTransform):
     def _draw(
         self, annotated: Sequence[tuple[Path, str]], path: Path, source: MaskSource
     ) -> tuple[list[tuple[Path, str]], Mapping[int, np.ndarray]]:
-        """Draw a window, and return the masks of its first frame with it."""
+        """Draw a window, and return it with the masks of its first frame."""
         if len(annotated) < self.num_frames:
-            raise _NoClipError(f"{path} has {len(annotated)} frames with masks, and a clip takes {self.num_frames}")
+            raise _NoClipError(f"{path} has {len(annotated)} frames with masks, but a clip needs {self.num_frames}")
         for start in np.random.permutation(len(annotated) - self.num_frames + 1):
             window = list(annotated[start : start + self.num_frames])
             if np.random.rand() < self.reverse_prob:
@@ -397,7 +398,7 @@ class LoadClip(BaseTransform):
             first = source.read(window[0][1])
             if any(mask.any() for mask in first.values()):
                 return window, first
-        raise _NoClipError(f"{path} has no window of {self.num_frames} frames that begins with an object to be seen")
+        raise _NoClipError(f"{path} has no window of {self.num_frames} frames with an object in the first one")
 
     def __repr__(self) -> str:
         return (
@@ -407,7 +408,7 @@ class LoadClip(BaseTransform):
 
 
 class _NoClipError(DatasetError):
-    """Nothing is wrong with this video, but it has no clip of that length."""
+    """The video is intact but has no clip of the required length."""
 
 
 def _key(stem: str) -> int | str:

@@ -1,4 +1,4 @@
-"""SAM 2's training loss: every prediction for every frame, candidates in competition."""
+"""SAM 2's training loss over all predictions for all frames of a clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What the mask decoder says of N objects on a frame, in M candidates (1 or 3)."""
+    """The mask decoder's output for N objects on a frame, with M candidates (1 or 3)."""
 
     masks: Tensor  # (N, M, H, W), logits
     ious: Tensor  # (N, M), predicted
@@ -22,19 +22,19 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStepLoss:
-    """Focal, dice, IoU and presence losses, summed over the predictions of all frames, divided by the objects.
+    """Focal, dice, IoU and presence losses, summed over the predictions of all frames, divided by the object count.
 
-    Of several candidates the one with the smallest focal and dice loss is trained. Masks and IoUs count where the
+    Of several candidates the one with the smallest focal and dice loss is trained. Masks and IoUs are trained if the
     object is in the frame, its presence always. Equal to facebookresearch/sam2@2b90b9f:training/loss_fns.py
     (`MultiStepMultiMasksAndIous`); the defaults are those of its training configs, not of that class.
 
     Args:
-        mask_weight, dice_weight, iou_weight, score_weight: of the four losses.
-        alpha, gamma: of the focal loss of masks.
-        score_alpha, score_gamma: of that of presence; a negative alpha and gamma 0 are plain cross-entropy.
-        all_ious: train the predicted IoU of all candidates, instead of the best one's.
-        iou_l1: by its absolute difference instead of the square.
-        predicts_scores: whether the model knows of absent objects; if not, every object counts as present.
+        mask_weight, dice_weight, iou_weight, score_weight: weights of the four losses.
+        alpha, gamma: focal loss of masks.
+        score_alpha, score_gamma: focal loss of presence; a negative alpha with gamma 0 is plain cross-entropy.
+        all_ious: train the predicted IoU of all candidates instead of the best one's.
+        iou_l1: use the absolute difference of IoUs instead of the square.
+        predicts_scores: whether the model predicts presence; if not, every object counts as present.
     """
 
     mask_weight: float = 20.0
@@ -50,14 +50,14 @@ class MultiStepLoss:
     predicts_scores: bool = True
 
     def __call__(self, frames: Sequence[Sequence[Prediction]], targets: Tensor) -> dict[str, Tensor]:
-        """Return loss_mask, loss_dice, loss_iou and loss_score, with their weights.
+        """Return the weighted loss_mask, loss_dice, loss_iou and loss_score.
 
         Args:
-            frames: for each of T frames the predictions made, one after the other.
+            frames: for each of T frames its predictions in order.
             targets: (T, N, H, W) bool.
 
-        With several processes the losses are divided by the mean number of objects of all of them, so that the
-        gradients that DDP averages are those of one process with all the objects.
+        With several processes the losses are divided by the mean number of objects per process, so that the gradients
+        averaged by DDP equal those of one process with all objects.
         """
         count = torch.tensor(float(targets.shape[1]), device=targets.device)
         all_reduce(count, op="mean")

@@ -1,4 +1,4 @@
-"""SAM 2 on a Perception Encoder as a model of mmengine: trained on clips, evaluated on videos."""
+"""SAM 2 on a Perception Encoder as an mmengine model: trained on clips, evaluated on videos."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ PROMPTS = ("mask", "box", "click")
 
 @MODELS.register_module()
 class PESAM2(BaseModel):
-    """A promptable tracker: `tracker` holds its weights, everything else says how it is trained and evaluated.
+    """A promptable tracker: `tracker` has the weights, the other arguments control training and evaluation.
 
     Args:
         tracker: arguments of `build_pe_sam2`.
-        encoder_weights: of the encoder, as in `load_checkpoint`.
-        sam2_weights: of all but the encoder and its neck, as in `load_sam2_weights`.
+        encoder_weights: weights of the encoder, as in `load_checkpoint`.
+        sam2_weights: weights of all but the encoder and its neck, as in `load_sam2_weights`.
         prompting: options of `Prompting`.
         loss: options of `MultiStepLoss`.
         recompute: as in `predict_clip`.
-        prompt: what the objects of a video are given by when it is evaluated: 'mask', the annotation itself
-            (semi-supervised), or a 'box' or a 'click' derived from it.
-        corrections: further clicks on the frame of a box or a click, each into the middle of the largest error.
+        prompt: prompt for the objects of a video in evaluation: 'mask', the annotation itself (semi-supervised), or a
+            'box' or a 'click' derived from it.
+        corrections: further clicks on the frame of a box or a click, each at the center of the largest error.
         streaming: options of `StreamingTracker`.
-        seed: of the prompts. Those of a step follow from it and the step's number, so that all processes draw alike, as
-            the release has it, and a run that resumes goes on with the next ones.
+        seed: random seed of the prompts. The prompts of a step follow from it and the step's number, so that all
+            processes draw the same ones, as in the release, and a resumed run continues with the next ones.
     """
 
     loads_released_weights = True
@@ -68,7 +68,7 @@ class PESAM2(BaseModel):
             raise ConfigError(f"prompt is {prompt!r}; allowed are {', '.join(map(repr, PROMPTS))}")
         if corrections and prompt == "mask":
             raise ConfigError(
-                f"corrections is {corrections}, but a mask is the truth already; take prompt='click' or 'box'"
+                f"corrections is {corrections}, but a mask needs no corrections; choose prompt='click' or 'box'"
             )
         super().__init__(data_preprocessor=BaseDataPreprocessor())
         self.tracker = build_pe_sam2(**tracker)
@@ -82,7 +82,7 @@ class PESAM2(BaseModel):
         self.register_buffer("_std", 255 * std, persistent=False)
 
     def init_weights(self) -> None:
-        """Load what the config names; the rest stays random."""
+        """Load the weights that the config names; the others stay random."""
         if self.is_init:
             return
         if self.encoder_weights is not None:
@@ -95,36 +95,36 @@ class PESAM2(BaseModel):
         self,
         inputs: Sequence[Tensor] | None = None,
         masks: Sequence[Tensor] | None = None,
-        data_samples: Any = None,  # noqa: ARG002  (names, for messages)
+        data_samples: Any = None,  # noqa: ARG002  (names, for error messages)
         clip: Sequence[Clip] | None = None,
         mode: str = "tensor",
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return the losses of clips (mode 'loss') or the masks of videos (mode 'predict').
 
         Args:
-            inputs: of each clip its frames (T, 3, S, S) uint8, R, G, B, as `PackClip` gives them.
-            masks: of each clip its objects (N, T, S, S) bool.
-            data_samples: of each clip its names.
-            clip: videos, as `VideoDataset` gives them.
+            inputs: frames (T, 3, S, S) uint8 RGB of each clip, as `PackClip` returns them.
+            masks: objects (N, T, S, S) bool of each clip.
+            data_samples: names of each clip.
+            clip: videos, as `VideoDataset` returns them.
             mode: 'loss' or 'predict'.
         """
         if mode == "loss" and inputs is not None and masks is not None:
             return self.losses(inputs, masks)
         if mode == "predict" and clip is not None:
-            return [self.follow(one) for one in clip]
+            return [self.track(one) for one in clip]
         raise ConfigError(
-            f"a PESAM2 was called with mode {mode!r}; it takes 'loss' with clips of a VideoClipDataset and 'predict' "
-            "with videos of a VideoDataset"
+            f"a PESAM2 was called with mode {mode!r}; allowed are 'loss' with clips of a VideoClipDataset and "
+            "'predict' with videos of a VideoDataset"
         )
 
     def losses(self, inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the losses of clips, which need equal numbers of frames; see `forward`."""
+        """Return the losses of clips with equal numbers of frames; see `forward`."""
         side = self.tracker.image_size
         shapes = sorted({tuple(frames.shape) for frames in inputs})
         if len(shapes) > 1 or shapes[0][1:] != (3, side, side):
             raise ConfigError(
-                f"a batch holds clips of {shapes}; all need one number of frames and {side} x {side} pixels, for which "
-                f"the pipeline says dict(type='ClipResize', size={side})"
+                f"a batch has clips of {shapes}; all need the same number of frames and {side} x {side} pixels: put "
+                f"dict(type='ClipResize', size={side}) into the pipeline"
             )
         images = (torch.stack(list(inputs)) - self._mean) / self._std
         targets = torch.cat(list(masks)).transpose(0, 1)  # (T, N, S, S)
@@ -134,34 +134,34 @@ class PESAM2(BaseModel):
         return self.loss(predict_clip(self.tracker, images, targets, clip_of, plan, recompute=self.recompute), targets)
 
     @torch.no_grad()
-    def follow(self, clip: Clip) -> dict[str, Any]:
+    def track(self, clip: Clip) -> dict[str, Any]:
         """Return `video`, `frames` (names) and `pred_masks`, which `JandFMetric` scores.
 
-        A mask is (H, W) uint8, the objects' ids. Where the annotations may overlap it is a mask (H, W) bool by id, and
-        of the annotated frames alone: SA-V has 24 frames a second and annotates 6.
+        Masks are index masks (H, W) uint8. If annotations may overlap they are object id -> (H, W) bool, for the
+        annotated frames only: SA-V has 24 frames per second and annotates 6.
         """
         options = dict(non_overlapping=not clip.overlapping, **self.streaming)
         tracker = StreamingTracker(self.tracker, num_frames=len(clip), **options)
         truth, annotated = clip.prompts(), clip.annotated() if clip.overlapping else None
         names, masks = [], []
         for name, rgb in clip.read():
-            found = self._step(tracker, rgb, truth.get(name, {}))
+            predicted = self._step(tracker, rgb, truth.get(name, {}))
             if annotated is None or name in annotated:
                 names.append(name)
-                masks.append(join_masks(found, rgb.shape[:2]) if annotated is None else found)
+                masks.append(join_masks(predicted, rgb.shape[:2]) if annotated is None else predicted)
         return dict(video=clip.name, frames=names, pred_masks=masks)
 
     def _step(
         self, tracker: StreamingTracker, rgb: np.ndarray, truth: Mapping[int, np.ndarray]
     ) -> dict[int, np.ndarray]:
         if self.prompt == "mask":
-            found = tracker.step(rgb, {i: Prompt(mask=mask) for i, mask in truth.items()})
-            return {i: mask.cpu().numpy() for i, mask in found.items()} | dict(truth)
+            masks = tracker.step(rgb, {i: Prompt(mask=mask) for i, mask in truth.items()})
+            return {i: mask.cpu().numpy() for i, mask in masks.items()} | dict(truth)
         prompts = {i: _box(mask) if self.prompt == "box" else _click(mask) for i, mask in truth.items()}
-        found = tracker.step(rgb, prompts)
+        masks = tracker.step(rgb, prompts)
         for _ in range(self.corrections if truth else 0):
-            found |= tracker.refine({i: _click(mask, found[i].cpu().numpy()) for i, mask in truth.items()})
-        return {i: mask.cpu().numpy() for i, mask in found.items()}
+            masks |= tracker.refine({i: _click(mask, masks[i].cpu().numpy()) for i, mask in truth.items()})
+        return {i: mask.cpu().numpy() for i, mask in masks.items()}
 
 
 def track_clip(
@@ -187,7 +187,7 @@ def track_clip(
 
 
 def _click(truth: np.ndarray, predicted: np.ndarray | None = None) -> Prompt:
-    """Click into the middle of the object (H, W), or of what is wrong about it."""
+    """Click at the center of the object (H, W), or of the largest error of a prediction."""
     from sam2.modeling.sam2_utils import get_next_point
 
     pair = (None if mask is None else torch.from_numpy(mask)[None, None] for mask in (truth, predicted))

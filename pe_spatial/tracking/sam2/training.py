@@ -1,7 +1,7 @@
-"""How SAM 2 is trained on a clip: which frames get masks, boxes or clicks, and where clicks correct what it predicts.
+"""Training of SAM 2 on a clip: which frames get masks, boxes or clicks, and where clicks correct predictions.
 
-Shapes: T frames, N objects (of all clips of a batch), S the model's image size. The procedure and the order of its
-random draws are those of facebookresearch/sam2@2b90b9f:training/model/sam2.py (`SAM2Train`).
+Shapes: T frames, N objects (of all clips in a batch), S the model's image size. The procedure and the order of random
+numbers are those of facebookresearch/sam2@2b90b9f:training/model/sam2.py (`SAM2Train`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 class Plan(NamedTuple):
     """The prompts of a clip."""
 
-    prompts: dict[int, str]  # 'mask', 'box' or 'click' by frame: the conditioning frames, the first one first
-    corrections: dict[int, tuple[bool, ...]]  # by frame: for each click whether it ignores what was predicted
+    prompts: dict[int, str]  # conditioning frame -> 'mask', 'box' or 'click', the first frame first
+    corrections: dict[int, tuple[bool, ...]]  # frame -> for each click whether it ignores the prediction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How prompts are drawn; the defaults are those of SAM 2.1 on MOSE (sam2.1_hiera_b+_MOSE_finetune.yaml).
+    """Sampling of prompts; the defaults are those of SAM 2.1 on MOSE (sam2.1_hiera_b+_MOSE_finetune.yaml).
 
     Args:
-        clicks: probability that a clip is prompted by clicks or boxes; else by masks. Single frames always are.
-        boxes: probability that such a frame gets a box.
-        prompted_frames: the first frame, and at random up to so many.
-        corrected_frames: of a clip prompted by clicks: the prompted frames, and at random up to so many.
-        corrections: clicks on each of them, after the prompt.
-        from_truth: probability that such a click falls anywhere on the object, not where the prediction is wrong.
+        clicks: probability that a clip is prompted by clicks or boxes instead of masks; single frames always are.
+        boxes: probability of a box instead of a click on such a frame.
+        prompted_frames: maximum number of prompted frames; the first frame is always one of them.
+        corrected_frames: maximum number of corrected frames in a clip prompted by clicks; prompted frames always are.
+        corrections: number of clicks on each corrected frame, after the prompt.
+        from_truth: probability that such a click is anywhere on the object instead of where the prediction is wrong.
     """
 
     clicks: float = 0.5
@@ -56,10 +56,10 @@ class Prompting:
             )
 
     def draw(self, frames: int, rng: np.random.Generator) -> Plan:
-        """Draw the prompts of a clip; equal generators give equal plans, whatever the clip shows."""
+        """Draw the prompts of a clip; the plan depends on the generator alone, not on the clip's content."""
         single = frames == 1
         clicks = rng.random() < (1.0 if single else self.clicks)
-        prompted = 1 if single else min(self.prompted_frames, frames - 1)  # one is left to be tracked
+        prompted = 1 if single else min(self.prompted_frames, frames - 1)  # at least one frame is tracked
         corrected = 1 if single else min(self.corrected_frames, frames)
         if prompted > 1:
             prompted = int(rng.integers(1, prompted, endpoint=True))
@@ -79,7 +79,7 @@ class Prompting:
         return Plan(prompts, {t: tuple(self._ignores(rng) for _ in range(self.corrections)) for t in order})
 
     def most(self, frames: int) -> Plan:
-        """Return the plan that takes the most memory of those that `draw` may give."""
+        """Return the plan with the largest memory that `draw` may return."""
         prompts = dict.fromkeys(range(min(self.prompted_frames, frames)), "click" if self.clicks else "mask")
         corrected = dict.fromkeys(range(min(self.corrected_frames, frames)), (False,) * self.corrections)
         return Plan(prompts, corrected if self.clicks else {})
@@ -89,25 +89,25 @@ class Prompting:
 
 
 def processing_order(frames: int, prompts: Mapping[int, str]) -> list[int]:
-    """Return the prompted frames, then the others in time."""
+    """Return the prompted frames, then the others in temporal order."""
     return [*prompts, *(t for t in range(frames) if t not in prompts)]
 
 
 def predict_clip(
     model: SAM2Base, images: Tensor, targets: Tensor, clip_of: Tensor, plan: Plan, *, recompute: bool = False
 ) -> list[list[Prediction]]:
-    """Return for each frame the predictions that are trained: at the prompt, and after each correction.
+    """Return the predictions that are trained, for each frame: the first one, and one after each correction.
 
-    A corrected frame becomes a conditioning frame of those that come after it.
+    A corrected frame becomes a conditioning frame for the frames processed after it.
 
     Args:
-        model: in training mode it reads pointers of later frames too, and clicks fall anywhere on the object or on what
-            is wrong; in evaluation mode they fall into the middle.
+        model: in training mode it also reads pointers of later frames, and clicks are anywhere on the object or on the
+            errors; in evaluation mode they are at the center.
         images: (B, T, 3, S, S) of B clips, normalized with ImageNet's statistics.
         targets: (T, N, S, S) bool.
-        clip_of: (N,) long, the clip of each object.
-        plan: for all clips.
-        recompute: decode corrections again in the backward pass, instead of keeping what it needs.
+        clip_of: (N,) long, index of the clip of each object.
+        plan: prompts of all clips.
+        recompute: decode corrections again in the backward pass to save memory.
     """
     clip = _Clip(model, images, targets, clip_of, plan, recompute=recompute)
     predictions = {t: clip.predict(t) for t in processing_order(len(targets), plan.prompts)}
@@ -115,7 +115,7 @@ def predict_clip(
 
 
 class _Clip:
-    """The clips of a batch while they are tracked."""
+    """State of the clips of a batch while they are tracked."""
 
     def __init__(
         self, model: SAM2Base, images: Tensor, targets: Tensor, clip_of: Tensor, plan: Plan, *, recompute: bool
@@ -127,7 +127,7 @@ class _Clip:
         self.clicks = {t: self._prompt(kind, targets[t][:, None]) for t, kind in plan.prompts.items()}
 
     def predict(self, t: int) -> list[Prediction]:
-        """Predict frame `t`, correct it as planned, and keep what later frames read of it."""
+        """Predict frame `t`, correct it as planned, and store its memory."""
         model, target, prompt = self.model, self.targets[t][:, None], self.plan.prompts.get(t)
         picked = self.clip_of * len(self.targets) + t
         levels = [level[:, picked] for level in self.levels]
@@ -185,7 +185,7 @@ class _Clip:
 
 
 def _prediction(sam: tuple[Tensor, ...]) -> Prediction:
-    """Return what is trained of what the mask decoder gives, which is: the candidates' low and high resolution logits
-    and IoUs, the low and high resolution logits of the best one, pointers, scores.
+    """Select from the mask decoder's outputs: the candidates' logits at low and high resolution and IoUs, the best
+    candidate's logits at low and high resolution, pointers, scores.
     """
     return Prediction(sam[1], sam[2], sam[6])

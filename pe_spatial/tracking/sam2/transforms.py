@@ -1,9 +1,9 @@
-"""Changes of a clip in a pipeline: one draw for all of its frames, images and masks together, and the packing.
+"""Pipeline transforms of a clip, which change all frames, images and masks in the same way, and its packing.
 
-In `results`, `frames` is a list of T images (H, W, 3) uint8 RGB and `masks` (N, T, H, W) bool. The released values,
-their order and what is drawn are those of SAM 2 (facebookresearch/sam2@2b90b9f: training/dataset/transforms.py,
-configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml). All randomness is NumPy's global one, as
-`SeedAugmentation` wants.
+In `results`, `frames` is a list of T images (H, W, 3) uint8 RGB and `masks` (N, T, H, W) bool. The values,
+their order and the random distributions are those of SAM 2 (facebookresearch/sam2@2b90b9f:
+training/dataset/transforms.py, configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml). Random numbers come from
+NumPy's global generator, as `SeedAugmentation` requires.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from PIL import Image, ImageEnhance
 
 from pe_spatial.planning.registry import register_step
 
-_FILL = (123, 116, 103)  # RGB, of pixels from outside the image
+_FILL = (123, 116, 103)  # RGB of pixels from outside the image
 
 
 @TRANSFORMS.register_module()
 class ClipFlip(BaseTransform):
-    """Mirror the clip left to right, with a probability of `prob`."""
+    """Flip the clip horizontally with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.5) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Mirror, or not."""
+        """Flip the clip, or return it unchanged."""
         if np.random.rand() < self.prob:
             results["frames"] = [np.ascontiguousarray(frame[:, ::-1]) for frame in results["frames"]]
             results["masks"] = np.ascontiguousarray(results["masks"][..., ::-1])
@@ -45,14 +45,15 @@ class ClipFlip(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipAffine(BaseTransform):
-    """Turn and shear the clip about the center of its frames, images bilinear, masks by the nearest pixel.
+    """Rotate and shear the clip about the center of its frames: images bilinearly, masks by nearest neighbor.
 
-    If that would leave an object without a pixel in the first frame, the clip stays as it is. What comes from outside
-    is SAM 2's mean color in images, and background in masks.
+    If an object would lose all pixels in the first frame, the clip stays unchanged. Pixels from outside get SAM 2's
+    mean color in images and background in masks.
 
     Args:
         degrees: the angle is drawn from -degrees to degrees.
-        shear: along x, in degrees too; torchvision's RandomAffine with one number does not shear along y either.
+        shear: the shear along x is drawn from -shear to shear, in degrees; like torchvision's RandomAffine with one
+            number, it does not shear along y.
     """
 
     def __init__(self, *, degrees: float, shear: float = 0.0) -> None:
@@ -60,7 +61,7 @@ class ClipAffine(BaseTransform):
         self.shear = shear
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Draw a matrix and apply it."""
+        """Draw a matrix and apply it to all frames."""
         angle = np.random.uniform(-self.degrees, self.degrees)
         shear = np.random.uniform(-self.shear, self.shear)
         masks = results["masks"]
@@ -80,11 +81,11 @@ class ClipAffine(BaseTransform):
 
 
 def affine_matrix(angle: float, shear: float, size: tuple[int, int]) -> np.ndarray:
-    """Return the matrix (2, 3) from old to new pixels (x, y): sheared along x, then turned clockwise, both in degrees.
+    """Return the matrix (2, 3) from old to new pixels (x, y): a shear along x, then a clockwise rotation, in degrees.
 
     Args:
-        angle, shear: as torchvision's `affine` has them.
-        size: (height, width); its center stays in place.
+        angle, shear: as in torchvision's `affine`.
+        size: (height, width); the center stays in place.
     """
     turn, slant = math.radians(angle), math.tan(math.radians(shear))
     cos, sin = math.cos(turn), math.sin(turn)
@@ -100,17 +101,16 @@ def _warp(image: np.ndarray, matrix: np.ndarray, interpolation: int, fill: Any) 
 
 @TRANSFORMS.register_module()
 class ClipResize(BaseTransform):
-    """Bring images and masks to `size` x `size` pixels, whatever their aspect, bilinear with antialiasing.
+    """Resize images and masks to `size` x `size` pixels, ignoring the aspect ratio, bilinearly with antialiasing.
 
-    A pixel belongs to an object that covers more than half of it: SAM 2 resizes masks of 0 and 1 as it does images,
-    and rounds.
+    A pixel belongs to an object that covers more than half of it: SAM 2 resizes masks like images, then rounds.
     """
 
     def __init__(self, *, size: int) -> None:
         self.size = size
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize."""
+        """Resize all frames."""
         size = (self.size, self.size)
         results["frames"] = [
             np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR)) for frame in results["frames"]
@@ -130,11 +130,11 @@ class ClipResize(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipColorJitter(BaseTransform):
-    """Change brightness, contrast and saturation in a random order, as torchvision's ColorJitter does to PIL images.
+    """Change brightness, contrast and saturation in random order, as torchvision's ColorJitter does to PIL images.
 
     Args:
         brightness, contrast, saturation: b draws a factor from 1 - b to 1 + b.
-        per_frame: draw anew for every frame.
+        per_frame: draw new factors for every frame.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class ClipColorJitter(BaseTransform):
         self.per_frame = per_frame
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Draw and change."""
+        """Draw factors and apply them."""
         drawn = self._draw()
         frames = []
         for index, frame in enumerate(results["frames"]):
@@ -177,13 +177,13 @@ class ClipColorJitter(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipGrayscale(BaseTransform):
-    """Take the colors out of the clip, with a probability of `prob`."""
+    """Convert the clip to gray with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.05) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Make it gray (three equal channels), or not."""
+        """Convert to gray (three equal channels), or return the clip unchanged."""
         if np.random.rand() < self.prob:
             results["frames"] = [
                 np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) for frame in results["frames"]
@@ -198,9 +198,9 @@ class ClipGrayscale(BaseTransform):
 class PackClip(BaseTransform):
     """Pack a clip for the model.
 
-    inputs is (T, 3, H, W) uint8, RGB, and masks (N, T, H, W) bool; data_samples knows img_path ('<folder> <first
-    frame>..<last frame>'), video, frames (names) and objects (ids). An object too small to survive the resizing of the
-    first frame is left out; if none is left, another clip is drawn.
+    `inputs` is (T, 3, H, W) uint8 RGB, `masks` is (N, T, H, W) bool, and `data_samples` has img_path ('<folder> <first
+    frame>..<last frame>'), video, frames (names) and objects (ids). Objects that vanished when the first frame was
+    resized are omitted; if none remains, another clip is drawn.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Region similarity J, boundary accuracy F and their statistics, equal to DAVIS's evaluator and much faster.
 
-Definitions: davisvideochallenge/davis2017-evaluation@ac7c43f, davis2017/metrics.py and utils.py. What is fast here:
-boundaries are sought in each object's own box, and dilated as bits, 64 pixels of a row in one integer.
+Definitions: davisvideochallenge/davis2017-evaluation@ac7c43f, davis2017/metrics.py and utils.py. It is fast because
+boundaries are searched in each object's box and dilated as bits, 64 pixels of a row in one integer.
 
 Legend: N objects of one frame, masks (N, H, W) bool.
 """
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-BOUND = 0.008  # default tolerance of F as a share of the image's diagonal
+BOUND = 0.008  # default tolerance of F as a fraction of the image's diagonal
 
 
 class Statistics(NamedTuple):
-    """Of one object's values over its frames."""
+    """Statistics of one object's values over its frames."""
 
     mean: float
     recall: float
@@ -43,12 +43,12 @@ def region_similarity(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | No
 def boundary_f(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = None, bound: float = BOUND) -> np.ndarray:
     """Return F (N,) of masks (N, H, W) bool: the harmonic mean of precision and recall of their boundaries.
 
-    Precision is the share of the predicted boundary that lies within the tolerance of the true one, recall the reverse.
-    Both boundaries empty (also those of masks that fill the image) gives 1, one of them 0.
+    Precision is the fraction of the predicted boundary within the tolerance of the true one, recall the reverse. F is 1
+    if both boundaries are empty (also those of masks that fill the image), 0 if one of them is.
 
     Args:
-        void: (H, W) bool, pixels taken out of both masks.
-        bound: the tolerance: below 1 a share of the image's diagonal, rounded up to pixels; otherwise whole pixels.
+        void: (H, W) bool, pixels removed from both masks.
+        bound: tolerance: below 1 a fraction of the image's diagonal, rounded up to pixels; otherwise pixels.
     """
     gt, pred = _checked(gt, pred, void)
     radius = boundary_radius(gt.shape[1:], bound)
@@ -58,12 +58,14 @@ def boundary_f(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = No
 def boundary_radius(size: tuple[int, ...], bound: float = BOUND) -> int:
     """Return the tolerance of `boundary_f` in pixels for an image of `size` (H, W)."""
     if bound <= 0 or (bound >= 1 and bound != int(bound)):
-        raise ValueError(f"bound is {bound}; give a share of the diagonal between 0 and 1, or whole pixels")
+        raise ValueError(
+            f"bound is {bound}; give a fraction of the diagonal between 0 and 1, or an integer number of pixels"
+        )
     return int(bound) if bound >= 1 else math.ceil(bound * np.linalg.norm(size))
 
 
 def box_around(mask: np.ndarray) -> tuple[slice, slice]:
-    """Return the box of what is not 0 in `mask` (H, W), and one pixel more on each side that the image has.
+    """Return the box of the nonzero pixels in `mask` (H, W), one pixel larger on each side within the image.
 
     J, and F with a radius in pixels, are the same in the box as in the image.
     """
@@ -74,11 +76,11 @@ def box_around(mask: np.ndarray) -> tuple[slice, slice]:
 def statistics(values: np.ndarray, *, official_decay: bool = False) -> Statistics:
     """Return mean, recall (share above 0.5) and decay (first less last quarter) of one object's values (frames,).
 
-    NaN are left out of means and count as not above 0.5. Quarters share their limiting frames.
+    NaN is omitted from means and counts as not above 0.5. Neighboring quarters share a frame.
 
     Args:
-        official_decay: the limits as DAVIS's evaluator stores them, in 8 bits: they wrap above 256 frames, and the
-            decay means nothing there; at exactly 256 frames it is NaN (as under numpy 2).
+        official_decay: store the limits of the quarters in 8 bits, as DAVIS's evaluator does: they wrap above 256
+            frames, where the decay is meaningless; at exactly 256 frames it is NaN (as under numpy 2).
     """
     values = np.asarray(values, np.float64)
     limits = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(np.int64)
@@ -97,7 +99,7 @@ def _mean(values: np.ndarray) -> float:
 def _checked(gt: np.ndarray, pred: np.ndarray, void: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     if gt.ndim != 3 or gt.shape != pred.shape or gt.dtype != bool or pred.dtype != bool:
         raise ValueError(
-            f"masks must be two stacks (N, H, W) bool of one shape, got {gt.shape} {gt.dtype} and {pred.shape} "
+            f"expected two stacks of masks (N, H, W) bool of one shape, got {gt.shape} {gt.dtype} and {pred.shape} "
             f"{pred.dtype}"
         )
     return (gt, pred) if void is None else (gt & ~void, pred & ~void)
@@ -120,9 +122,9 @@ def _boundary_f(gt: np.ndarray, pred: np.ndarray, radius: int) -> float:
 
 
 def _boundaries(gt: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Mark where a pixel differs from its right, lower or lower right neighbor: (2, h, w) bool, a box that holds all.
+    """Mark pixels that differ from their right, lower or lower right neighbor: (2, h, w) bool, cropped to a box.
 
-    At the image's lower and right edge there is no neighbor to differ from: the edge is repeated.
+    The image's lower and right edges are repeated, so their pixels do not differ from a neighbor outside.
     """
     box = box_around(gt | pred)
     masks = np.stack(
@@ -133,9 +135,9 @@ def _boundaries(gt: np.ndarray, pred: np.ndarray) -> np.ndarray:
 
 
 def _pack(maps: np.ndarray, gap: int) -> tuple[np.ndarray, int]:
-    """Pack (2, h, w) bool into bits, rows one after the other: (2, h * row) uint64, and row, the integers of one row.
+    """Pack (2, h, w) bool into bits, row by row: (2, h * row) uint64, and `row`, the number of integers per row.
 
-    At least `gap` bits after each row stay 0, so that shifts by at most so many do not reach the next.
+    At least `gap` bits after each row stay 0, so that shifts of up to `gap` bits do not reach the next row.
     """
     count, height, width = maps.shape
     row = math.ceil((width + gap) / 64)
@@ -145,9 +147,9 @@ def _pack(maps: np.ndarray, gap: int) -> tuple[np.ndarray, int]:
 
 
 def _dilate(bits: np.ndarray, row: int, radius: int) -> np.ndarray:
-    """Dilate `_pack`ed maps with a disc: all offsets with dy² + dx² <= radius².
+    """Dilate `_pack`ed maps with a disk: all offsets with dy² + dx² <= radius².
 
-    The disc is a pile of horizontal runs that widen towards its middle; each is made from the one before.
+    The disk is a stack of horizontal runs that widen towards its center; each is computed from the previous one.
     """
     length = bits.shape[1]
     out = np.zeros_like(bits)
@@ -155,7 +157,7 @@ def _dilate(bits: np.ndarray, row: int, radius: int) -> np.ndarray:
     for dy in range(min(radius, length // row - 1), -1, -1):
         wide = math.isqrt(radius**2 - dy**2)
         while reach < wide:
-            # Further would leave holes in runs that the first pixel of the box has cut in half, or skip an integer.
+            # A larger step would leave holes in runs cut by the box's first pixel, or skip an integer.
             step = min(wide - reach, reach + 1, 63)
             wider = run | run << step | run >> step
             wider[:, 1:] |= run[:, :-1] >> (64 - step)
