@@ -82,6 +82,8 @@ class ZeroShotTracker(BaseModel):
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (height, width) in pixels to which frames of `size` (height, width) are resized."""
+        h: float
+        w: float
         h, w = size
         if not isinstance(self.size, int):
             h, w = self.size

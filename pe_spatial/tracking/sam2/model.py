@@ -28,6 +28,7 @@ from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sam2.modeling.memory_attention import MemoryAttention
     from sam2.modeling.sam2_base import SAM2Base
 
 STRIDE = 16
@@ -87,6 +88,9 @@ class PETrunk(nn.Module):
 
     Raises ConfigError for a grid above the pretraining grid if the encoder has no published global blocks.
     """
+
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(
         self,
@@ -174,7 +178,7 @@ class ResizingMaskDownSampler(nn.Module):
 
     def __init__(self, downsampler: nn.Module, grid: int) -> None:
         super().__init__()
-        self.encoder = downsampler.encoder
+        self.encoder = downsampler.get_submodule("encoder")
         self.size = (STRIDE * grid, STRIDE * grid)
 
     def forward(self, masks: Tensor) -> Tensor:
@@ -260,7 +264,7 @@ def _require_sam2() -> None:
         ) from error
 
 
-def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> nn.Module:
+def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> MemoryAttention:
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
     from sam2.modeling.sam.transformer import RoPEAttention
 
@@ -281,7 +285,7 @@ def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedfo
     return attention
 
 
-def _prefer_same_position(attention: nn.Module) -> None:
+def _prefer_same_position(attention: MemoryAttention) -> None:
     """Initialize memory attention so that each position reads the same position of each memory.
 
     Rotary positions turn constants in queries and keys into a preference for what is near. This initialization is ours:

@@ -78,7 +78,8 @@ class PromptReader:
 
     def _clicks(self, where: str, prompt: Prompt, size: tuple[int, int]) -> Clicks:
         height, width = size
-        points, labels = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+        points: np.ndarray = np.zeros((0, 2), np.float32)
+        labels: np.ndarray = np.zeros(0, np.int32)
         if prompt.points is not None:
             points, labels = _numbers(where, prompt.points), _numbers(where, prompt.labels)
             if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1] or not points.size:

@@ -49,6 +49,7 @@ class PESAM2(BaseModel):
     """
 
     loads_released_weights = True
+    is_init: bool
 
     def __init__(
         self,
