@@ -1,4 +1,4 @@
-# SAM 2 on PE-Spatial, trained on DAVIS 2017: the encoder frozen, everything else from SAM 2.1, the neck new.
+# SAM 2 on PE-Spatial, trained on DAVIS 2017: a frozen encoder, a new neck, everything else from SAM 2.1.
 #
 #   command   tools/dist_train.sh configs/pe_spatial_sam2_davis.py 8
 #             python tools/test.py configs/pe_spatial_sam2_davis.py work_dirs/pe_spatial_sam2_davis/iter_4000.pth
@@ -6,8 +6,8 @@
 #   data      data/davis/{JPEGImages,Annotations}/480p and ImageSets/2017/{train,val}.txt, or --data-root FOLDER
 #   hardware  8 GPUs, one clip each; memory and time from tools/plan.py in projects/video_tracking/README.md
 #   cost      4000 iterations of 8 clips of 8 frames; not measured yet
-#   expected  not measured yet. Nobody has published SAM 2 on PE. J&F of others on DAVIS 2017 val, all their authors':
-#             SAM 2.1-L 90.7; SAM 3, whose encoder is a PE that was not published, 92.2; PE-Spatial-B untrained 58.9
+#   expected  not measured yet. SAM 2 on PE is unpublished. J&F of others on DAVIS 2017 val, from their authors:
+#             SAM 2.1-L 90.7; SAM 3 (with an unpublished PE) 92.2; PE-Spatial-B without training 58.9
 #
 # Another size:    --cfg-options model.tracker.variant=pe_spatial_l14_448         (t16_512, s16_512, b16_512, g14_448)
 # Smaller images:  --cfg-options model.tracker.grid=32 train_dataloader.dataset.pipeline.3.size=512        (16 x grid)
@@ -17,9 +17,9 @@
 # Averaged:        custom_hooks = [*_base_.custom_hooks, dict(type='EMAHook', momentum=1e-3)] in a config on top
 # Without SAM 2.1: --cfg-options model.sam2_weights=None optim_wrapper.optimizer.lr=1e-4
 #
-# Procedure, losses and augmentation are SAM 2's (tests/tracking/sam2/test_training.py). Rates are those of its fine-
-# tuning on MOSE: 5e-6 for what comes from SAM 2.1; ten times as much for the neck, which begins at random. The second
-# stage, in which the encoder learns too, is projects/video_tracking/stage2_unfrozen.py.
+# Procedure, losses and augmentation are SAM 2's (tests/tracking/sam2/test_training.py). The learning rates are those of
+# its fine-tuning on MOSE: 5e-6 for SAM 2.1's weights, ten times as much for the randomly initialized neck. The second
+# stage, which also trains the encoder, is projects/video_tracking/stage2_unfrozen.py.
 
 data_root = 'data/davis/'
 grid = 64
@@ -71,7 +71,7 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=1000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-find_unused_parameters = True  # clips prompted by masks leave some of the decoder out
+find_unused_parameters = True  # clips prompted by masks do not use all of the decoder
 
 default_scope = 'mmengine'
 custom_imports = dict(

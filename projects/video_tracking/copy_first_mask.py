@@ -1,4 +1,4 @@
-"""Score what any tracker has to beat: the first mask of each video, copied to all of its frames.
+"""Score the baseline for every tracker: the first mask of each video, copied to all of its frames.
 
 python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val
 """

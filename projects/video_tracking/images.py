@@ -1,4 +1,4 @@
-# Before stage 1, if SAM 2.1's weights are not wanted: images as clips of one frame, prompted by clicks and boxes.
+# Before stage 1, to train without SAM 2.1's weights: images as clips of one frame, prompted by clicks and boxes.
 #
 #   command   tools/dist_train.sh projects/video_tracking/images.py 8
 #   data      data/coco, or with data_prefix any set in COCO's format

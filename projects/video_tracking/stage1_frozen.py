@@ -6,8 +6,8 @@
 #   cost      20000 iterations of 8 clips; not measured yet
 #   expected  not measured yet
 #
-# Another size: --cfg-options model.tracker.variant=pe_spatial_l14_448. The mix is by videos: DAVIS five times, because
-# it has 60, MOSE 1507 and YouTube-VOS 3471.
+# Another size: --cfg-options model.tracker.variant=pe_spatial_l14_448. DAVIS is repeated five times, because it has 60
+# videos, MOSE 1507 and YouTube-VOS 3471.
 
 _base_ = '../../configs/pe_spatial_sam2_davis.py'
 

@@ -1,4 +1,4 @@
-# Stage 2 of 2: from the last checkpoint of stage 1 the encoder learns too, its first layers the least.
+# Stage 2 of 2: train the encoder too, from the last checkpoint of stage 1, with layer decay.
 #
 #   command   tools/dist_train.sh projects/video_tracking/stage2_unfrozen.py 8 \
 #                 --cfg-options load_from=work_dirs/stage1_frozen/iter_20000.pth
@@ -7,8 +7,8 @@
 #   cost      10000 iterations of 8 clips; not measured yet
 #   expected  not measured yet
 #
-# Rates as in SAM 2's fine-tuning: 5e-6, 0.9 of it for each layer towards the encoder's input, and the neck as the rest.
-# Large encoders: --cfg-options runner_type=ShardedRunner cuts them over the GPUs.
+# Learning rates as in SAM 2's fine-tuning: 5e-6 with layer decay 0.9 in the encoder, also for the neck.
+# Large encoders: --cfg-options runner_type=ShardedRunner shards them over the GPUs.
 
 _base_ = 'stage1_frozen.py'
 

@@ -1,5 +1,5 @@
-# SAM 2 on the frozen encoder that the package ships, learned from scratch on clips of the embedded synthetic world: the
-# small stand-in of pe_spatial_sam2_davis.py, for which nothing has to be downloaded.
+# SAM 2 on the frozen encoder that the package ships, trained from scratch on clips of the embedded synthetic world: a
+# small version of pe_spatial_sam2_davis.py without downloads.
 #
 #   command   python tools/render_synthetic.py work_dirs/video_world --train 600 --val 24 --frames 16 --duration 4 \
 #                 --size 192 192 --workers 2
@@ -7,13 +7,13 @@
 #             python projects/video_tracking/copy_first_mask.py work_dirs/video_world/instances/val
 #   data      600 clips of 16 frames, evaluated on 24 clips of other scenes
 #   hardware  two CPU cores
-#   cost      about a minute for rendering, 31 minutes for 800 iterations with other work beside it, one for evaluating
-#   expected  J&F 0.886 on the unseen clips, measured here; the first mask copied to all frames has 0.530, label
-#             propagation by the same encoder (synthetic_zeroshot.py) 0.848
+#   cost      about 1 minute for rendering, 31 minutes for 800 iterations (with other load), 1 minute for evaluation
+#   expected  J&F 0.886 on the unseen clips, measured here; 0.530 for the first mask copied to all frames, 0.848 for
+#             label propagation with the same encoder (synthetic_zeroshot.py)
 #
-# What is small: the encoder (projects/synthetic_pretraining; it learned other tasks, on other scenes of this world), a
-# width of 128, two layers of memory attention, clips of 4 frames. It learns to follow masks. Clicks take far more
-# steps from random weights: with a fifth of the clips prompted by them it followed worse and did not learn them.
+# Small are the encoder (projects/synthetic_pretraining, trained on other tasks and scenes of this world), the width of
+# 128, the two layers of memory attention and the clips of 4 frames. It learns to track masks. Clicks need far more
+# steps from random weights: with clicks in a fifth of the clips it tracked worse and did not learn them.
 
 _base_ = '../../configs/pe_spatial_sam2_davis.py'
 

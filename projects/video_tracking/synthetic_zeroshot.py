@@ -1,4 +1,4 @@
-# Label propagation by the encoder of synthetic.py, without any training, on the same clips: what training has to beat.
+# Label propagation with the encoder of synthetic.py on the same clips, without training: a baseline for training.
 #
 #   command   python tools/test.py projects/video_tracking/synthetic_zeroshot.py released
 #   data      as synthetic.py
