@@ -230,7 +230,7 @@ def test_aligned_masks_follow_the_whole_frame():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(context=0), "context is 0; at least 1"),
+        (dict(context=0), "context is 0; it must be at least 1"),
         (dict(radius=0), "radius is 0; it must be at least 1, or None"),
         (dict(topk=0), "topk is 0"),
         (dict(temperature=0.0), r"temperature is 0\.0"),

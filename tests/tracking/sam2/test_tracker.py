@@ -114,7 +114,7 @@ def test_clips_that_do_not_fit(model):
     images, masks = batch()
     with pytest.raises(ConfigError, match=r"size=64"):
         model([x[..., :48] for x in images], masks, mode="loss")
-    with pytest.raises(ConfigError, match="one number of frames"):
+    with pytest.raises(ConfigError, match="the same number of frames"):
         model([images[0], images[1][:2]], masks, mode="loss")
     with pytest.raises(ConfigError, match="'loss' with clips of a VideoClipDataset"):
         model(images, masks, mode="tensor")
