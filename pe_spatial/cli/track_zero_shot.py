@@ -46,9 +46,8 @@ def layers(text: str) -> str | list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--variant", type=variant, required=True, help=VARIANT_HELP
-    )
+    parser.add_argument("--variant", type=variant, required=True, help=VARIANT_HELP)
+    parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (release)")
     parser.add_argument("--checkpoint", required=True, help="weights: a file or URL, 'released', or 'none' (random)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--davis", type=Path, help="root of a dataset in DAVIS' layout")
@@ -116,13 +115,16 @@ def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
 
     torch.manual_seed(0)  # a run with random weights continues with the same ones
     weights = None if args.checkpoint == "none" else dict(type="Pretrained", checkpoint=args.checkpoint)
+    encoder = dict(type="PerceptionEncoder", variant=args.variant, init_cfg=weights)
+    if args.geometry:
+        encoder["geometry"] = args.geometry
     try:
         blocks = args.layers or [args.layer]
         if blocks == "all":
             with torch.device("meta"):
                 blocks = range(build_encoder(args.variant).config.depth)
         tracker = ZeroShotTracker(
-            dict(type="PerceptionEncoder", variant=args.variant, out_indices=list(blocks), init_cfg=weights),
+            dict(encoder, out_indices=list(blocks)),
             protocol=args.protocol,
             size=args.size,
             normalization=args.normalization,
@@ -136,7 +138,7 @@ def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return everything that the masks of a sequence depend on."""
-    names = ("variant", "checkpoint", "layer", "layers", "protocol", "size", "normalization", *PROPAGATION)
+    names = ("variant", "geometry", "checkpoint", "layer", "layers", "protocol", "size", "normalization", *PROPAGATION)
     sources = {name: getattr(args, name) and str(getattr(args, name).resolve()) for name in ("davis", "video", "mask")}
     return {name: getattr(args, name) for name in names} | {"radius": args.radius or None} | sources
 
