@@ -3,19 +3,16 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.encoders import TINY, TINY_NO_CLASS
+from helpers.repository import REPO
 
-from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial import PerceptionEncoder
 
-REPO = Path(__file__).resolve().parents[1]
 torch.set_num_threads(min(torch.get_num_threads(), 4))
-
-TINY = EncoderConfig(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
-TINY_NO_CLASS = replace(TINY, class_token=False, init_values=0.1)
 
 
 def shared_folder(environ: Mapping[str, str]) -> Path:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.repository import CONFIGS
 
 pytest.importorskip("mmdet")
+from helpers.configs import load
 from helpers.golden import read_json
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.utils import import_modules_from_strings
+from mmengine.registry import MODELS
 from safetensors.torch import load_file
 
 from pe_spatial import VARIANTS
@@ -20,15 +20,7 @@ from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
 from pe_spatial.encoder.variants import VITDET_RECIPES
 
 pytestmark = pytest.mark.mmdet
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COCO = sorted(path for path in CONFIGS.glob("*_coco*.py"))
-
-
-def load(path):
-    cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    import_modules_from_strings(**cfg.custom_imports)
-    return cfg
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

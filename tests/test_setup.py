@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.repository import REPO
 
-REPO = Path(__file__).parents[1]
 REAL_PROGRAMS = "bash cat chmod cksum cut dirname du getconf grep ln mkdir mv rm sh sleep tail".split()
 
 # Notes every call, answers the question for the version, and fails where $FAIL occurs in the arguments.

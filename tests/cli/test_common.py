@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
+from helpers.tiny_run import tiny_config
 from mmengine.config import Config
-from tiny_run import tiny_config
 
 from pe_spatial.cli.main import build_parser
 from pe_spatial.encoder.files import CheckpointError

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from command_line import REPO, tool
+from helpers.repository import REPO, tool
 
 pytest.importorskip("cv2")  # comes with OpenMMLab
 

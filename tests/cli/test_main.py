@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import REPO
+from helpers.repository import REPO
 
 from pe_spatial.cli.main import COMMANDS, Command, build_parser, main
 

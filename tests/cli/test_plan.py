@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import REPO, TINY
+from helpers.encoders import TINY
+from helpers.repository import REPO
 
 pytest.importorskip("mmseg")
 from mmengine.config import Config

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from command_line import REPO
+from helpers.repository import REPO
 from PIL import Image
 
 from pe_spatial.cli import track

@@ -7,16 +7,16 @@ import runpy
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.repository import REPO
 from PIL import Image
 
 pytest.importorskip("mmengine")
-from test_zero_shot import SIZE, TINY, moving, write_davis
+from helpers.videos import SIZE, TINY, moving, write_davis
 
 from pe_spatial import PerceptionEncoder
 from pe_spatial.tracking.vos.clip import Clip
@@ -24,7 +24,6 @@ from pe_spatial.tracking.vos.evaluation import evaluate
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
-REPO = Path(__file__).resolve().parents[2]
 TOOL = str(REPO / "tools" / "track_zero_shot.py")
 VARIANT = json.dumps(TINY)
 

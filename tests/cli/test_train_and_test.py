@@ -15,15 +15,14 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
-from coco_files import write_coco
-from command_line import tool
+from helpers.coco import write_coco
+from helpers.repository import REPO, tool
 from mmengine.config import Config
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
-REPO = Path(__file__).resolve().parents[2]
 ENCODER = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, class_token=False)  # as the detectors'
 SMALLER = {1024: 128, 256: 16, 512: 16, 896: 96, 768: 64, 2000: 50, 1000: 20, 100: 10, 80: 2}
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_files import file, same_bits, shapes_of
 from helpers.golden import checkpoint_file, read_arrays, read_json
+from helpers.repository import REPO
+from helpers.states import file, same_bits, shapes_of
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, PerceptionEncoder, SimpleFeaturePyramid
@@ -25,7 +26,6 @@ from pe_spatial.encoder.files import CheckpointError, CheckpointFile, read_check
 from pe_spatial.encoder.resize import resize_patch_kernel
 from pe_spatial.encoder.variants import RELEASED_NAMES
 
-REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "convert_checkpoint.py"
 SUFFIXES = (".pth", ".pt", ".safetensors")
 DETECTORS = ("maskrcnn", "cascade")

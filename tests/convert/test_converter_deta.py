@@ -3,13 +3,13 @@
 import runpy
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_files import file, same_bits, shapes_of
 from helpers.golden import checkpoint_file, read_arrays, read_json
+from helpers.repository import REPO
+from helpers.states import file, same_bits, shapes_of
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder, from_pretrained
@@ -18,7 +18,6 @@ from pe_spatial.convert.rope_tables import RopeTables, detector_geometry
 from pe_spatial.encoder.files import CheckpointError, CheckpointFile, read_checkpoint
 from pe_spatial.encoder.pyramid import DETAFeaturePyramid
 
-REPO = Path(__file__).resolve().parents[2]
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 BODY = "backbone.0.body."
 # detectron2@02b5c4e:detectron2/data/datasets/builtin_meta.py

@@ -1,7 +1,6 @@
 """The configs of depth build at every size, say what the recipes say, and train, resume and test through the tools."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmseg")
-from command_line import tool
+from helpers.repository import REPO, tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
@@ -18,7 +17,6 @@ from mmengine.utils import import_modules_from_strings
 from pe_spatial import VARIANTS
 
 pytestmark = pytest.mark.mmseg
-REPO = Path(__file__).resolve().parents[2]
 SIZES = ["t16_512", "s16_512", "b16_512", "l14_448", "g14_448"]
 EVEN = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 50: (12, 24, 37, 49)}
 

@@ -7,7 +7,6 @@ import shutil
 import struct
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmseg")
-from command_line import tool
+from helpers.repository import REPO, tool
 from mmengine.config import Config
 
 from pe_spatial.depth.inference import DepthPredictor, Sources, _starts
@@ -34,7 +33,6 @@ from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
 
 pytestmark = pytest.mark.mmseg
-REPO = Path(__file__).resolve().parents[2]
 TINY = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
 
 

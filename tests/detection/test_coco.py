@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("mmdet")
-from coco_files import annotation, write_coco
+from helpers.coco import annotation, write_coco
 from mmcv.transforms import LoadImageFromFile
 from torch.utils.data import DataLoader
 

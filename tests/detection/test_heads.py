@@ -1,11 +1,11 @@
 """Detectors of MMDetection equal Detectron2's: the released layout goes in, every stage and the detections come out."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.repository import CONFIGS
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
@@ -26,7 +26,6 @@ from pe_spatial.encoder.files import read_checkpoint
 from pe_spatial.errors import ConfigError
 
 pytestmark = pytest.mark.mmdet
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ENTRIES = {"maskrcnn": "pe_spatial_maskrcnn_coco_g14.py", "cascade": "pe_spatial_cascade_coco_g14.py"}
 
 

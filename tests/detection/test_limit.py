@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mmdet")
-from coco_files import write_coco
+from helpers.coco import write_coco
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
-from coco_files import annotation
+from helpers.coco import annotation
+from helpers.configs import load
 from helpers.golden import read_arrays, read_json
+from helpers.repository import CONFIGS
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from mmengine.evaluator import Evaluator
@@ -21,7 +23,6 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from PIL import Image
-from test_configs import CONFIGS, load
 
 from pe_spatial.detection import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
 from pe_spatial.detection.lvis.dataset import CLASSES

@@ -7,9 +7,9 @@ import warnings
 import pytest
 
 pytest.importorskip("mmengine")
+from helpers.tiny_run import tiny_config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger, print_log
-from tiny_run import tiny_config
 
 from pe_spatial.engine.console import QuietStart
 from pe_spatial.engine.training import prepare_training, train

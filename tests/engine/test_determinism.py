@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
-from tiny_run import build, losses, tiny_config
+from helpers.tiny_run import build, losses, tiny_config
 from torch.utils.data import DataLoader
 
 from pe_spatial.engine.determinism import SeedAugmentation, SeededIndex, make_deterministic

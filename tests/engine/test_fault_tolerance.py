@@ -14,11 +14,11 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
-from conftest import REPO
+from helpers.repository import REPO
+from helpers.tiny_run import build, losses, tiny_config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.runner import find_latest_checkpoint
-from tiny_run import build, losses, tiny_config
 from torch.testing import assert_close
 
 from pe_spatial.encoder.files import CheckpointError
@@ -313,7 +313,7 @@ def test_200_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
 def test_workers_end_without_a_word(tmp_path, epochs, when):
     """Persistent workers of training and validation: nothing on stderr, whether a run ends or is told to stop."""
     script = (
-        "import os, signal, sys; from tiny_run import *\n"
+        "import os, signal, sys; from helpers.tiny_run import *\n"
         "from mmengine.hooks import Hook\n"
         "class Stop(Hook):\n"
         "    def after_train_iter(self, runner, **_):\n"

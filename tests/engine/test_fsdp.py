@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.tiny_deta import SIDE, WIDTH, tiny_deta
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -16,7 +17,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS, METRICS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
-from tiny_deta import SIDE, WIDTH, tiny_deta
 from torch import multiprocessing
 from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule

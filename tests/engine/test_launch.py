@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.repository import REPO
 
 pytest.importorskip("mmengine")
+from helpers.tiny_run import tiny_config
 from mmengine.config import Config
-from tiny_run import tiny_config
 
-REPO = Path(__file__).resolve().parents[2]
 ENVIRON = {
     **os.environ,
     "PYTHON": sys.executable,
@@ -31,7 +31,7 @@ def project(tmp_path):
     cfg = tiny_config("unused", **changes)
     for key in ("work_dir", "experiment_name", "randomness"):
         cfg.pop(key)
-    cfg.custom_imports = dict(imports=["tiny_run"])
+    cfg.custom_imports = dict(imports=["helpers.tiny_run"])
     cfg.env_cfg = dict(dist_cfg=dict(backend="nccl"))  # as the configs have it; without a GPU it becomes gloo
     Config(cfg.to_dict()).dump(tmp_path / "tiny.py")
     return tmp_path

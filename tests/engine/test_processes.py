@@ -18,12 +18,12 @@ import copy
 import os
 import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from coco_files import annotation
+from helpers.coco import annotation
+from helpers.repository import CONFIGS
 from torch import multiprocessing, nn
 from torch.testing import assert_close
 
@@ -59,7 +59,6 @@ pytestmark = [
     pytest.mark.mmseg,
     pytest.mark.skipif(sys.platform == "win32", reason="gloo"),
 ]
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIDE = 64
 TINY = dict(img_size=SIDE, patch_size=16, embed_dim=32, depth=2, num_heads=2)
 

@@ -2,12 +2,12 @@
 
 import importlib.util
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.golden import checkpoint_file, read_arrays, read_json
+from helpers.repository import CONFIGS
 from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, FusedFeaturePyramid, PerceptionEncoder, SimpleFeaturePyramid
@@ -33,7 +33,7 @@ if INSTALLED:
 
     from pe_spatial.integrations import detectron2 as ours
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "detectron2" / "pe_spatial_maskrcnn_coco_g14.py"
+RECIPE = CONFIGS / "detectron2" / "pe_spatial_maskrcnn_coco_g14.py"
 SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 GEOMETRY = dict(window_size=2, global_attn_indexes=(1, 3), pos_embed_mode="tile", rope_mode="interpolate")
 

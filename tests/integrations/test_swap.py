@@ -4,10 +4,10 @@ import copy
 import runpy
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.repository import REPO
 
 pytest.importorskip("mmdet")
 from mmengine.config import Config, ConfigDict
@@ -22,7 +22,6 @@ from pe_spatial.integrations.swap.probe import Level, probe_backbone
 from pe_spatial.integrations.swap.write import difference, write_swapped
 
 pytestmark = pytest.mark.mmdet
-REPO = Path(__file__).resolve().parents[2]
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)
 B16 = "pe_spatial_b16_512"
 

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, TINY, TINY_NO_CLASS
+from helpers.encoders import TINY, TINY_NO_CLASS
+from helpers.repository import REPO
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -220,10 +221,10 @@ class RealDeformable(torch.autograd.Function):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_deta_keeps_what_was_planned(recomputed):
     pytest.importorskip("mmdet")
+    from helpers.tiny_deta import tiny_deta
     from mmcv.ops import multi_scale_deform_attn
     from mmdet.structures import DetDataSample
     from mmengine.registry import MODELS, init_default_scope
-    from tiny_deta import tiny_deta
 
     RealDeformable.sample = staticmethod(multi_scale_deform_attn.multi_scale_deformable_attn_pytorch)
     cfg = tiny_deta()
@@ -384,8 +385,8 @@ def test_tracker_keeps_what_was_planned():
 @pytest.mark.mmdet
 def test_two_stage_heads_run_on_as_many_boxes_as_they_sample():
     pytest.importorskip("mmdet")
+    from helpers.tiny_deta import CONFIG
     from mmengine.config import Config
-    from tiny_deta import CONFIG
 
     import pe_spatial.detection  # noqa: F401  (registers)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
-from command_line import tool
+from helpers.repository import REPO, tool
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
@@ -28,7 +28,6 @@ from pe_spatial.probing.report import choose_score, format_table, write_report
 from pe_spatial.probing.sweep import LayerSweep
 
 pytestmark = pytest.mark.mmseg
-REPO = Path(__file__).resolve().parents[2]
 TINY = EncoderConfig(img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2)
 FIELDS = {name: getattr(TINY, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
 CORNERS = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])  # red and green of a patch; the label is their XOR

@@ -4,7 +4,6 @@ import re
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
-from command_line import tool
+from helpers.repository import REPO, tool
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
@@ -23,7 +22,6 @@ from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
 pytestmark = pytest.mark.mmseg
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs" / "pe_spatial_linear_ade20k.py"
 SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 

@@ -1,15 +1,16 @@
 """The zero-shot tracker: the script's pixels, any layers in one pass, and mmengine's test loop."""
 
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.repository import REPO
 from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmengine")
+from helpers.videos import SIZE, TINY, moving, write_davis
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
@@ -21,12 +22,8 @@ from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.propagation import LabelPropagation, first_soft, hard_mask
 from pe_spatial.tracking.vos.datasets import davis_clips
 from pe_spatial.tracking.vos.evaluation import evaluate
-from pe_spatial.tracking.vos.masks import read_mask, write_mask
+from pe_spatial.tracking.vos.masks import read_mask
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
-
-REPO = Path(__file__).resolve().parents[2]
-TINY = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
-SIZE = (96, 128)
 
 
 def build(patch_size=16, out_indices=(-1,), init_cfg=None, **options):
@@ -38,28 +35,6 @@ def build(patch_size=16, out_indices=(-1,), init_cfg=None, **options):
         init_cfg=init_cfg,
     )
     return MODELS.build(dict(type="ZeroShotTracker", backbone=encoder, **options))
-
-
-def moving(count=5, size=SIZE):
-    """Yield images of two discs that move over noise, and the mask of each."""
-    noise = np.random.default_rng(0).integers(0, 90, (*size, 3), dtype=np.uint8)
-    for t in range(count):
-        mask = np.zeros(size, np.uint8)
-        cv2.circle(mask, (30 + 4 * t, 48), 20, 2, -1)
-        cv2.circle(mask, (size[1] - 25, 70 - 4 * t), 16, 1, -1)
-        colors = np.array([[0, 0, 0], [200, 30, 30], [20, 220, 90]], np.uint8)
-        yield f"{t:05d}", np.where(mask[..., None] > 0, colors[mask], noise), mask
-
-
-def write_davis(root, names=("cat", "dog"), count=5, size=SIZE):
-    for name in names:
-        for frame, rgb, mask in moving(count, size):
-            (root / "JPEGImages" / "480p" / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rgb).save(root / "JPEGImages" / "480p" / name / f"{frame}.jpg", quality=95)
-            write_mask(root / "Annotations" / "480p" / name / f"{frame}.png", mask)
-    (root / "ImageSets" / "2017").mkdir(parents=True, exist_ok=True)
-    (root / "ImageSets" / "2017" / "val.txt").write_text("".join(f"{name}\n" for name in names))
-    return root
 
 
 @pytest.fixture

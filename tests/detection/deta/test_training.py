@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.repository import REPO
 
 pytest.importorskip("mmdet")
-from coco_files import annotation, write_coco
+from helpers.coco import annotation, write_coco
 from helpers.golden import checkpoint_file, read_json
+from helpers.reference_deta import ReferenceDETA
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
@@ -23,7 +25,6 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from mmengine.utils import import_modules_from_strings
 from PIL import Image
-from test_detector import Fixture
 from torch.testing import assert_close
 
 from pe_spatial.convert.converter import convert
@@ -34,7 +35,6 @@ from pe_spatial.encoder.files import CheckpointFile, read_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet
-REPO = Path(__file__).resolve().parents[3]
 FOLDER = REPO / "projects" / "coco_detection" / "deta"
 SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 
@@ -142,7 +142,7 @@ def test_every_parameter_has_the_rate_that_the_release_trained_it_with(golden):
         for name, value in file.state.items()
     }
     expected = convert(CheckpointFile(Path("rates"), state), "mmdet", all_classes=True).state
-    model = MODELS.build(Fixture(folder).cfg)
+    model = MODELS.build(ReferenceDETA(folder).cfg)
     wrapper = build_optim_wrapper(model, load("stage4_coco_1824").optim_wrapper)
     groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group["params"]}
     found = {name: groups[id(p)]["lr"] for name, p in model.named_parameters()}

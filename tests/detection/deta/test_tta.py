@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
 from helpers.golden import read_arrays, read_json
+from helpers.reference_deta import ReferenceDETA
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
-from test_detector import Fixture
 from torchvision.ops import box_iou
 
 from pe_spatial.detection.deta.postprocess import postprocess
@@ -326,7 +326,7 @@ def end_to_end(facts):
 def test_end_to_end(folder, photo, case):
     """From the photo through eight views of the shrunk model to the merged detections."""
     arrays, facts = load(folder / "tta_end_to_end.npz"), read_json(folder / "tta_end_to_end.json")
-    model = DETATTA(Fixture(folder).model, antialias=case == "antialias", **end_to_end(facts)).eval()
+    model = DETATTA(ReferenceDETA(folder).model, antialias=case == "antialias", **end_to_end(facts)).eval()
     with torch.no_grad():
         (ours,) = model.test_step(dict(inputs=[photo[0]], data_samples=[photo[1]]))
     found = ours.pred_instances

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.repository import REPO
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS
@@ -23,7 +24,6 @@ from pe_spatial.video import list_frames
 
 pytest.importorskip("sam2")
 
-REPO = Path(__file__).resolve().parents[3]
 ENCODER = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
 TRACKER = dict(variant=ENCODER, grid=4, d_model=32, mem_dim=8, layers=1, feedforward=32)
 

@@ -1,13 +1,12 @@
 """A DETA of four blocks on images of 64 px, for what must be small: two processes, measured memory."""
 
-from pathlib import Path
-
+from helpers.repository import CONFIGS
 from mmengine.config import Config
 
 import pe_spatial.detection
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "_base_" / "models" / "deta_pe.py"
+CONFIG = CONFIGS / "_base_" / "models" / "deta_pe.py"
 SIDE, WIDTH = 64, 32
 
 

@@ -1,11 +1,12 @@
-"""The tools, run as a user runs them."""
+"""Where things are, and the tools run as a user runs them."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
+CONFIGS = REPO / "configs"
 
 
 def tool(name, *args, cwd):
