@@ -10,9 +10,10 @@ from PIL import Image
 pytest.importorskip("mmdet")
 from helpers.coco import annotation, write_coco
 from mmcv.transforms import LoadImageFromFile
+from mmengine.logging import MMLogger
 from torch.utils.data import DataLoader
 
-from pe_spatial.detection import CheckedCocoDataset
+from pe_spatial.detection.coco import CheckedCocoDataset
 from pe_spatial.engine.loading import LoadCheckedImage
 from pe_spatial.errors import DatasetError
 
@@ -42,11 +43,11 @@ def edit(coco):
 def log(monkeypatch):
     """What was logged, as (message, level)."""
     lines = []
-    for module in ("detection.coco", "engine.loading"):
-        monkeypatch.setattr(
-            f"pe_spatial.{module}.print_log",
-            lambda message, *, level=logging.INFO, **_: lines.append((message, level)),
-        )
+    logger = MMLogger.get_current_instance()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.getMessage(), record.levelno))
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "handlers", [handler])
     return lines
 
 

@@ -24,7 +24,13 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from PIL import Image
 
-from pe_spatial.detection import CheckedLVISDataset, FastLVISMetric, FederatedLoss, RepeatFactorSampler, SetClassWeights
+from pe_spatial.detection.lvis import (
+    CheckedLVISDataset,
+    FastLVISMetric,
+    FederatedLoss,
+    RepeatFactorSampler,
+    SetClassWeights,
+)
 from pe_spatial.detection.lvis.dataset import CLASSES
 from pe_spatial.detection.lvis.sampler import repeat_factors
 from pe_spatial.errors import ConfigError, DatasetError

@@ -3,8 +3,7 @@
 from helpers.repository import CONFIGS
 from mmengine.config import Config
 
-import pe_spatial.detection
-import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
+import pe_spatial.detection  # noqa: F401  (registers)
 
 CONFIG = CONFIGS / "_base_" / "models" / "deta_pe.py"
 SIDE, WIDTH = 64, 32
