@@ -8,7 +8,7 @@
 # Small are: images of 192 px, patches of 8 px, an encoder of five blocks pretrained on other scenes of the same world
 # (projects/synthetic_pretraining), pyramid and heads of 64 and 128 channels, few proposals.
 
-_base_ = '_base_/detection_runtime.py'
+_base_ = ['_base_/pixels.py', '_base_/detection_runtime.py']
 
 classes = ('sphere', 'box', 'cylinder', 'cone', 'torus')
 size = 192
@@ -19,9 +19,7 @@ model = dict(
     type='CascadeRCNN',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
-        mean=[127.5, 127.5, 127.5],
-        std=[127.5, 127.5, 127.5],
-        bgr_to_rgb=True,
+        **_base_.encoder_pixels,
         pad_mask=True,
         pad_size_divisor=size),
     backbone=dict(

@@ -25,11 +25,11 @@
 # SigLoss takes its statistics over the images of one GPU, as in the released code, so 8 x 2 and 1 x 16 images are
 # different trainings. model.losses.0.across_ranks=True takes them over all GPUs.
 
-_base_ = ['_base_/datasets/nyu_depth.py', '_base_/detection_runtime.py']
+_base_ = ['_base_/pixels.py', '_base_/datasets/nyu_depth.py', '_base_/detection_runtime.py']
 
 model = dict(
     type='PEDepthEstimator',
-    data_preprocessor=dict(type='DepthPreprocessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True),
+    data_preprocessor=dict(type='DepthPreprocessor', **_base_.encoder_pixels),
     backbone=dict(
         type='PerceptionEncoder',
         variant='pe_spatial_b16_512',

@@ -25,15 +25,13 @@
 # patches of 14; cross-entropy without dropout; batches of 16, weight decay 1e-4, 40000 iterations, linear warm-up over
 # 1500, polynomial decay of power 1, float32; windows of 512 px with a stride of 341 px in testing.
 
-_base_ = ['_base_/datasets/ade20k_512.py', '_base_/detection_runtime.py']
+_base_ = ['_base_/pixels.py', '_base_/datasets/ade20k_512.py', '_base_/detection_runtime.py']
 
 model = dict(
     type='LinearProbe',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
-        mean=[127.5] * 3,
-        std=[127.5] * 3,
-        bgr_to_rgb=True,
+        **_base_.encoder_pixels,
         size=_base_.crop_size,
         pad_val=0,
         seg_pad_val=255),

@@ -17,7 +17,7 @@ from pe_spatial import VARIANTS
 from pe_spatial.convert.converter import convert
 from pe_spatial.encoder.files import CheckpointFile
 from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
-from pe_spatial.encoder.variants import VITDET_RECIPES
+from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config
 
 pytestmark = pytest.mark.mmdet
 COCO = sorted(path for path in CONFIGS.glob("*_coco*.py"))
@@ -108,8 +108,22 @@ def test_preprocessing_pads_squares_with_zeros_after_normalisation():
     assert out[0, :, :, 60:].abs().max() == 0
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_pixels_are_normalized_as_the_encoder_or_the_released_detector_was_trained(path):
+    model = load(path).model
+    preprocessor, backbone = model.get("data_preprocessor"), model.get("backbone")
+    if not preprocessor or backbone.get("geometry") == "deta":  # trackers normalize in the model; DETA as ImageNet
+        return
+    pe = get_config(backbone.variant)
+    detector = (DETECTOR_PIXELS,) * 3
+    expected = (detector, detector) if backbone.get("geometry") == "vitdet" else (pe.mean, pe.std)
+    assert (tuple(preprocessor.mean), tuple(preprocessor.std)) == expected
+    assert preprocessor.bgr_to_rgb
+
+
 def test_demo_starts_from_the_encoder_that_the_package_ships():
     cfg = load(CONFIGS / "pe_demo_cascade_synthetic.py")
+    assert cfg.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="released")
     shipped = CONFIGS.parent / "pe_spatial" / "synthetic" / f"{cfg.model.backbone.variant}.safetensors"
     assert shipped.stat().st_size <= 5_000_000
     backbone = MODELS.build(cfg.model).backbone

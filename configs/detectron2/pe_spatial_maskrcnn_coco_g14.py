@@ -17,12 +17,13 @@ from detectron2.data import transforms as T
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from pe_spatial.encoder.variants import DETECTOR_PIXELS
 from pe_spatial.integrations.detectron2 import PerceptionEncoderPyramid, layer_decay_params
 
 side = 1024  # of the square to which images are scaled, cropped and padded, in pixels
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-model.pixel_mean = model.pixel_std = [127.0, 127.0, 127.0]
+model.pixel_mean = model.pixel_std = [DETECTOR_PIXELS] * 3
 model.input_format = "RGB"
 model.backbone = L(PerceptionEncoderPyramid)(
     variant="pe_spatial_g14_448",

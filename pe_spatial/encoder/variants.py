@@ -1,12 +1,12 @@
-"""One row per released checkpoint, and the recipe that encoders are fine-tuned with.
+"""One row per released checkpoint, one for the encoder that ships with this package, and the fine-tuning recipe.
 
-Source of the rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
+Source of the released rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 
@@ -24,6 +24,8 @@ class EncoderConfig:
         in_chans: channels of the input images.
         class_token: whether token 0 is a learned class token.
         init_values: initial value of LayerScale; None means that the blocks have none.
+        mean: of the pixels of R, G, B, in the range 0 to 255, that the input is normalized with.
+        std: standard deviation of the pixels, likewise.
     """
 
     img_size: int
@@ -35,8 +37,15 @@ class EncoderConfig:
     in_chans: int = 3
     class_token: bool = True
     init_values: float | None = None
+    # perception_models@3e352cc:core/vision_encoder/transforms.py
+    mean: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), repr=False)
+    std: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # configs give lists, which have no hash
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} is {getattr(self, name)}; give three numbers, for R, G and B in 0 to 255")
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
                 f"embed_dim {self.embed_dim} over num_heads {self.num_heads} must give a head dimension that is a "
@@ -82,7 +91,6 @@ RELEASED_NAMES: dict[str, str] = {name.lower().replace("-", "_"): name for name 
 VARIANTS: dict[str, EncoderConfig] = {ours: _RELEASED[released] for ours, released in RELEASED_NAMES.items()}
 """Our name of a variant -> its configuration. 'pe_spatial_b16_512' and the like."""
 
-
 DEMO_VARIANTS: dict[str, EncoderConfig] = {
     "pe_synthetic_xs8_192": EncoderConfig(img_size=192, patch_size=8, embed_dim=192, depth=5, num_heads=3),
 }
@@ -90,11 +98,11 @@ DEMO_VARIANTS: dict[str, EncoderConfig] = {
 
 
 def variant_key(name: str) -> str:
-    """Return our name of a variant given by ours or by the released one; ValueError lists the known ones."""
+    """Return our name of a variant given by ours or by the released one; ValueError lists the allowed ones."""
     key = name.lower().replace("-", "_")
     if key not in VARIANTS and key not in DEMO_VARIANTS:
         raise ValueError(
-            f"unknown variant {name!r}; known are {', '.join(VARIANTS)}, also by their released names, "
+            f"unknown variant {name!r}; allowed are {', '.join(VARIANTS)}, also by their released names, "
             f"and {', '.join(DEMO_VARIANTS)} (a demonstration)"
         )
     return key
@@ -122,6 +130,12 @@ VITDET_RECIPES: dict[int, ViTDetRecipe] = {
     50: ViTDetRecipe(0.5, 0.9),  # PE paper, Tab. 24
 }
 """Depth -> recipe. Only these depths were published."""
+
+DETECTOR_PIXELS = 127.0
+"""Mean and standard deviation of the pixels in the published ViTDet fine-tuning: unlike `EncoderConfig.mean` and `std`.
+
+Source: perception_models@3e352cc:apps/detection/detectron2_pe, the configs.
+"""
 
 
 def recipe_rate(name: str, rate: float | str, depth: int) -> float:

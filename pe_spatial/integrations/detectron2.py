@@ -22,7 +22,7 @@ from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict, some
 from pe_spatial.encoder.layer_decay import lr_factor
 from pe_spatial.encoder.pyramid import FusedFeaturePyramid, SimpleFeaturePyramid
-from pe_spatial.encoder.variants import EncoderConfig, recipe_rate
+from pe_spatial.encoder.variants import DETECTOR_PIXELS, EncoderConfig, recipe_rate
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
 
@@ -193,8 +193,8 @@ def layer_decay_params(
 
 def add_pe_spatial_config(cfg: CfgNode) -> None:
     """Add `MODEL.PE_SPATIAL` to a yacs config, and set the normalisation and the channel order that PE expects."""
-    cfg.MODEL.PIXEL_MEAN = [127.0] * 3
-    cfg.MODEL.PIXEL_STD = [127.0] * 3
+    cfg.MODEL.PIXEL_MEAN = [DETECTOR_PIXELS] * 3
+    cfg.MODEL.PIXEL_STD = [DETECTOR_PIXELS] * 3
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PE_SPATIAL = node = CfgNode()
     node.VARIANT = ""  # must be given: 'pe_spatial_b16_512', ...

@@ -31,13 +31,15 @@ _OMITTED = r"(head|head_dist|fc_norm|attn_pool)\.|mask_token$|rope\."
 
 @dataclass(frozen=True, kw_only=True)
 class TimmConfig:
-    """The shape of a timm encoder, in the words of `EncoderConfig`; `depth` counts all blocks, built or not."""
+    """The shape of a timm encoder, with the names of `EncoderConfig`; `depth` counts all blocks, built or not."""
 
     name: str
     patch_size: int
     embed_dim: int
     depth: int
     grid_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class TimmEncoder(nn.Module):
@@ -58,9 +60,6 @@ class TimmEncoder(nn.Module):
         frozen_stages: as in `PerceptionEncoder`; all blocks includes the last norm.
         init_cfg: None for random weights, or `dict(type='Pretrained', checkpoint=...)`: 'released' (timm's on the hub)
             or a file or address as in `load_checkpoint`, in timm's layout or one that timm converts. Strict.
-
-    Attributes:
-        mean, std: of R, G, B in the range 0 to 1: the normalisation that the weights were trained with.
 
     Raises ConfigError for names that timm does not know and for models that are no plain vision transformers.
     """
@@ -95,6 +94,8 @@ class TimmEncoder(nn.Module):
             embed_dim=self.embed_dim,
             depth=len(plan.blocks),
             grid_size=grid,
+            mean=tuple(round(255.0 * x, 4) for x in plan.pretrained_cfg["mean"]),
+            std=tuple(round(255.0 * x, 4) for x in plan.pretrained_cfg["std"]),
         )
         rate = recipe_rate("drop_path_rate", drop_path_rate, self.config.depth)
         self.out_indices = _block_indices(out_indices, self.config.depth)
@@ -108,8 +109,6 @@ class TimmEncoder(nn.Module):
         # Another patch size keeps the grid of learned positions, and with it their values.
         sizes = {"patch_size": self.patch_size, "img_size": tuple(n * self.patch_size for n in grid)}
         self.model = _create(variant, drop_path_rate=rate, **(sizes if self.patch_size != native else {}))
-        self.mean = tuple(self.model.pretrained_cfg["mean"])
-        self.std = tuple(self.model.pretrained_cfg["std"])
         self._moved_norm = isinstance(self.model.norm, nn.Identity) and not isinstance(self.model.fc_norm, nn.Identity)
         norm = self.model.fc_norm if self._moved_norm else self.model.norm
         self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=not final_norm, prune_head=True)

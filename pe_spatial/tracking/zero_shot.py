@@ -21,7 +21,6 @@ from pe_spatial.tracking.vos.clip import Clip
 PROTOCOLS = ("dino", "aligned")
 NORMALIZATIONS = ("encoder", "dino")
 _DINO = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # the script has .228; ImageNet has .229
-_PE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @MODELS.register_module()
@@ -69,7 +68,8 @@ class ZeroShotTracker(BaseModel):
             LabelPropagation(**self.propagation)  # fail now for wrong options
         except (TypeError, ValueError) as error:
             raise ConfigError(f"propagation={self.propagation} cannot be used: {error}") from error
-        encoder = (getattr(self.backbone, "mean", _PE[0]), getattr(self.backbone, "std", _PE[1]))
+        config = self.backbone.config
+        encoder = tuple([x / 255 for x in values] for values in (config.mean, config.std))
         mean, std = _DINO if normalization == "dino" else encoder
         self.register_buffer("_mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(std)[:, None, None], persistent=False)

@@ -43,9 +43,7 @@ test_dataloader = val_dataloader
 model = dict(
     frozen=False,
     test_cfg=dict(flip=False),  # the flipped images were not learned
-    backbone=dict(
-        variant='pe_synthetic_xs8_192',
-        init_cfg=dict(checkpoint='released')),
+    backbone=dict(variant='pe_synthetic_xs8_192'),
     decode_head=dict(channels=32),
     losses=[dict(type='SigLoss', warm_up=10), dict(type='GradientLoss', loss_weight=0.5)])
 

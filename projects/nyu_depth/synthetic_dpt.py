@@ -44,9 +44,7 @@ val_evaluator = dict(crop='none')
 test_evaluator = val_evaluator
 
 model = dict(
-    backbone=dict(
-        variant='pe_synthetic_xs8_192',
-        init_cfg=dict(checkpoint='released')),
+    backbone=dict(variant='pe_synthetic_xs8_192'),
     decode_head=dict(channels=32),
     losses=[dict(type='SigLoss', warm_up=20), dict(type='GradientLoss', loss_weight=0.5)])
 

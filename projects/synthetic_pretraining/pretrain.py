@@ -23,9 +23,9 @@ from pe_spatial import PerceptionEncoder, SimpleFeaturePyramid
 from pe_spatial.encoder.variants import get_config
 from pe_spatial.synthetic import CATEGORIES, write_dataset
 
-SIZE = 192  # side of an image in pixels
 STRIDE = 4  # stride of the predictions in pixels
 CONFIG = get_config("pe_synthetic_xs8_192")
+SIZE = CONFIG.img_size  # side of an image in pixels
 BOX_UNIT = 16.0  # pixels: exp(prediction) times this is the distance to a side of the box
 
 

@@ -27,7 +27,6 @@ model = dict(
         mem_dim=32,
         layers=2,
         feedforward=512),
-    encoder_weights='released',
     sam2_weights=None,
     prompting=dict(clicks=0.0))
 

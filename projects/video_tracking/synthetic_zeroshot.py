@@ -10,9 +10,7 @@ _base_ = '../../configs/pe_spatial_zeroshot_davis.py'
 
 data_root = 'work_dirs/video_world/'
 model = dict(
-    backbone=dict(
-        variant='pe_synthetic_xs8_192',
-        init_cfg=None),
+    backbone=dict(variant='pe_synthetic_xs8_192'),
     protocol='aligned',
     size=192)
 test_dataloader = dict(

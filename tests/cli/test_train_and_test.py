@@ -192,7 +192,7 @@ def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
     [
         (("absent.py",), "absent.py"),
         (("tiny.py", "--cfg-options", "model.backbone.type=Nothing"), "Nothing is not in the"),
-        (("tiny.py", "--cfg-options", "model.backbone.variant=pe_x"), "unknown variant 'pe_x'; known are"),
+        (("tiny.py", "--cfg-options", "model.backbone.variant=pe_x"), "unknown variant 'pe_x'; allowed are"),
         (("tiny.py", "--data-root", "nowhere"), "no annotation file at nowhere/annotations/instances_train2017.json"),
         (("tiny.py", "--resume", "absent.pth"), "no checkpoint at absent.pth"),
         (

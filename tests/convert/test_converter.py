@@ -463,8 +463,8 @@ def test_tool_names_what_it_dropped_and_resized(golden, tmp_path, tool):
 
 def test_help_says_what_the_layouts_mean(tool):
     out, _ = tool("--help")
-    assert out.count("For a detector ") == 3
-    assert "For an encoder mmdet means the same as pe_spatial" in out
+    assert "- detector: pe_spatial is mmdet" in out
+    assert "- encoder: mmdet is pe_spatial" in out
 
 
 @pytest.mark.parametrize(

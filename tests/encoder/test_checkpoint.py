@@ -416,7 +416,7 @@ def test_from_pretrained_finds_a_variant_whose_positions_were_resized(tmp_path):
 
 
 def test_from_pretrained_errors_say_what_to_do(tmp_path, checkpoint):
-    with pytest.raises(CheckpointError, match=r"unknown variant .PE-Spatial-X.; known are .*; or give a folder, or"):
+    with pytest.raises(CheckpointError, match=r"unknown variant .PE-Spatial-X.; allowed are .*; or give a folder, or"):
         from_pretrained("PE-Spatial-X")
     with pytest.raises(CheckpointError, match="holds no released variant; give variant=dict"):
         from_pretrained(checkpoint)

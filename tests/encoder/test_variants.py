@@ -39,6 +39,14 @@ def test_name_is_kept_for_loading_released_weights():
         assert PerceptionEncoder(VARIANTS["pe_spatial_t16_512"]).variant is None
 
 
+def test_pixels_are_normalized_as_in_the_released_transform():
+    assert {(config.mean, config.std) for config in VARIANTS.values()} == {((127.5,) * 3, (127.5,) * 3)}
+    config = EncoderConfig(img_size=64, patch_size=16, embed_dim=32, depth=1, num_heads=2, mean=[1, 2, 3])
+    assert (config.mean, hash(config)) == ((1, 2, 3), hash(replace(config)))
+    with pytest.raises(ValueError, match=r"std is \(1,\); give three numbers, for R, G and B"):
+        replace(config, std=[1])
+
+
 @pytest.mark.parametrize("name", ["pe_spatial_b16_224", "vit_base", ""])
 def test_unknown_variant_lists_the_known(name):
     with pytest.raises(ValueError, match="unknown variant") as error:

@@ -193,7 +193,7 @@ def test_yacs_detector_trains_a_step(yacs):
     ("options", "message"),
     [
         (dict(MODEL__PE_SPATIAL__VARIANT=""), "MODEL.PE_SPATIAL.VARIANT is missing"),
-        (dict(MODEL__PE_SPATIAL__VARIANT="pe"), "unknown variant 'pe'; known are"),
+        (dict(MODEL__PE_SPATIAL__VARIANT="pe"), "unknown variant 'pe'; allowed are"),
         (dict(INPUT__FORMAT="BGR"), "INPUT.FORMAT is BGR.* set RGB and 127.0"),
         (dict(MODEL__PIXEL_STD=[1.0, 1.0, 1.0]), "PE takes RGB in"),
         (dict(MODEL__PIXEL_MEAN=[127.0], MODEL__PIXEL_STD=[127.0]), "the input has 1 channels"),

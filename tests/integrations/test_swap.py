@@ -152,7 +152,7 @@ ATSS = "mmdet::atss/atss_r50_fpn_1x_coco.py"
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(variant="pe_b16"), "unknown variant 'pe_b16'; known are pe_spatial_t16_512"),
+        (dict(variant="pe_b16"), "unknown variant 'pe_b16'; allowed are pe_spatial_t16_512"),
         (dict(layers=[12]), r"out_indices is \(12,\), out of range for 12 blocks; -12 to 11"),
         (dict(layers=[3, 7]), "reads one layer but layers is.*use 'fused' or 'single'"),
         (dict(layers=[3, 7], adapter="single"), "one for each of 4 levels"),

@@ -8,6 +8,8 @@
 # config that inherits that one. Outside this project's tools, import pe_spatial.integrations.openmmlab before
 # the config is read: it makes 'pe_spatial::' known to mmengine.
 
+_base_ = '../pixels.py'
+
 pe_backbone = dict(
     _delete_=True,
     type='PerceptionEncoderPyramid',
@@ -17,7 +19,7 @@ pe_backbone = dict(
     any_size=True,
     pyramid=dict(strides=[4, 8, 16, 32], out_channels=[256, 512, 1024, 2048]),
     init_cfg=dict(type='Pretrained', checkpoint='released'))
-pe_preprocessor = dict(mean=[127.0, 127.0, 127.0], std=[127.0, 127.0, 127.0], bgr_to_rgb=True)
+pe_preprocessor = dict(**_base_.detector_pixels)
 pe_optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
     constructor='LayerDecayOptimWrapperConstructor',

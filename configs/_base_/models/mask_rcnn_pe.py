@@ -2,15 +2,15 @@
 # released weights give the released results. Widths, depth, windows, global blocks, drop path
 # and layer decay follow from the variant.
 
+_base_ = '../pixels.py'
+
 norm_cfg = dict(type='ChannelLayerNorm', eps=1e-6)  # over channels; mmcv's build_norm_layer would default to 1e-5
 strides = [4, 8, 16, 32, 64]
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
-        mean=[127.0, 127.0, 127.0],
-        std=[127.0, 127.0, 127.0],
-        bgr_to_rgb=True,
+        **_base_.detector_pixels,
         pad_mask=True,
         pad_size_divisor=1024),  # zeros after normalisation, to a square, in training and testing
     backbone=dict(

@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
-from pe_spatial.encoder.variants import VITDET_RECIPES, get_config
+from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import HEAD_OPTIONS, build_encoder
 from pe_spatial.integrations.swap.probe import Level, evaluation_level, find_feature_specs, find_unused, type_name
@@ -204,13 +204,11 @@ def _nearest_depth(depth: int) -> int:
 
 
 def _statistics(variant: str | Mapping[str, Any], geometry: str) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of R, G, B, in 0 to 255, that the encoder was trained with."""
-    if _of_timm(variant):
-        with torch.device("meta"):
-            encoder = _checked(build_encoder, variant)
-        return [round(255.0 * x, 4) for x in encoder.mean], [round(255.0 * x, 4) for x in encoder.std]
-    value = 127.0 if geometry == "vitdet" else 127.5  # as Meta's detectors, and as PE's own transform
-    return [value] * 3, [value] * 3
+    """Return the mean and standard deviation of R, G, B, in 0 to 255, that the encoder is trained with."""
+    if geometry == "vitdet" and not _of_timm(variant):
+        return [DETECTOR_PIXELS] * 3, [DETECTOR_PIXELS] * 3
+    config = _shape(variant)
+    return list(config.mean), list(config.std)
 
 
 def _checked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

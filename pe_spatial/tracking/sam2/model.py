@@ -38,8 +38,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Statistics of R, G, B in the range 0 to 1 with which sam2 normalizes images."""
 
-PE_MEAN = PE_STD = 0.5
-
 RELEASE_FLAGS: dict[str, Any] = {
     "num_maskmem": 7,
     "sigmoid_scale_for_mem_enc": 20.0,
@@ -114,8 +112,9 @@ class PETrunk(nn.Module):
         self.image_size = image_size or self.input_size
         self.channel_list = [self.encoder.embed_dim]
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.register_buffer("_scale", std / PE_STD, persistent=False)
-        self.register_buffer("_shift", (mean - PE_MEAN) / PE_STD, persistent=False)
+        pe_mean, pe_std = (torch.tensor(values)[:, None, None] / 255 for values in (config.mean, config.std))
+        self.register_buffer("_scale", std / pe_std, persistent=False)
+        self.register_buffer("_shift", (mean - pe_mean) / pe_std, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S), S = `image_size`, normalized with ImageNet's statistics -> [(B, C, grid, grid)]."""

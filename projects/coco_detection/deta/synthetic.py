@@ -9,7 +9,11 @@
 # Reduced: images of 192 px, patches of 8 px (levels have strides 4 to 64), 64 channels, 2 + 3 layers, 2 points and 4
 # heads in deformable attention, 100 queries, 4 images per step. Chosen here: learning rate, cosine, warm-up, clipping.
 
-_base_ = ['../../../configs/_base_/models/deta_pe.py', '../../../configs/_base_/detection_runtime.py']
+_base_ = [
+    '../../../configs/_base_/models/deta_pe.py',
+    '../../../configs/_base_/pixels.py',
+    '../../../configs/_base_/detection_runtime.py',
+]
 
 classes = ('sphere', 'box', 'cylinder', 'cone', 'torus')
 size = 192
@@ -21,13 +25,12 @@ ffn = dict(embed_dims=width, feedforward_channels=256)
 
 model = dict(
     num_queries=100,
-    data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, pad_size_divisor=size),
+    data_preprocessor=dict(**_base_.encoder_pixels, pad_size_divisor=size),
     backbone=dict(
         variant='pe_synthetic_xs8_192',
         geometry='release',
         drop_path_rate=0.05,
-        grad_checkpointing=False,
-        init_cfg=dict(checkpoint='released')),
+        grad_checkpointing=False),
     neck=dict(out_channels=width),
     positional_encoding=dict(num_feats=width // 2),
     encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=deformable, ffn_cfg=ffn)),
