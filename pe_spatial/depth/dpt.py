@@ -18,8 +18,6 @@ from pe_spatial.errors import ConfigError
 
 from .heads import SPACINGS, WEIGHTINGS, Level, bin_depths, check_depth_range, expected_depth, one_of, resize
 
-READOUTS = ("ignore", "add", "project")
-
 
 class Reassemble(nn.Module):
     """Bring one layer's map to one scale of the pyramid.
@@ -36,20 +34,15 @@ class Reassemble(nn.Module):
     ) -> None:
         super().__init__()
         self.level = Level(channels, token=token, join="add" if readout == "add" else "concat", norm=norm)
-        self.readout = (
-            nn.Sequential(nn.Conv2d(self.level.out_channels, channels, 1), nn.GELU())
-            if readout == "project"
-            else nn.Identity()
-        )
+        self.readout: nn.Module = nn.Identity()
+        if readout == "project":
+            self.readout = nn.Sequential(nn.Conv2d(self.level.out_channels, channels, 1), nn.GELU())
         self.project = nn.Conv2d(channels, out_channels, 1)
-        if scale == 1:
-            self.resize: nn.Module = nn.Identity()
-        elif scale == 0.5:
+        self.resize: nn.Module = nn.Identity()
+        if one_of("the scale of a DPT level", scale, (4, 2, 1, 0.5)) == 0.5:
             self.resize = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
-        elif scale in (2, 4):
+        elif scale > 1:
             self.resize = nn.ConvTranspose2d(out_channels, out_channels, int(scale), stride=int(scale))
-        else:
-            raise ConfigError(f"the scale of a DPT level is {scale}; allowed are 4, 2, 1, 0.5")
 
     def forward(self, patches: Tensor, class_token: Tensor | None) -> Tensor:
         """(B, C, h, w), (B, C) -> (B, out, h * scale, w * scale), rounded up."""
@@ -65,7 +58,6 @@ class ResidualUnit(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same."""
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
@@ -115,27 +107,15 @@ class DPTDepthHead(nn.Module):
     depths: Tensor | None
 
     def __init__(  # noqa: PLR0913  (one option for each decision in which published heads differ)
-        self,
-        in_channels: Sequence[int],
-        *,
-        in_index: Sequence[int] = (0, 1, 2, 3),
-        channels: int | None = None,
-        level_channels: Sequence[int] | None = None,
-        scales: Sequence[float] = (4, 2, 1, 0.5),
-        readout: str = "ignore",
-        token: str | None = None,
-        norm: str | None = None,
-        min_depth: float = 1e-3,
-        max_depth: float = 10.0,
-        bins: int | None = None,
-        spacing: str = "uniform",
-        weighting: str = "linear",
-        init_depth: float = 2.5,
-        grad_checkpointing: bool = False,
-    ) -> None:
+        self, in_channels: Sequence[int], *, in_index: Sequence[int] = (0, 1, 2, 3), channels: int | None = None,
+        level_channels: Sequence[int] | None = None, scales: Sequence[float] = (4, 2, 1, 0.5),
+        readout: str = "ignore", token: str | None = None, norm: str | None = None, min_depth: float = 1e-3,
+        max_depth: float = 10.0, bins: int | None = None, spacing: str = "uniform", weighting: str = "linear",
+        init_depth: float = 2.5, grad_checkpointing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_depth_range(min_depth, max_depth)
-        one_of("readout", readout, READOUTS)
+        one_of("readout", readout, ("ignore", "add", "project"))
         if (token is None) != (readout == "ignore"):
             raise ConfigError(
                 f"readout is {readout!r} and token {token!r}; 'ignore' reads no token, the others 'class' or 'mean'"
@@ -166,9 +146,8 @@ class DPTDepthHead(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.constant_(self.out.bias, 0.0 if bins else init_depth - min_depth)  # type: ignore[arg-type]
         one_of("spacing", spacing, SPACINGS)
-        self.register_buffer(
-            "depths", bin_depths(bins, min_depth, max_depth, spacing) if bins else None, persistent=False
-        )
+        depths = bin_depths(bins, min_depth, max_depth, spacing) if bins else None
+        self.register_buffer("depths", depths, persistent=False)
 
     def forward(self, maps: Sequence[Tensor], class_tokens: Sequence[Tensor] = ()) -> Tensor:
         """Maps (B, C, h, w), with token 'class' also class tokens (B, C) -> depth (B, 1, H, W) in meters."""
@@ -182,8 +161,6 @@ class DPTDepthHead(nn.Module):
     def _fuse(self, levels: Sequence[Tensor]) -> Tensor:
         x: Any = None
         for level, conv, fusion in list(zip(levels, self.convs, self.fusions, strict=True))[::-1]:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(fusion, x, conv(level), use_reentrant=False)
-            else:
-                x = fusion(x, conv(level))
+            recompute = self.grad_checkpointing and self.training
+            x = checkpoint(fusion, x, conv(level), use_reentrant=False) if recompute else fusion(x, conv(level))
         return x

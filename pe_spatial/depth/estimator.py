@@ -29,8 +29,6 @@ LAYERS: dict[str, tuple[float, ...]] = {
 }
 """Name -> the blocks that a head reads, as fractions of the depth; 'even' is [12, 24, 37, 49] in PE-Spatial-G."""
 
-MODES = ("whole", "slide")
-
 
 def named_layers(name: str, depth: int) -> list[int]:
     """Return the blocks, 0-based, of a name in `LAYERS` for an encoder of `depth` blocks.
@@ -62,15 +60,10 @@ class DepthEstimator(BaseModel):
     """
 
     def __init__(
-        self,
-        backbone: Mapping[str, Any],
-        decode_head: Mapping[str, Any],
-        *,
-        losses: Sequence[Mapping[str, Any]],
-        frozen: bool = True,
-        test_cfg: Mapping[str, Any] | None = None,
+        self, backbone: Mapping[str, Any], decode_head: Mapping[str, Any], *, losses: Sequence[Mapping[str, Any]],
+        frozen: bool = True, test_cfg: Mapping[str, Any] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(data_preprocessor)
         self.backbone: Any = _build_backbone(backbone)
         self.decode_head = _build_head(decode_head, self.backbone)
@@ -81,7 +74,6 @@ class DepthEstimator(BaseModel):
             self.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> DepthEstimator:
-        """Set the mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -103,7 +95,6 @@ class DepthEstimator(BaseModel):
         return self.depth(inputs)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[SegDataSample]) -> dict[str, Tensor]:
-        """Return each loss of the batch."""
         target = torch.stack([sample.gt_depth_map.data for sample in data_samples])
         depth = self.depth(inputs)
         return {f"loss_{i}_{type(loss).__name__}": loss(depth, target) for i, loss in enumerate(self.losses)}
@@ -181,13 +172,9 @@ def _build_head(cfg: Mapping[str, Any], backbone: Any) -> nn.Module:
 
 
 def _checked_test_cfg(
-    mode: str = "whole",
-    *,
-    flip: bool = False,
-    crop_size: Sequence[int] | None = None,
-    stride: Sequence[int] | None = None,
+    mode: str = "whole", *, flip: bool = False, crop_size: Sequence[int] = (), stride: Sequence[int] = ()
 ) -> dict[str, Any]:
-    one_of("test_cfg.mode", mode, MODES)
+    one_of("test_cfg.mode", mode, ("whole", "slide"))
     windows = crop, step = tuple(crop_size or ()), tuple(stride or ())
     if mode == "slide" and not all(len(v) == 2 and min(v) > 0 for v in windows):
         raise ConfigError(f"crop_size and stride are {crop} and {step}; mode 'slide' needs both, (h, w) in pixels")

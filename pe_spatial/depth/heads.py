@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ SPACINGS = ("uniform", "log")
 WEIGHTINGS = ("linear", "softmax", "sigmoid")
 TOKENS = (None, "class", "mean")
 NORMS = (None, "batch", "layer")
-_Option = TypeVar("_Option", str, str | None)
 
 
 def bin_depths(bins: int, min_depth: float, max_depth: float, spacing: str) -> Tensor:
@@ -52,7 +51,7 @@ def expected_depth(logits: Tensor, depths: Tensor, weighting: str) -> Tensor:
         return (torch.einsum("bnhw,n->bhw", weights, depths) / weights.sum(1))[:, None]
 
 
-def one_of(name: str, value: _Option, allowed: Sequence[_Option]) -> _Option:
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """Return `value`; ConfigError if it is not one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
@@ -113,24 +112,15 @@ class BinsDepthHead(nn.Module):
     depths: Tensor
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        *,
-        bins: int = 256,
-        min_depth: float = 1e-3,
-        max_depth: float = 10.0,
-        spacing: str = "uniform",
-        weighting: str = "linear",
-        token: str | None = None,
-        norm: str | None = None,
+        self, in_channels: Sequence[int], *, bins: int = 256, min_depth: float = 1e-3, max_depth: float = 10.0,
+        spacing: str = "uniform", weighting: str = "linear", token: str | None = None, norm: str | None = None,
         upsample: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         check_depth_range(min_depth, max_depth)
         self.min_depth, self.max_depth = min_depth, max_depth
         self.weighting = one_of("weighting", weighting, WEIGHTINGS)
-        self.token = token
-        self.upsample = upsample
+        self.token, self.upsample = token, upsample
         levels = [Level(channels, token=token, norm=norm) for channels in in_channels]
         self.levels = nn.ModuleList(levels)
         self.conv = nn.Conv2d(sum(level.out_channels for level in levels), bins, 1)

@@ -5,7 +5,7 @@ All compute in float32, also under autocast, and give 0 with a gradient of 0 if 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from pe_spatial.errors import ConfigError
+
+from .heads import one_of
 
 
 class _DepthLoss(nn.Module):
@@ -27,13 +29,9 @@ class _DepthLoss(nn.Module):
             released code each rank takes its own, and the loss depends on how a batch is distributed over devices.
     """
 
-    def __init__(
-        self, *, max_depth: float | None = None, loss_weight: float = 1.0, across_ranks: bool = False
-    ) -> None:
+    def __init__(self, *, max_depth: float | None = None, loss_weight: float = 1.0, across_ranks: bool = False) -> None:
         super().__init__()
-        self.max_depth = max_depth
-        self.loss_weight = loss_weight
-        self.across_ranks = across_ranks
+        self.max_depth, self.loss_weight, self.across_ranks = max_depth, loss_weight, across_ranks
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the weighted loss, a float32 scalar, of pred (B, 1, H, W) > 0 against target (B, 1, H, W)."""
@@ -49,7 +47,6 @@ class _DepthLoss(nn.Module):
         return self.loss_weight * self.compute(pred, target, valid)
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss over the pixels in `valid` (B, 1, H, W) bool."""
         raise NotImplementedError
 
     def _sums(self, *values: Tensor) -> list[Tensor]:
@@ -58,8 +55,21 @@ class _DepthLoss(nn.Module):
         # Its gradient is a sum over ranks; the mean over ranks in DDP makes it that of the complete batch.
         return list(torch.distributed.nn.all_reduce(torch.stack(values)))
 
+    def _slopes(self, difference: Tensor, valid: Tensor, *, strides: Sequence[int], step: int) -> Tensor:
+        """Sum over scales the mean absolute change of `difference` (B, 1, H, W) over `step` pixels along both axes.
+
+        The mean is over the valid pixels of a scale, not over the pairs.
+        """
+        total = difference.new_zeros(())
+        for stride in strides:
+            d, v = difference[..., ::stride, ::stride], valid[..., ::stride, ::stride]
+            rows = (d[..., step:, :] - d[..., :-step, :]).abs() * (v[..., step:, :] & v[..., :-step, :])
+            columns = (d[..., step:] - d[..., :-step]).abs() * (v[..., step:] & v[..., :-step])
+            change, number = self._sums(rows.sum() + columns.sum(), v.sum(dtype=torch.float32))
+            total = total + change / number.clamp(min=1)
+        return total
+
     def extra_repr(self) -> str:
-        """Show the options."""
         options = {name: value for name, value in vars(self).items() if name != "training" and name[0] != "_"}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
@@ -86,7 +96,6 @@ class SigLoss(_DepthLoss):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss and count the call."""
         g = _log_difference(pred, target, valid, eps=self.EPS)
         count, total = self._sums(valid.sum(dtype=torch.float32), g.sum())
         mean = total / count.clamp(min=1)
@@ -120,12 +129,8 @@ class GradientLoss(_DepthLoss):
         self.log = log
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the sum over the scales."""
-        if self.log:
-            difference = _log_difference(pred, target, valid, eps=self.EPS)
-        else:
-            difference = torch.where(valid, pred - target, 0)
-        return _slopes(difference, valid, strides=self.STRIDES, step=2, sums=self._sums)
+        difference = _log_difference(pred, target, valid, eps=self.EPS) if self.log else pred - target
+        return self._slopes(torch.where(valid, difference, 0), valid, strides=self.STRIDES, step=2)
 
 
 @MODELS.register_module()
@@ -149,7 +154,6 @@ class SiLog(_DepthLoss):
         self.variance_focus = variance_focus
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over the images."""
         d = _log_difference(pred.clamp(min=self.EPS), target, valid, eps=0.0)
         count = valid.sum((1, 2, 3))
         mean = d.sum((1, 2, 3)) / count.clamp(min=1)
@@ -177,13 +181,10 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
 
     def __init__(self, *, space: str = "disparity", slopes: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
-        if space not in ("disparity", "depth"):
-            raise ConfigError(f"space is {space!r}; allowed are 'disparity' and 'depth'")
-        self.space = space
+        self.space = one_of("space", space, ("disparity", "depth"))
         self.slopes = slopes
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Align each image by least squares and return the loss."""
         if self.space == "disparity":
             target = 1 / torch.where(valid, target, 1)
         count = valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
@@ -197,29 +198,12 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
         difference = torch.where(valid, scale * pred - target, 0)
         squares, number = self._sums(difference.square().sum(), valid.sum(dtype=torch.float32))
         loss = squares / (2 * number.clamp(min=1))
-        return loss + self.slopes * _slopes(difference, valid, strides=self.STRIDES, step=1, sums=self._sums)
+        return loss + self.slopes * self._slopes(difference, valid, strides=self.STRIDES, step=1)
 
 
 def _log_difference(pred: Tensor, target: Tensor, valid: Tensor, *, eps: float) -> Tensor:
     """Return ln(pred + eps) - ln(target + eps), and 0 without a gradient at invalid pixels."""
     return torch.where(valid, (pred + eps).log() - (target + eps).log(), 0)
-
-
-def _slopes(
-    difference: Tensor, valid: Tensor, *, strides: Sequence[int], step: int, sums: Callable[..., list[Tensor]]
-) -> Tensor:
-    """Sum over scales the mean absolute change of `difference` (B, 1, H, W) over `step` pixels along both axes.
-
-    The mean is over the valid pixels of a scale, not over the pairs; `sums` sums over ranks.
-    """
-    total = difference.new_zeros(())
-    for stride in strides:
-        d, v = difference[..., ::stride, ::stride], valid[..., ::stride, ::stride]
-        rows = (d[..., step:, :] - d[..., :-step, :]).abs() * (v[..., step:, :] & v[..., :-step, :])
-        columns = (d[..., step:] - d[..., :-step]).abs() * (v[..., step:] & v[..., :-step])
-        change, number = sums(rows.sum() + columns.sum(), v.sum(dtype=torch.float32))
-        total = total + change / number.clamp(min=1)
-    return total
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:

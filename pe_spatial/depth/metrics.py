@@ -23,12 +23,12 @@ from torch import Tensor
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import ConfigError, DatasetError
 
+from .heads import check_depth_range, one_of
 from .transforms import bottom_center_box
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
 CROPS = ("none", "eigen", "garg", "kitti_eigen")
 ALIGNMENTS = ("none", "median", "depth", "disparity", "log")
-SILOGS = ("bts", "mmseg")
 
 
 def depth_metrics(pred: Tensor, target: Tensor, *, silog: str = "bts") -> dict[str, float]:
@@ -55,21 +55,16 @@ def depth_metrics(pred: Tensor, target: Tensor, *, silog: str = "bts") -> dict[s
     ratio = torch.maximum(pred / target, target / pred)
     relative = error / target
     e_square, e_mean = mean(e.square()), mean(e)
-    if silog == "bts":
-        log_error = 100 * _sqrt(e_square - e_mean**2)
-    else:
-        log_error = _sqrt(e_square - 0.5 * e_mean**2)
-    values = (
-        mean(relative),
-        mean(relative * error),
-        _sqrt(mean(error.square())),
-        _sqrt(e_square),
-        mean(e.abs()) / math.log(10),
-        log_error,
-        *(ratio.lt(1.25**k).count_nonzero().item() / ratio.numel() for k in (1, 2, 3)),
-        mean(error),
-    )
-    return dict(zip(NAMES, values, strict=True))
+    return {
+        "abs_rel": mean(relative),
+        "sq_rel": mean(relative * error),
+        "rmse": _sqrt(mean(error.square())),
+        "rmse_log": _sqrt(e_square),
+        "log10": mean(e.abs()) / math.log(10),
+        "silog": 100 * _sqrt(e_square - e_mean**2) if silog == "bts" else _sqrt(e_square - 0.5 * e_mean**2),
+        **{f"d{k}": ratio.lt(1.25**k).count_nonzero().item() / ratio.numel() for k in (1, 2, 3)},
+        "mae": mean(error),
+    }
 
 
 def _sqrt(x: float) -> float:
@@ -87,11 +82,9 @@ def evaluation_crop(name: str, height: int, width: int) -> tuple[int, int, int, 
         return 0, height, 0, width
     if name == "eigen":
         return int(45 / 480 * height), int(471 / 480 * height), int(41 / 640 * width), int(601 / 640 * width)
-    if name not in CROPS:
-        raise ConfigError(f"crop is {name!r}; allowed are {', '.join(map(repr, CROPS))}")
-    rows = (0.40810811, 0.99189189) if name == "garg" else (0.3324324, 0.91351351)
-    left = 0.03594771 if name == "garg" else 0.0359477
-    return int(rows[0] * height), int(rows[1] * height), int(left * width), int(0.96405229 * width)
+    garg = one_of("crop", name, CROPS) == "garg"
+    top, bottom, left = (0.40810811, 0.99189189, 0.03594771) if garg else (0.3324324, 0.91351351, 0.0359477)
+    return int(top * height), int(bottom * height), int(left * width), int(0.96405229 * width)
 
 
 def paste_prediction(pred: Tensor, height: int, width: int) -> Tensor:
@@ -121,9 +114,7 @@ def align_prediction(pred: Tensor, target: Tensor, valid: Tensor, mode: str) -> 
             at 0.001, which is 1 km (MiDaS, Depth Anything). 'log': scale by the factor that is best for logarithms.
             'none': no change.
     """
-    if mode not in ALIGNMENTS:
-        raise ConfigError(f"align is {mode!r}; allowed are {', '.join(map(repr, ALIGNMENTS))}")
-    if mode == "none":
+    if one_of("align", mode, ALIGNMENTS) == "none":
         return pred, 1.0, 0.0
     use = valid & pred.isfinite()
     if mode in ("median", "log"):
@@ -217,36 +208,19 @@ class CheckedDepthMetric(BaseMetric):
     default_prefix = ""
 
     def __init__(
-        self,
-        *,
-        crop: str = "eigen",
-        min_depth: float = 1e-3,
-        max_depth: float | None = None,
-        align: str = "none",
-        silog: str = "bts",
-        pasted: bool = False,
-        boundary: bool = False,
-        limits: Sequence[float] = (2.0, 5.0),
-        csv_path: str | None = None,
-        **options: str,
-    ) -> None:
-        for name, value, allowed in (("crop", crop, CROPS), ("align", align, ALIGNMENTS), ("silog", silog, SILOGS)):
-            if value not in allowed:
-                raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-        if not 0 < min_depth < (max_depth or math.inf):
-            raise ConfigError(f"min_depth is {min_depth} and max_depth {max_depth}; 0 < min_depth < max_depth, meters")
+        self, *, crop: str = "eigen", min_depth: float = 1e-3, max_depth: float | None = None, align: str = "none",
+        silog: str = "bts", pasted: bool = False, boundary: bool = False, limits: Sequence[float] = (2.0, 5.0),
+        csv_path: str | None = None, **options: str,
+    ) -> None:  # fmt: skip
+        check_depth_range(min_depth, max_depth or math.inf)
         if list(limits) != sorted(set(limits)):
             raise ConfigError(f"limits are {tuple(limits)}; they must rise")
         super().__init__(**options)
-        self.crop = crop
-        self.min_depth = min_depth
-        self.max_depth = max_depth
-        self.align = align
-        self.silog = silog
-        self.pasted = pasted
-        self.boundary = boundary
-        self.limits = tuple(limits)
-        self.csv_path = csv_path
+        self.crop = one_of("crop", crop, CROPS)
+        self.min_depth, self.max_depth = min_depth, max_depth
+        self.align = one_of("align", align, ALIGNMENTS)
+        self.silog = one_of("silog", silog, ("bts", "mmseg"))
+        self.pasted, self.boundary, self.limits, self.csv_path = pasted, boundary, tuple(limits), csv_path
         self.ranges = [f"{low:g}-{high:g}m" for low, high in itertools.pairwise((0, *limits))]
         self.ranges += [f"over{limits[-1]:g}m"] if limits else []
         self.columns = [
@@ -258,15 +232,15 @@ class CheckedDepthMetric(BaseMetric):
         ]
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:  # noqa: ARG002
-        """Reduce each image to a row of `columns`."""
         for sample in data_samples:
-            for key, remedy in (
-                ("gt_depth_map", "the test pipeline needs LoadDepth and PackDepthInputs"),
-                ("pred_depth_map", "evaluate a depth model"),
-            ):
+            remedies = {
+                "pred_depth_map": "evaluate a depth model",
+                "gt_depth_map": "the test pipeline needs LoadDepth and PackDepthInputs",
+            }
+            for key, remedy in remedies.items():
                 if key not in sample:
                     raise ConfigError(f"the sample of {sample.get('img_path')} has no {key}; {remedy}")
-            maps = (sample[key]["data"].squeeze(0) for key in ("pred_depth_map", "gt_depth_map"))
+            maps = (sample[key]["data"].squeeze(0) for key in remedies)
             max_depth = self.max_depth or sample.get("max_depth")
             if max_depth is None:
                 raise ConfigError("neither CheckedDepthMetric nor the dataset has a max_depth; set one in meters")
@@ -300,7 +274,9 @@ class CheckedDepthMetric(BaseMetric):
         """Log the tables, write the CSV; return the means of the metrics, and the number of empty images."""
         table = np.array([row for _, row in results])  # (images, columns)
         if self.csv_path:
-            _write_csv(self.csv_path, ["img_path", *self.columns], results)
+            with atomic_write(self.csv_path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+                lines = ([path, *(f"{value:.7g}" for value in row)] for path, row in results)
+                csv.writer(file).writerows([["img_path", *self.columns], *lines])
         empty = [path for path, row in results if not row[0]]
         if len(empty) == len(results):
             raise DatasetError(
@@ -333,13 +309,6 @@ class CheckedDepthMetric(BaseMetric):
         if empty:
             lines.append(f"{len(empty)} more images have no valid pixel and are omitted (such as {empty[0]})")
         return lines
-
-
-def _write_csv(path: str, columns: Sequence[str], rows: Sequence[tuple[str, tuple[float, ...]]]) -> None:
-    with atomic_write(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([name, *(f"{value:.7g}" for value in row)] for name, row in rows)
 
 
 def _nanmean(values: np.ndarray) -> float:

@@ -47,7 +47,15 @@ def read_depth(path: str, *, scale: float) -> np.ndarray:
 
 def _read(path: str, scale: float) -> np.ndarray:
     try:
-        values = _decode(path)
+        if path.endswith(".npy"):
+            values = np.load(path, allow_pickle=False)
+        elif path.endswith(".exr"):
+            values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # its error names what to set
+            if values is None:
+                raise ValueError("not an EXR file")
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image)
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise almost anything on broken data
@@ -61,18 +69,6 @@ def _read(path: str, scale: float) -> np.ndarray:
             "give 16-bit depth, such as millimeters, or floats"
         )
     return values.astype(np.float32) / np.float32(scale)
-
-
-def _decode(path: str) -> np.ndarray:
-    if path.endswith(".npy"):
-        return np.load(path, allow_pickle=False)
-    if path.endswith(".exr"):
-        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # its error names the variable to set
-        if values is None:
-            raise ValueError("not an EXR file")
-        return values
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
@@ -147,11 +143,8 @@ class LoadDepth(BaseTransform):
         before = len(files)
         files.add(path)
         if len(files) > before and len(files) in (1, 10, 100, 1000, 10000):
-            print_log(
-                f"{kind} in {path}: {what} ({len(files)} such files so far in this process)",
-                logger="current",
-                level=logging.WARNING,
-            )
+            message = f"{kind} in {path}: {what} ({len(files)} such files so far in this process)"
+            print_log(message, logger="current", level=logging.WARNING)
 
 
 @TRANSFORMS.register_module()
@@ -167,11 +160,7 @@ class DepthCrop(BaseTransform):
     """
 
     def __init__(
-        self,
-        *,
-        box: Sequence[int] | None = None,
-        bottom_center: Sequence[int] | None = None,
-        image_only: bool = False,
+        self, *, box: Sequence[int] | None = None, bottom_center: Sequence[int] | None = None, image_only: bool = False
     ) -> None:
         if (box is None) == (bottom_center is None):
             raise ConfigError(f"box is {box} and bottom_center is {bottom_center}; give exactly one of them")
@@ -181,7 +170,6 @@ class DepthCrop(BaseTransform):
         self.image_only = image_only
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Crop; DatasetError if the box exceeds the image."""
         height, width = results["img"].shape[:2]
         left, top, right, bottom = self.box or bottom_center_box(height, width, size=self.bottom_center)
         if left < 0 or top < 0 or right > width or bottom > height:
@@ -189,7 +177,7 @@ class DepthCrop(BaseTransform):
                 f"{results['img_path']} is {height}x{width} (height x width) and does not contain the box "
                 f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); check the crop of the pipeline"
             )
-        _crop(results, (left, top, right, bottom), ("img",) if self.image_only else ("img", DEPTH))
+        _crop(results, (left, top, right, bottom), {"img"} if self.image_only else {"img", DEPTH})
         results["ori_shape"] = results["img_shape"]
         return results
 
@@ -211,11 +199,9 @@ class DepthRandomCrop(BaseTransform):
     """
 
     def __init__(self, size: Sequence[int], *, pad_val: int | None = None) -> None:
-        self.size = tuple(size)
-        self.pad_val = pad_val
+        self.size, self.pad_val = tuple(size), pad_val
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Pad if necessary, and crop."""
         height, width = results["img"].shape[:2]
         if self.size[0] > height or self.size[1] > width:
             if self.pad_val is None:
@@ -231,16 +217,15 @@ class DepthRandomCrop(BaseTransform):
             height, width = shape
         top = np.random.randint(height - self.size[0] + 1)
         left = np.random.randint(width - self.size[1] + 1)
-        _crop(results, (left, top, left + self.size[1], top + self.size[0]), ("img", DEPTH))
+        _crop(results, (left, top, left + self.size[1], top + self.size[0]), {"img", DEPTH})
         return results
 
 
-def _crop(results: dict[str, Any], box: Sequence[int], keys: Sequence[str]) -> None:
+def _crop(results: dict[str, Any], box: Sequence[int], keys: set[str]) -> None:
     left, top, right, bottom = box
     camera = _camera(results)
-    for key in keys:
-        if key in results:
-            results[key] = results[key][top:bottom, left:right]
+    for key in keys & results.keys():
+        results[key] = results[key][top:bottom, left:right]
     results["img_shape"] = results["intrinsics_shape"] = results["img"].shape[:2]
     results["intrinsics"] = camera and (camera[0], camera[1], camera[2] - left, camera[3] - top)
 
@@ -264,14 +249,12 @@ class DepthRandomFlip(BaseTransform):
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Flip, or not; record it in flip and flip_direction."""
         results["flip"] = bool(np.random.rand() < self.prob)
         results["flip_direction"] = "horizontal" if results["flip"] else None
         if results["flip"]:
             camera = _camera({**results, "flip": False})
-            for key in ("img", DEPTH):
-                if key in results:
-                    results[key] = results[key][:, ::-1]
+            for key in {"img", DEPTH} & results.keys():
+                results[key] = results[key][:, ::-1]
             width = results["img"].shape[1]
             results["intrinsics"] = camera and (*camera[:2], width - 1 - camera[2], camera[3])
         results["intrinsics_flip"] = results["flip"]
@@ -289,12 +272,9 @@ class DepthRandomRotate(BaseTransform):
     """
 
     def __init__(self, *, degrees: float = 2.5, prob: float = 0.5, pad_val: int = 0) -> None:
-        self.degrees = degrees
-        self.prob = prob
-        self.pad_val = pad_val
+        self.degrees, self.prob, self.pad_val = degrees, prob, pad_val
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Rotate; the intrinsics are dropped."""
         if np.random.rand() >= self.prob:
             return results
         angle = np.random.uniform(-self.degrees, self.degrees)
@@ -320,18 +300,12 @@ class DepthColorAug(BaseTransform):
     """
 
     def __init__(
-        self,
-        *,
-        gamma: tuple[float, float] = (0.9, 1.1),
-        brightness: tuple[float, float] = (0.75, 1.25),
-        color: tuple[float, float] = (0.9, 1.1),
-        prob: float = 0.5,
-    ) -> None:
-        self.gamma, self.brightness, self.color = gamma, brightness, color
-        self.prob = prob
+        self, *, gamma: Sequence[float] = (0.9, 1.1), brightness: Sequence[float] = (0.75, 1.25),
+        color: Sequence[float] = (0.9, 1.1), prob: float = 0.5,
+    ) -> None:  # fmt: skip
+        self.gamma, self.brightness, self.color, self.prob = gamma, brightness, color, prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Change the image by a table of 256 values per channel."""
         if np.random.rand() >= self.prob:
             return results
         gamma, brightness = np.random.uniform(*self.gamma), np.random.uniform(*self.brightness)
@@ -354,7 +328,6 @@ class PackDepthInputs(BaseTransform):
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Return dict(inputs=, data_samples=)."""
         sample = SegDataSample(metainfo={"flip": False, **{key: results[key] for key in _META if key in results}})
         camera = _camera(results)
         if camera is not None:
@@ -381,14 +354,9 @@ class DepthPreprocessor(ImgDataPreprocessor):
     """
 
     def __init__(
-        self,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        bgr_to_rgb: bool = True,
-        pad_size_divisor: int = 1,
+        self, *, mean: Sequence[float], std: Sequence[float], bgr_to_rgb: bool = True, pad_size_divisor: int = 1,
         pad_val: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(mean, std, pad_size_divisor, pad_val, bgr_to_rgb)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
@@ -401,21 +369,20 @@ class DepthPreprocessor(ImgDataPreprocessor):
         for sample, (h, w) in zip(data["data_samples"], sizes, strict=True):
             padding = (0, width - w, 0, height - h)
             sample.set_metainfo({"img_shape": (h, w), "pad_shape": (height, width), "padding_size": padding})
-            if training:
-                sample.gt_depth_map = PixelData(data=F.pad(self._depth(sample, (h, w)), padding))
+            if not training:
+                continue
+            if DEPTH not in sample:
+                raise ConfigError(
+                    "a training sample has no gt_depth_map; the pipeline needs LoadDepth and PackDepthInputs"
+                )
+            depth = sample.gt_depth_map.data
+            if depth.shape[-2:] != (h, w):
+                raise ConfigError(
+                    f"{sample.get('img_path')} reaches the model as {h}x{w} and its depth map as "
+                    f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changes one without the other"
+                )
+            sample.gt_depth_map = PixelData(data=F.pad(depth, padding))
         return data
-
-    @staticmethod
-    def _depth(sample: SegDataSample, size: tuple[int, int]) -> torch.Tensor:
-        if DEPTH not in sample:
-            raise ConfigError("a training sample has no gt_depth_map; the pipeline needs LoadDepth and PackDepthInputs")
-        depth = sample.gt_depth_map.data
-        if tuple(depth.shape[-2:]) != size:
-            raise ConfigError(
-                f"{sample.get('img_path')} reaches the model as {size[0]}x{size[1]} and its depth map as "
-                f"{depth.shape[-2]}x{depth.shape[-1]}; a transform of the pipeline changes one without the other"
-            )
-        return depth
 
 
 register_step("DepthRandomCrop", lambda step: dict(size=tuple(step["size"])))

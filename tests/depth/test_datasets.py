@@ -1,6 +1,7 @@
 """Pairs of images and depth maps: lists, tables, folders; what is missing or wrong is named."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +26,11 @@ PIPELINE = [LoadCheckedImage(), LoadDepth(), PackDepthInputs()]
 def log(monkeypatch):
     """What was logged, as (message, level)."""
     lines = []
-    for module in (datasets, transforms):
-        monkeypatch.setattr(
-            module, "print_log", lambda message, *, level=logging.INFO, **_: lines.append((message, level))
-        )
+    monkeypatch.setattr(
+        transforms, "print_log", lambda message, *, level=logging.INFO, **_: lines.append((message, level))
+    )
+    logger = SimpleNamespace(info=lambda message: lines.append((message, logging.INFO)))
+    monkeypatch.setattr(datasets.MMLogger, "get_current_instance", lambda: logger)
     return lines
 
 
