@@ -81,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pe_spatial.tracking.vos.clip import Clip
+    from tqdm import tqdm
+
+    from pe_spatial.tracking.vos.clip import Clip, write_overlay
     from pe_spatial.tracking.vos.datasets import davis_clips
     from pe_spatial.tracking.vos.evaluation import read_sequences
     from pe_spatial.tracking.zero_shot_run import ZeroShotRun
@@ -96,11 +98,20 @@ def run(args: argparse.Namespace) -> None:
         clips = [Clip.open(args.video, args.mask)]
     else:
         clips = davis_clips(args.davis, args.sequences and read_sequences(args.sequences))
-    tracker = build_tracker(args)
-    results = ZeroShotRun(tracker, args.out, settings(args), by_layer=args.layers is not None)
-    track(results, clips)
+    results = ZeroShotRun(build_tracker(args), args.out, settings(args), by_layer=args.layers is not None)
+    pending = results.pending(clips)
+    if len(pending) < len(clips):
+        print(f"{len(clips) - len(pending)} of {len(clips)} sequences are complete already")
+    with tqdm(total=sum(map(len, pending)), unit="frame") as progress:
+        for clip in pending:
+            progress.set_description(clip.name)
+            lost = results.tracker.lost_objects(clip.load()[0])
+            if lost:
+                progress.write(f"{clip.name}: objects {', '.join(map(str, lost))} are too small for a patch")
+            results.track(clip, progress.update)
     if args.overlay:
-        write_overlays(args.out, clips)
+        for clip in tqdm([clip for clip in clips if not (args.out / f"{clip.name}.mp4").exists()], unit="overlay"):
+            write_overlay(clip, args.out / clip.name, args.out / f"{clip.name}.mp4")
     if args.davis:
         score(results, args, clips)
 
@@ -141,33 +152,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("variant", "geometry", "checkpoint", "layer", "layers", "protocol", "size", "normalization", *PROPAGATION)
     sources = {name: getattr(args, name) and str(getattr(args, name).resolve()) for name in ("davis", "video", "mask")}
     return {name: getattr(args, name) for name in names} | {"radius": args.radius or None} | sources
-
-
-def track(results: ZeroShotRun, clips: Sequence[Clip]) -> None:
-    """Track through the clips that are not complete."""
-    from tqdm import tqdm
-
-    pending = results.pending(clips)
-    if len(pending) < len(clips):
-        print(f"{len(clips) - len(pending)} of {len(clips)} sequences are complete already")
-    with tqdm(total=sum(map(len, pending)), unit="frame") as progress:
-        for clip in pending:
-            progress.set_description(clip.name)
-            lost = results.tracker.lost_objects(clip.load()[0])
-            if lost:
-                progress.write(f"{clip.name}: objects {', '.join(map(str, lost))} are too small for a patch")
-            results.track(clip, progress.update)
-
-
-def write_overlays(out: Path, clips: Sequence[Clip]) -> None:
-    """Write OUT/<sequence>.mp4 for the clips that have none."""
-    from tqdm import tqdm
-
-    from pe_spatial.tracking.vos.clip import write_overlay
-
-    missing = [clip for clip in clips if not (out / f"{clip.name}.mp4").exists()]
-    for clip in tqdm(missing, unit="overlay"):
-        write_overlay(clip, out / clip.name, out / f"{clip.name}.mp4")
 
 
 def score(results: ZeroShotRun, args: argparse.Namespace, clips: Sequence[Clip]) -> None:

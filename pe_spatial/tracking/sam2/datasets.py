@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, TRANSFORMS
@@ -24,8 +23,9 @@ from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
 from pe_spatial.planning.registry import register_step
+from pe_spatial.tracking.sam2.transforms import ClipTransform
 from pe_spatial.tracking.vos.evaluation import read_sequences
-from pe_spatial.tracking.vos.masks import VOID, object_id, read_mask, read_object_masks, split_masks
+from pe_spatial.tracking.vos.masks import VOID, read_mask, read_object_masks, split_masks
 from pe_spatial.video import list_frames
 
 _SAV_STEP = 4  # SA-V annotates every 4th frame (6 of 24 per second)
@@ -81,8 +81,7 @@ class PngMasks:
     def read(self, frame: str) -> Mapping[int, np.ndarray]:
         """Read the masks of the objects in this frame."""
         if not self._indexed:
-            masks = read_object_masks(self.folder, frame)
-            return {object_id(self.folder / name): mask for name, mask in masks.items()}
+            return read_object_masks(self.folder, frame)
         mask = read_mask(self.folder / f"{frame}.png")
         void = mask == VOID
         if void.any():
@@ -316,7 +315,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
 
 
 @TRANSFORMS.register_module()
-class LoadClip(BaseTransform):
+class LoadClip(ClipTransform):
     """Draw consecutive frames and objects of the first of them, and read images and masks.
 
     As in SAM 2's RandomUniformSampler, every window of annotated frames is equally likely, and another window is drawn
@@ -399,12 +398,6 @@ class LoadClip(BaseTransform):
             if any(mask.any() for mask in first.values()):
                 return window, first
         raise _NoClipError(f"{path} has no window of {self.num_frames} frames with an object in the first one")
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_frames={self.num_frames}, max_objects={self.max_objects}, "
-            f"reverse_prob={self.reverse_prob}, skip_broken={self.skip_broken})"
-        )
 
 
 class _NoClipError(DatasetError):

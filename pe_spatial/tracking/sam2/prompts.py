@@ -43,79 +43,66 @@ class Clicks(NamedTuple):
     labels: Tensor  # (n,): 0 beside the object, 1 on it, or `BOX_CORNERS`
 
 
-class PromptReader:
-    """Checks prompts and brings them to the model's image.
+def read_prompt(where: str, prompt: Prompt, size: tuple[int, int], side: int) -> Clicks | Tensor:
+    """Return clicks, or a mask (1, S, S) of 0 and 1, on the CPU.
 
     Args:
-        image_size: side of the model's image, S pixels.
-        device: of the results.
+        where: name of the prompt in error messages.
+        prompt: prompt of one object.
+        size: (H, W) of the frame.
+        side: S, of the model's image in pixels.
+
+    Raises DatasetError for a prompt that cannot be used.
     """
+    if not isinstance(prompt, Prompt):
+        raise DatasetError(f"{where} is a {type(prompt).__name__}; give a Prompt(points=, labels=, box=, mask=)")
+    clicks = prompt.points is not None or prompt.box is not None
+    if clicks == (prompt.mask is not None):
+        raise DatasetError(f"{where} needs either a mask, or points, a box or both")
+    if (prompt.points is None) != (prompt.labels is None):
+        raise DatasetError(f"{where} has points without labels or labels without points; give one label per point")
+    return _read_clicks(where, prompt, size, side) if clicks else _read_mask(where, prompt.mask, size, side)
 
-    def __init__(self, image_size: int, device: torch.device) -> None:
-        self.image_size = image_size
-        self.device = device
 
-    def read(self, where: str, prompt: Prompt, size: tuple[int, int]) -> Clicks | Tensor:
-        """Return clicks, or a mask (1, S, S) of 0 and 1.
-
-        Args:
-            where: how errors call the prompt.
-            prompt: of one object.
-            size: (H, W) of the frame.
-
-        Raises DatasetError for a prompt that cannot be used.
-        """
-        if not isinstance(prompt, Prompt):
-            raise DatasetError(f"{where} is a {type(prompt).__name__}; give a Prompt(points=, labels=, box=, mask=)")
-        clicks = prompt.points is not None or prompt.box is not None
-        if clicks == (prompt.mask is not None):
-            raise DatasetError(f"{where} needs either a mask, or points, a box or both")
-        if (prompt.points is None) != (prompt.labels is None):
-            raise DatasetError(f"{where} has points without labels or labels without points; give one label per point")
-        if prompt.mask is not None:
-            return self._mask(where, prompt.mask, size)
-        return self._clicks(where, prompt, size)
-
-    def _clicks(self, where: str, prompt: Prompt, size: tuple[int, int]) -> Clicks:
-        height, width = size
-        points: np.ndarray = np.zeros((0, 2), np.float32)
-        labels: np.ndarray = np.zeros(0, np.int32)
-        if prompt.points is not None:
-            points, labels = _numbers(where, prompt.points), _numbers(where, prompt.labels)
-            if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1] or not points.size:
-                raise DatasetError(f"{where} has points {points.shape} and labels {labels.shape}; give (n, 2) and (n,)")
-            if not np.isin(labels, (0, 1)).all():
-                raise DatasetError(f"{where} has labels {labels.tolist()}; 1 is on the object and 0 beside it")
-            inside = (points >= 0) & (points < (width, height))
-            if not inside.all():
-                outside = points[~inside.all(axis=1)][0].tolist()
-                raise DatasetError(f"{where} has a point at {outside}, outside the frame of {width}x{height} (x, y)")
-        if prompt.box is not None:
-            box = _numbers(where, prompt.box)
-            if box.shape != (4,) or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-                raise DatasetError(
-                    f"{where} has the box {box.tolist()}; expected x0 < x1 and y0 < y1 within the frame of "
-                    f"{width}x{height}"
-                )
-            points, labels = np.concatenate((box.reshape(2, 2), points)), np.concatenate((BOX_CORNERS, labels))
-        scaled = torch.from_numpy(points).float() / torch.tensor([width, height]) * self.image_size
-        return Clicks(scaled.to(self.device), torch.from_numpy(labels).to(self.device, torch.int32))
-
-    def _mask(self, where: str, mask: ArrayLike, size: tuple[int, int]) -> Tensor:
-        values = _numbers(where, mask)
-        if values.shape != size or not ((values == 0) | (values == 1)).all():
+def _read_clicks(where: str, prompt: Prompt, size: tuple[int, int], side: int) -> Clicks:
+    height, width = size
+    points: np.ndarray = np.zeros((0, 2), np.float32)
+    labels: np.ndarray = np.zeros(0, np.int32)
+    if prompt.points is not None:
+        points, labels = _numbers(where, prompt.points), _numbers(where, prompt.labels)
+        if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1] or not points.size:
+            raise DatasetError(f"{where} has points {points.shape} and labels {labels.shape}; give (n, 2) and (n,)")
+        if not np.isin(labels, (0, 1)).all():
+            raise DatasetError(f"{where} has labels {labels.tolist()}; 1 is on the object and 0 beside it")
+        inside = (points >= 0) & (points < (width, height))
+        if not inside.all():
+            outside = points[~inside.all(axis=1)][0].tolist()
+            raise DatasetError(f"{where} has a point at {outside}, outside the frame of {width}x{height} (x, y)")
+    if prompt.box is not None:
+        box = _numbers(where, prompt.box)
+        if box.shape != (4,) or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
             raise DatasetError(
-                f"{where} has a mask of shape {values.shape} with values from {values.min(initial=0):g} to "
-                f"{values.max(initial=0):g}; expected {size}, the frame's, with 0 and 1 (for example index == id)"
+                f"{where} has the box {box.tolist()}; expected x0 < x1 and y0 < y1 within the frame of {width}x{height}"
             )
-        if not values.any():
-            raise DatasetError(f"{where} has an empty mask; omit the prompt if the object is not in the frame")
-        side = self.image_size
-        small = torch.from_numpy(values).float()[None].to(self.device)
-        if size != (side, side):
-            small = F.interpolate(small[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
-        # sam2 takes pixels that are half covered; an object smaller than that keeps the pixel that it covers most
-        return (small >= small.max().clamp(max=0.5)).float()
+        points, labels = np.concatenate((box.reshape(2, 2), points)), np.concatenate((BOX_CORNERS, labels))
+    scaled = torch.from_numpy(points).float() / torch.tensor([width, height]) * side
+    return Clicks(scaled, torch.from_numpy(labels).int())
+
+
+def _read_mask(where: str, mask: ArrayLike | None, size: tuple[int, int], side: int) -> Tensor:
+    values = _numbers(where, mask)
+    if values.shape != size or not ((values == 0) | (values == 1)).all():
+        raise DatasetError(
+            f"{where} has a mask of shape {values.shape} with values from {values.min(initial=0):g} to "
+            f"{values.max(initial=0):g}; expected {size}, the frame's, with 0 and 1 (for example index == id)"
+        )
+    if not values.any():
+        raise DatasetError(f"{where} has an empty mask; omit the prompt if the object is not in the frame")
+    small = torch.from_numpy(values).float()[None]
+    if size != (side, side):
+        small = F.interpolate(small[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
+    # sam2 takes pixels that are half covered; an object smaller than that keeps the pixel that it covers most
+    return (small >= small.max().clamp(max=0.5)).float()
 
 
 def _numbers(where: str, values: ArrayLike | None) -> np.ndarray:

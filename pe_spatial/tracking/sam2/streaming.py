@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD
-from pe_spatial.tracking.sam2.prompts import BOX_CORNERS, Clicks, Prompt, PromptReader
+from pe_spatial.tracking.sam2.prompts import BOX_CORNERS, Clicks, Prompt, read_prompt
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -253,11 +253,14 @@ class StreamingTracker:
 
     def _prompts(self, t: int, prompts: Mapping[int, Prompt], frame_rgb: np.ndarray) -> dict[int, _Input]:
         height, width, _ = frame_rgb.shape
-        reader = PromptReader(self.model.image_size, self.model.device)
+        device = self.model.device
         inputs = {}
         for i, prompt in prompts.items():
-            value = reader.read(f"prompt of object {i} on frame {t}", prompt, (height, width))
-            inputs[_object_id(i)] = _Input(clicks=value) if isinstance(value, Clicks) else _Input(mask=value)
+            value = read_prompt(f"prompt of object {i} on frame {t}", prompt, (height, width), self.model.image_size)
+            if isinstance(value, Clicks):
+                inputs[_object_id(i)] = _Input(clicks=Clicks(*(part.to(device) for part in value)))
+            else:
+                inputs[_object_id(i)] = _Input(mask=value.to(device))
         return inputs
 
     def _encode(self, frame_rgb: np.ndarray) -> dict[str, Any]:
@@ -318,6 +321,8 @@ class StreamingTracker:
 
     def _condition(self, features: Mapping[str, Any], banks: list[_Bank]) -> Tensor:
         """Attend from the frame to the memories of each object: (B, d, g, g)."""
+        from sam2.modeling.sam2_utils import get_1d_sine_pe
+
         model, count = self.model, len(banks)
         image = _expand(features, count)
         device = image.device
@@ -330,7 +335,7 @@ class StreamingTracker:
 
         pointers = torch.stack([torch.stack([x for _, x in bank.pointers]) for bank in banks])  # (B, p, d)
         back = torch.tensor([[n for n, _ in bank.pointers] for bank in banks], device=device)  # (B, p)
-        pointer_pos = model.obj_ptr_tpos_proj(_sine(back / (self._reach() - 1), model.hidden_dim))  # (B, p, m)
+        pointer_pos = model.obj_ptr_tpos_proj(get_1d_sine_pe(back / (self._reach() - 1), model.hidden_dim))  # (B, p, m)
         tokens = pointers.reshape(count, -1, model.mem_dim)  # (B, p * d / m, m)
         pointer_pos = pointer_pos.repeat_interleave(model.hidden_dim // model.mem_dim, dim=1)
         attended = model.memory_attention(
@@ -436,9 +441,3 @@ def _object_id(value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise DatasetError(f"object id {value!r} is not an integer") from None
-
-
-def _sine(positions: Tensor, dim: int) -> Tensor:
-    from sam2.modeling.sam2_utils import get_1d_sine_pe
-
-    return get_1d_sine_pe(positions, dim)

@@ -25,8 +25,15 @@ from pe_spatial.planning.registry import register_step
 _FILL = (123, 116, 103)  # RGB of pixels from outside the image
 
 
+class ClipTransform(BaseTransform):
+    """A transform that prints its options."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
+
+
 @TRANSFORMS.register_module()
-class ClipFlip(BaseTransform):
+class ClipFlip(ClipTransform):
     """Flip the clip horizontally with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.5) -> None:
@@ -39,12 +46,9 @@ class ClipFlip(BaseTransform):
             results["masks"] = np.ascontiguousarray(results["masks"][..., ::-1])
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(prob={self.prob})"
-
 
 @TRANSFORMS.register_module()
-class ClipAffine(BaseTransform):
+class ClipAffine(ClipTransform):
     """Rotate and shear the clip about the center of its frames: images bilinearly, masks by nearest neighbor.
 
     If an object would lose all pixels in the first frame, the clip stays unchanged. Pixels from outside get SAM 2's
@@ -76,9 +80,6 @@ class ClipAffine(BaseTransform):
         results["frames"] = [_warp(frame, matrix, cv2.INTER_LINEAR, _FILL) for frame in results["frames"]]
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(degrees={self.degrees}, shear={self.shear})"
-
 
 def affine_matrix(angle: float, shear: float, size: tuple[int, int]) -> np.ndarray:
     """Return the matrix (2, 3) from old to new pixels (x, y): a shear along x, then a clockwise rotation, in degrees.
@@ -100,7 +101,7 @@ def _warp(image: np.ndarray, matrix: np.ndarray, interpolation: int, fill: Any) 
 
 
 @TRANSFORMS.register_module()
-class ClipResize(BaseTransform):
+class ClipResize(ClipTransform):
     """Resize images and masks to `size` x `size` pixels, ignoring the aspect ratio, bilinearly with antialiasing.
 
     A pixel belongs to an object that covers more than half of it: SAM 2 resizes masks like images, then rounds.
@@ -124,12 +125,9 @@ class ClipResize(BaseTransform):
         results["masks"] = resized
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size})"
-
 
 @TRANSFORMS.register_module()
-class ClipColorJitter(BaseTransform):
+class ClipColorJitter(ClipTransform):
     """Change brightness, contrast and saturation in random order, as torchvision's ColorJitter does to PIL images.
 
     Args:
@@ -168,15 +166,9 @@ class ClipColorJitter(BaseTransform):
         drawn = [(enhance, np.random.uniform(max(0.0, 1 - bound), 1 + bound)) for enhance, bound in kinds]
         return [drawn[i] for i in np.random.permutation(len(drawn))]
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(brightness={self.brightness}, contrast={self.contrast}, "
-            f"saturation={self.saturation}, per_frame={self.per_frame})"
-        )
-
 
 @TRANSFORMS.register_module()
-class ClipGrayscale(BaseTransform):
+class ClipGrayscale(ClipTransform):
     """Convert the clip to gray with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.05) -> None:
@@ -190,12 +182,9 @@ class ClipGrayscale(BaseTransform):
             ]
         return results
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(prob={self.prob})"
-
 
 @TRANSFORMS.register_module()
-class PackClip(BaseTransform):
+class PackClip(ClipTransform):
     """Pack a clip for the model.
 
     `inputs` is (T, 3, H, W) uint8 RGB, `masks` is (N, T, H, W) bool, and `data_samples` has img_path ('<folder> <first
@@ -221,9 +210,6 @@ class PackClip(BaseTransform):
         frames = np.ascontiguousarray(np.stack(results["frames"]).transpose(0, 3, 1, 2))
         masks = results["masks"][kept]
         return dict(inputs=torch.from_numpy(frames), masks=torch.from_numpy(masks), data_samples=sample)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 register_step("ClipResize", lambda step: dict(size=(step["size"], step["size"])))

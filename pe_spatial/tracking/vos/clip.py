@@ -11,15 +11,7 @@ import numpy as np
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb
-from pe_spatial.tracking.vos.masks import (
-    PALETTE,
-    VOID,
-    join_masks,
-    object_id,
-    read_mask,
-    read_object_masks,
-    split_masks,
-)
+from pe_spatial.tracking.vos.masks import PALETTE, VOID, join_masks, read_mask, read_object_masks, split_masks
 from pe_spatial.video import count_frames, decode_video, frame_rate, list_frames, mp4_writer
 
 DEFAULT_FPS = 24.0
@@ -129,8 +121,7 @@ class Clip:
         for name in names:
             path = annotated.pop(name, None)
             if path and self.overlapping:
-                masks = read_object_masks(self.mask, name)
-                yield name, {object_id(self.mask / folder): mask for folder, mask in masks.items() if mask.any()}
+                yield name, {i: mask for i, mask in read_object_masks(self.mask, name).items() if mask.any()}
             elif path:
                 yield name, split_masks(read_mask(path))
         for path in annotated.values():

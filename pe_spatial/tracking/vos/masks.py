@@ -1,4 +1,4 @@
-"""Object masks: index masks (PNGs whose pixels are object ids), or one folder of binary PNGs for each object."""
+"""Object masks: index masks (PNGs with object ids as pixels), or one folder of binary PNGs for each object."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Read a PNG whose pixels are object ids: (H, W) uint8, and whether it has a palette.
+    """Read a PNG with object ids as pixels: (H, W) uint8, and whether it has a palette.
 
     Without a palette the gray values (8 bits or 1) are the ids. Everything else raises DatasetError: an RGB image has
     lost its ids, and so has gray of 2, 4 or 16 bits once a reader has scaled it to 8.
@@ -46,7 +46,7 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
     except OSError as error:
         raise DatasetError(f"cannot open {path}: {error}") from error
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
-        raise DatasetError(f"{path} is not a PNG; masks are PNGs whose pixels are object ids (mode P or 8-bit gray)")
+        raise DatasetError(f"{path} is not a PNG; masks are PNGs with object ids as pixels (mode P or 8-bit gray)")
     bits, color = data[24], _COLOR_TYPES.get(data[25], "unknown")
     if color != "palette" and (color, bits) not in {("gray", 1), ("gray", 8)}:
         raise DatasetError(
@@ -97,13 +97,12 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     return binary
 
 
-def read_object_masks(video: str | Path, frame: str) -> dict[str, np.ndarray]:
-    """Read the masks of one frame from SA-V's layout, <video>/<object>/<frame>.png: object name -> (H, W) bool.
+def read_object_masks(video: str | Path, frame: str) -> dict[int, np.ndarray]:
+    """Read the masks of one frame from SA-V's layout, <video>/<object>/<frame>.png: object id -> (H, W) bool.
 
     The masks may overlap. Objects without a file for this frame are omitted.
     """
-    files = sorted(Path(video).glob(f"*/{frame}.png"))
-    return {path.parent.name: read_binary_mask(path) for path in files}
+    return {object_id(path.parent): read_binary_mask(path) for path in sorted(Path(video).glob(f"*/{frame}.png"))}
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:

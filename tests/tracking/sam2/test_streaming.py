@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
-from pe_spatial.tracking.sam2.prompts import Prompt, PromptReader
+from pe_spatial.tracking.sam2.prompts import Prompt, read_prompt
 from pe_spatial.tracking.sam2.streaming import StreamingTracker, _Input, _Memory, _Object
 
 pytest.importorskip("sam2")
@@ -473,7 +473,7 @@ def test_masks_are_where_logits_are_positive(model):
 def test_a_mask_smaller_than_a_pixel_of_the_model_is_not_lost(model):
     mask = np.zeros((600, 800), np.uint8)
     mask[300, 400] = 1
-    small = PromptReader(model.image_size, torch.device("cpu")).read("prompt", Prompt(mask=mask), mask.shape)
+    small = read_prompt("prompt", Prompt(mask=mask), mask.shape, model.image_size)
     assert 1 <= small.sum() <= 4
     assert small[0, 31:33, 31:33].any()
 

@@ -109,11 +109,11 @@ def test_objects_in_folders_may_overlap_and_come_and_go(tmp_path):
         write_mask(tmp_path / name / "00004.png", mask.astype(np.uint8) * (255 if name == "000" else 1))
     write_mask(tmp_path / "001" / "00008.png", np.zeros_like(IDS))
     read = read_object_masks(tmp_path, "00004")
-    assert list(read) == ["000", "001", "007"]
+    assert list(read) == [0, 1, 7]
     for name, mask in masks.items():
-        assert read[name].dtype == bool
-        np.testing.assert_array_equal(read[name], mask)
-    assert {name: mask.sum() for name, mask in read_object_masks(tmp_path, "00008").items()} == {"001": 0}
+        assert read[int(name)].dtype == bool
+        np.testing.assert_array_equal(read[int(name)], mask)
+    assert {i: mask.sum() for i, mask in read_object_masks(tmp_path, "00008").items()} == {1: 0}
 
 
 def test_a_mask_of_one_object_has_two_values(tmp_path):
