@@ -267,14 +267,10 @@ def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: 
             name = f"{track.sequence}_{track.part or i}"
             # an id in neither mask of a frame scores 1
             values = np.array([frame.scores.get(i, (1.0, 1.0)) for frame in scored[start:]])  # (frames, 2)
-            j, f = (statistics(column, official_decay=official_decay) for column in values.T)
             per_object[name] = {
-                "J-Mean": j.mean,
-                "J-Recall": j.recall,
-                "J-Decay": j.decay,
-                "F-Mean": f.mean,
-                "F-Recall": f.recall,
-                "F-Decay": f.decay,
+                f"{measure}-{statistic.capitalize()}": value
+                for measure, column in zip("JF", values.T, strict=True)
+                for statistic, value in statistics(column, official_decay=official_decay)._asdict().items()
             }
             per_frame[name] = {
                 "frames": list(track.scored[start:]),
