@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and a bound on threads."""
+"""Fixtures of all tests, one thread for each process, and the report on skipped tests."""
 
 import os
 from collections import Counter
@@ -12,7 +12,9 @@ from helpers.repository import REPO
 
 from pe_spatial import PerceptionEncoder
 
-torch.set_num_threads(min(torch.get_num_threads(), 4))
+# One thread, also in the processes that tests start: numbers are the same with pytest -n 2, which fills two cores.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def shared_folder(environ: Mapping[str, str]) -> Path:
@@ -40,6 +42,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     A job that has one of them names it in `PE_SPATIAL_REQUIRE`, and then it may not be missing either.
     """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest -n
+        return
     optional = {"gpu", "detectron2"} - set(os.environ.get("PE_SPATIAL_REQUIRE", "").split())
     skipped = [r.nodeid for r in reporter.stats.get("skipped", ()) if not optional & set(getattr(r, "keywords", ()))]
     if os.environ.get("CI") and skipped:

@@ -14,6 +14,7 @@ from helpers.repository import REPO
 
 import pe_spatial
 from pe_spatial.cli.main import COMMANDS, build_parser
+from pe_spatial.encoder.variants import get_config
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "projects").rglob("README.md"))]
 BLOCKS = [
@@ -72,7 +73,7 @@ def test_commands_are_understood(page, line, capsys):
     if config := getattr(args, "config", None):
         assert is_config(str(config)), f"{page}: there is no config {config}"
     for variant in re.findall(r"(?:--variant |--swap |backbone\.variant=)(?!timm:)([\w-]+)", line):
-        assert pe_spatial.VARIANTS[variant]
+        assert get_config(variant)
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in LINES}))

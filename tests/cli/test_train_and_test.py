@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("mmdet")
 from helpers.coco import write_coco
-from helpers.repository import REPO, tool
+from helpers.repository import REPO, command, tool
 from mmengine.config import Config
 from torch.testing import assert_close
 
@@ -108,11 +108,11 @@ def test_detectron2_and_safetensors_files_evaluate_as_they_are(trained):
     """The same weights in three layouts give the same predictions."""
     project, _ = trained
     for path, layout in (("d2.pth", "detectron2"), ("d2.safetensors", "detectron2"), ("ours.safetensors", "mmdet")):
-        tool("convert_checkpoint", "run/iter_4.pth", path, "--to", layout, cwd=project)
+        command("convert_checkpoint", "run/iter_4.pth", path, "--to", layout, cwd=project)
     results = []
     for path in ("run/iter_4.pth", "d2.pth", "d2.safetensors", "ours.safetensors"):
         options = ("--data-root", "data", "--work-dir", "run/test", "--out", "out.pkl")
-        tool("test", "tiny.py", path, *options, cwd=project)
+        command("test", "tiny.py", path, *options, cwd=project)
         predictions = pickle.loads((project / "out.pkl").read_bytes())
         results.append([torch.cat([p["pred_instances"]["bboxes"] for p in predictions])])
     assert len(results[0][0])
@@ -124,17 +124,17 @@ def test_resume_continues_without_the_pretrained_file(trained, tmp_path, sentenc
     project, _ = trained
     options = ("--data-root", "data", "--cfg-options", "train_cfg.max_iters=5")
     options += ("model.backbone.init_cfg.checkpoint=gone",)
-    log = tool("train", "tiny.py", "--work-dir", tmp_path, "--resume", "run/iter_4.pth", *options, cwd=project)
+    log = command("train", "tiny.py", "--work-dir", tmp_path, "--resume", "run/iter_4.pth", *options, cwd=project)
     assert "Iter(train) [5/5]" in log
     assert "Iter(train) [4/5]" not in log
     assert "no checkpoint at gone" in sentence("train", "tiny.py", "--work-dir", tmp_path / "new", "--resume", *options)
 
 
 def test_killed_run_resumes_where_it_saved(project, tmp_path):
-    command = [sys.executable, str(REPO / "tools" / "train.py"), "tiny.py", "--data-root", "data"]
-    command += ["--work-dir", str(tmp_path), "--resume", "--cfg-options", "train_cfg.max_iters=500"]
+    arguments = [sys.executable, str(REPO / "tools" / "train.py"), "tiny.py", "--data-root", "data"]
+    arguments += ["--work-dir", str(tmp_path), "--resume", "--cfg-options", "train_cfg.max_iters=500"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(arguments, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 90
         while not (tmp_path / "last_checkpoint").is_file() and time.monotonic() < deadline:
@@ -143,7 +143,7 @@ def test_killed_run_resumes_where_it_saved(project, tmp_path):
         running.send_signal(signal.SIGKILL)
         running.wait()
     saved = int(Path((tmp_path / "last_checkpoint").read_text()).stem.removeprefix("iter_"))
-    log = tool(
+    log = command(
         "train", "tiny.py", "--data-root", "data", "--work-dir", tmp_path, "--resume",
         "--cfg-options", f"train_cfg.max_iters={saved + 1}", cwd=project,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_killed_run_resumes_where_it_saved(project, tmp_path):
 
 
 def test_auto_scale_lr_and_amp(project, tmp_path):
-    log = tool(
+    log = command(
         "train", "tiny.py", "--data-root", "data", "--work-dir", tmp_path, "--auto-scale-lr", "--amp", "--verbose",
         "--cfg-options", "train_cfg.max_iters=1", "train_cfg.val_interval=9", "optim_wrapper.type=OptimWrapper",
         cwd=project,
@@ -163,7 +163,7 @@ def test_auto_scale_lr_and_amp(project, tmp_path):
 
 def test_test_writes_predictions_and_images(trained, tmp_path):
     project, _ = trained
-    log = tool(
+    log = command(
         "test", "tiny.py", "run/iter_4.pth", "--data-root", "data", "--work-dir", tmp_path / "test",
         "--out", tmp_path / "out.pkl", "--show-dir", tmp_path / "shown",
         "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", "model.backbone.init_cfg.checkpoint=gone",
@@ -178,7 +178,7 @@ def test_test_writes_predictions_and_images(trained, tmp_path):
 
 def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
     project, _ = trained
-    log = tool(
+    log = command(
         "test", "tiny.py", "run/iter_4.pth", "--data-root", "data", "--work-dir", tmp_path, "--tta",
         "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", cwd=project,
     )  # fmt: skip
@@ -238,4 +238,4 @@ def test_broken_image_in_a_worker_of_the_test_is_one_sentence(trained, tmp_path,
         "--cfg-options", "test_dataloader.num_workers=1",
     )  # fmt: skip
     assert refused.startswith(f"error: {tmp_path}/data/val2017/3.png ")
-    assert "restore the file" in refused
+    assert "is not a readable image" in refused

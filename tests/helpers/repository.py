@@ -1,9 +1,13 @@
-"""Where things are, and the tools run as a user runs them."""
+"""Where things are, and the commands run as a user runs them."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from pe_spatial.cli.main import main
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
@@ -21,3 +25,15 @@ def tool(name, *args, cwd):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+def command(name, *args, cwd):
+    """Run a command in this process, which saves the start of an interpreter, and return what it prints."""
+    printed, before = io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            main([name, *map(str, args)])
+    finally:
+        os.chdir(before)
+    return printed.getvalue()
