@@ -121,6 +121,7 @@ def build_config(text, path):
 
     mmdet = pytest.importorskip("mmdet")
     base = Path(mmdet.__file__).parent / ".mim/configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+    text = text.replace("PATH_TO_PE_SPATIAL", str(REPO))
     path.write_text(text if "_base_" in text else f"_base_ = {str(base)!r}\n{text}")
     cfg = Config.fromfile(path)
     init_default_scope("mmdet")
@@ -130,3 +131,16 @@ def build_config(text, path):
     assert not model.with_neck
     assert model.backbone.pyramid.strides == tuple(cfg.model.rpn_head.anchor_generator.strides)
     assert cfg.optim_wrapper.constructor == "LayerDecayOptimWrapperConstructor"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_links_lead_somewhere_and_lines_are_short(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in link or (page.parent / link).exists(), link
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    assert not [line for line in prose if len(line) > 120 and not line.startswith("|")]
+
+
+def test_readme_is_short():
+    assert len((REPO / "README.md").read_text().splitlines()) <= 150
