@@ -1,14 +1,16 @@
 # Every target first makes .venv where it is missing or out of date (tools/setup_env.sh); a second run finds it ready at once.
 # PYTHON=python3.12 make test    chooses the Python that .venv is made with.
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test check lint bench
 
 python := .venv/bin/python
+core_tests := $(addprefix tests/,encoder test_imports.py test_atomic.py cli/test_common.py)
 
 help:
 	@echo "make demo    set up, then train, evaluate and draw a small detector"
 	@echo "make test    set up, then lint and run all tests"
-	@echo "make lint    set up, then ruff, and mypy on pe_spatial/encoder"
+	@echo "make check   set up, then lint and run the tests of the core: less than a minute"
+	@echo "make lint    set up, then ruff and mypy"
 	@echo "make bench   set up, then measure speed and memory"
 	@echo "make setup   set up only"
 
@@ -19,7 +21,10 @@ demo: setup
 	$(python) tools/demo.py
 
 test: lint
-	$(python) -m pytest -m ""
+	OMP_NUM_THREADS=1 $(python) -m pytest -m "" -n auto --maxprocesses 8 --dist worksteal
+
+check: lint
+	OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 $(core_tests)
 
 lint: setup
 	$(python) -m ruff check .
