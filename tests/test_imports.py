@@ -31,7 +31,7 @@ ARROWS = {
     "integrations": {"integrations", "encoder"} | GROUND,
     "planning": {"planning", "integrations", "encoder"} | GROUND,
     "engine": SERVICES | {"encoder"} | GROUND,
-    **{room: {room, "encoder"} | SERVICES | GROUND for room in TASKS},
+    **{room: {room, "encoder"} | SERVICES | GROUND for room in sorted(TASKS)},
     "cli": {"cli", "encoder"} | TASKS | SERVICES | GROUND,
 }
 
