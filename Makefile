@@ -4,12 +4,12 @@
 .PHONY: help setup demo test check lint bench
 
 python := .venv/bin/python
-core_tests := $(addprefix tests/,encoder test_imports.py test_atomic.py cli/test_common.py)
+core_tests := $(addprefix tests/,encoder test_imports.py test_atomic.py cli/test_common.py cli/test_main.py engine/test_console.py)
 
 help:
 	@echo "make demo    set up, then train, evaluate and draw a small detector"
 	@echo "make test    set up, then lint and run all tests"
-	@echo "make check   set up, then lint and run the tests of the core: less than a minute"
+	@echo "make check   set up, then lint and run the tests of the core, in less than a minute"
 	@echo "make lint    set up, then ruff and mypy"
 	@echo "make bench   set up, then measure speed and memory"
 	@echo "make setup   set up only"

@@ -1,5 +1,6 @@
 """Fixtures of all tests, one thread for each process, and the report on skipped tests."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -87,3 +88,17 @@ def tiny(randomize) -> Callable[..., PerceptionEncoder]:
         return randomize(PerceptionEncoder(TINY if class_token else TINY_NO_CLASS, **options)).eval()
 
     return build
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What mmengine's current logger gets, as (message, level)."""
+    from mmengine.logging import MMLogger
+
+    lines: list[tuple[str, int]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.getMessage(), record.levelno))
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    return lines

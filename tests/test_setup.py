@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,27 @@ def test_two_at_once_install_once(machine: Machine) -> None:
         assert process.communicate(timeout=30)[1] == ""
         assert process.returncode == 0
     assert len(machine.installs()) == alone
+
+
+def test_wheel_carries_configs_and_weights(tmp_path: Path) -> None:
+    """So that `pe_spatial::x.py` and the demo work after `pip install .`, without the repository."""
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, tmp_path)
+    for name in ("pe_spatial", "configs"):
+        shutil.copytree(REPO / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", ".", "-q", "--no-deps", "--no-build-isolation", "-w", "dist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    carried = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"pe_spatial/.mim/{path.relative_to(REPO)}" for path in (REPO / "configs").rglob("*.py")}
+    assert len(expected) > 30
+    assert expected <= carried
+    assert "pe_spatial/synthetic/pe_synthetic_xs8_192.safetensors" in carried
+    assert any(
+        b"pe-spatial = pe_spatial.cli.main:main" in zipfile.ZipFile(wheel).read(name)
+        for name in carried
+        if name.endswith("entry_points.txt")
+    )
 
 
 def test_no_file_names_an_index_host_or_a_place_on_one_machine() -> None:

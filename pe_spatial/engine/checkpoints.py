@@ -48,7 +48,7 @@ def check_complete(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises half a dozen types for broken files
-        damaged = error
+        damaged = str(error) or type(error).__name__
     if damaged is not None:
         raise CheckpointError(
             f"{path} is damaged: its bytes differ from those that were written ({damaged}). Use an older checkpoint, "
@@ -75,9 +75,9 @@ def find_checkpoint(source: str, work_dir: str) -> str | None:
         except CheckpointError as error:
             result[1] = str(error)
     broadcast_object_list(result)
-    checkpoint, error = result
-    if error is not None:
-        raise CheckpointError(error)
+    checkpoint, message = result
+    if message is not None:
+        raise CheckpointError(message)
     if checkpoint is not None and not is_main_process():
         _check_state(checkpoint)
     return checkpoint
@@ -96,8 +96,8 @@ def _latest_complete(work_dir: str) -> str | None:
         except CheckpointError as error:
             errors.append(error)
         else:
-            for error in errors:
-                MMLogger.get_current_instance().warning(f"{error} This run resumes from {path}.")
+            for skipped in errors:
+                MMLogger.get_current_instance().warning(f"{skipped} This run resumes from {path}.")
             return checkpoint
     raise CheckpointError(f"{errors[0]} The {len(errors) - 1} others beside it are damaged too.")
 

@@ -1,7 +1,7 @@
 """The same seed gives the same losses to the last bit, whether a run was interrupted or not.
 
-Nothing is stored for it: the random numbers of a step follow from (seed, rank, step), those of an image's
-augmentation from (seed, rank, how many images were drawn before). `make_deterministic` puts it into any config.
+Nothing is stored: the random numbers of a step follow from (seed, rank, step), those of an image's augmentation from
+(seed, rank, number of images drawn before). `make_deterministic` puts it into any config.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pe_spatial.errors import ConfigError
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and torch from several numbers, so that neighboring ones share nothing."""
+    """Seed Python, NumPy and torch from several numbers, so that adjacent ones share nothing."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -32,29 +32,29 @@ def seed_everything(*numbers: int) -> None:
 
 
 class SeededIndex(int):
-    """An index into a dataset that knows how many its process drew before it, and from which seed."""
+    """An index into a dataset that carries the seed of its augmentation."""
 
     seed: tuple[int, ...]
 
     def __new__(cls, index: int, *seed: int) -> SeededIndex:
-        """Return `index` with the numbers that its augmentation is seeded from."""
+        """Return `index` with the numbers from which its augmentation is seeded."""
         self = super().__new__(cls, index)
         self.seed = seed
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the numbers on the way to a data worker."""
+        """Keep the numbers when pickled for a data worker."""
         return SeededIndex, (int(self), *self.seed)
 
 
 @DATA_SAMPLERS.register_module()
 class SeededSampler(Sampler[int]):
-    """Another sampler, whose indices become `SeededIndex`s.
+    """Wrap a sampler and turn its indices into `SeededIndex`s.
 
     Args:
-        dataset: of the other sampler.
-        sampler: the config of the other sampler.
-        seed: of the run.
+        dataset: dataset of the sampler.
+        sampler: config of the sampler.
+        seed: seed of the run.
     """
 
     def __init__(self, dataset: Sized, *, sampler: Mapping[str, Any], seed: int | None = None) -> None:
@@ -63,24 +63,24 @@ class SeededSampler(Sampler[int]):
         self.epoch = self.skipped = 0
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the draws of this process."""
+        """Yield the indices of this process."""
         for number, index in enumerate(self.inner, self.skipped):
             yield SeededIndex(index, self.seed, get_rank(), self.epoch, number)
 
     def __len__(self) -> int:
-        """Length of the other sampler."""
+        """Return the length of the wrapped sampler."""
         return len(self.inner)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch."""
+        """Start an epoch."""
         self.epoch = epoch
         self.inner.set_epoch(epoch)
 
     def skip(self, number: int) -> None:
-        """Begin after `number` draws, as a run that resumes does."""
+        """Start after `number` indices, as a resumed run does."""
         if not hasattr(self.inner, "skip"):
             raise ConfigError(
-                f"a run of iterations cannot resume on a {type(self.inner).__name__}; use InfiniteSampler"
+                f"a run of iterations cannot resume with a {type(self.inner).__name__}; use InfiniteSampler"
             )
         self.skipped = number
         self.inner.skip(number)
@@ -88,7 +88,7 @@ class SeededSampler(Sampler[int]):
 
 @TRANSFORMS.register_module()
 class SeedAugmentation(BaseTransform):
-    """Seed Python's and NumPy's random numbers for one image's augmentation; the first step of a pipeline."""
+    """Seed Python's and NumPy's random numbers for the augmentation of one image; the first step of a pipeline."""
 
     def __init__(self) -> None:
         self._seeded = False
@@ -96,7 +96,7 @@ class SeedAugmentation(BaseTransform):
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read the seed from `sample_idx`, a `SeededIndex`; ConfigError if a dataset wrapper lost it.
 
-        An image that stands for a broken one has a plain index, and goes on with the random numbers of that one.
+        An image that replaces a broken one has a plain index and continues with the random numbers of the broken one.
         """
         draw = results.get("sample_idx")
         if isinstance(draw, SeededIndex):
@@ -106,15 +106,15 @@ class SeedAugmentation(BaseTransform):
             self._seeded = True
         elif not self._seeded:
             raise ConfigError(
-                f"sample_idx is {draw!r} and does not say which draw it is: a wrapper around the dataset "
-                "(RepeatDataset, ConcatDataset, ...) lost it; --deterministic needs the dataset itself"
+                f"sample_idx is {draw!r} and carries no seed: a wrapper around the dataset (RepeatDataset, "
+                "ConcatDataset, ...) lost it; --deterministic needs the dataset itself"
             )
         return results
 
 
 @HOOKS.register_module()
 class SeedStepHook(Hook):
-    """Seed every random number of a step (drop path, sampling of proposals, prompts) from the step's number."""
+    """Seed all random numbers of a step (drop path, sampling of proposals, prompts) from the step's number."""
 
     priority = "VERY_HIGH"
 
@@ -124,12 +124,12 @@ class SeedStepHook(Hook):
 
 
 def make_deterministic(cfg: Config, seed: int) -> None:
-    """Have `cfg` give the same losses whenever it is run with `seed`."""
+    """Change `cfg` so that each run with `seed` gives the same losses."""
     cfg.randomness = dict(seed=seed, deterministic=True)
     loader = cfg.train_dataloader
     if "pipeline" not in loader.dataset:
         raise ConfigError(
-            f"the dataset of training is a {loader.dataset.get('type')} without a pipeline of its own; "
+            f"the training dataset is a {loader.dataset.get('type')} without its own pipeline; "
             "--deterministic needs the dataset itself"
         )
     loader.dataset.pipeline = [dict(type="SeedAugmentation"), *loader.dataset.pipeline]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mmcv.transforms import BaseTransform
 from mmengine import fileio
-from mmengine.logging import print_log
+from mmengine.dataset import BaseDataset
+from mmengine.logging import MMLogger
 from mmengine.registry import TRANSFORMS
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import decode_rgb
 
 
-class RefetchBrokenMixin:
-    """For mmengine's datasets: in training, draw another sample where the pipeline gives None for a broken one."""
+class RefetchBrokenMixin(BaseDataset):
+    """For mmengine's datasets: in training, draw another sample where the pipeline returns None for a broken one."""
 
     def __getitem__(self, idx: int) -> Any:
         """Return a sample; DatasetError after `max_refetch` more draws."""
@@ -30,29 +30,27 @@ class RefetchBrokenMixin:
             idx = self._rand_another()
         raise DatasetError(
             f"{self.max_refetch + 1} draws from {self.ann_file or self.data_prefix} gave no usable image "
-            "(the log names broken ones): check data_root (--data-root), or restore the files"
+            "(the log names the broken ones). Check data_root (--data-root), or restore the files."
         )
 
 
 def log_skipped(known: set[str], kind: str, path: str, problem: Exception) -> None:
-    """Log once why a sample of training is left out, and how many of this kind there were in this process."""
+    """Log once why a training sample is omitted, and how many of this kind this process has omitted."""
     if path not in known:
         known.add(path)
-        print_log(
-            f"skipped ({len(known)} {kind} so far in this process): {problem}", logger="current", level=logging.WARNING
-        )
+        MMLogger.get_current_instance().warning(f"skipped ({len(known)} {kind} so far in this process): {problem}")
 
 
 @TRANSFORMS.register_module()
 class LoadCheckedImage(BaseTransform):
-    """Read an image of any mode as 8-bit BGR, turned as its EXIF says, and compare its size with the annotations'.
+    """Read an image of any mode as 8-bit BGR, rotated by its EXIF, and compare its size with the annotations.
 
     Gray, palette, transparent (transparency is dropped), CMYK and 16-bit images become three channels of 8 bits. PIL
     decodes, as in the released recipe.
 
     Args:
-        skip_broken: for training: log an image that cannot be used, and have another one drawn, instead of raising.
-        backend_args: of mmengine's file backend.
+        skip_broken: for training: log an unusable image and let the dataset draw another one, instead of raising.
+        backend_args: options of mmengine's file backend.
     """
 
     def __init__(self, *, skip_broken: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
@@ -71,7 +69,7 @@ class LoadCheckedImage(BaseTransform):
             if image.shape[:2] != expected:
                 raise DatasetError(
                     f"{path} is {image.shape[0]}x{image.shape[1]} (height x width, after EXIF rotation) but its "
-                    f"annotations say {expected[0]}x{expected[1]}; mend the annotation file or restore the image"
+                    f"annotations say {expected[0]}x{expected[1]}; fix the annotation file or restore the image"
                 )
         except (DatasetError, OSError) as error:
             problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")

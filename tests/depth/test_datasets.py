@@ -1,7 +1,6 @@
 """Pairs of images and depth maps: lists, tables, folders; what is missing or wrong is named."""
 
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 pytest.importorskip("mmseg")
 from mmengine.registry import DATASETS
 
-from pe_spatial.depth import datasets, transforms
 from pe_spatial.depth.datasets import DepthPairDataset
 from pe_spatial.depth.transforms import LoadDepth, PackDepthInputs
 from pe_spatial.engine.loading import LoadCheckedImage
@@ -20,18 +18,6 @@ from pe_spatial.synthetic import write_dataset
 pytestmark = pytest.mark.mmseg
 NYU = ("rgb_{}.jpg", "sync_depth_{}.png")
 PIPELINE = [LoadCheckedImage(), LoadDepth(), PackDepthInputs()]
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """What was logged, as (message, level)."""
-    lines = []
-    monkeypatch.setattr(
-        transforms, "print_log", lambda message, *, level=logging.INFO, **_: lines.append((message, level))
-    )
-    logger = SimpleNamespace(info=lambda message: lines.append((message, logging.INFO)))
-    monkeypatch.setattr(datasets.MMLogger, "get_current_instance", lambda: logger)
-    return lines
 
 
 def write_pair(folder, number, *, depth=None, size=(24, 32)):

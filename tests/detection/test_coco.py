@@ -10,7 +10,6 @@ from PIL import Image
 pytest.importorskip("mmdet")
 from helpers.coco import annotation, write_coco
 from mmcv.transforms import LoadImageFromFile
-from mmengine.logging import MMLogger
 from torch.utils.data import DataLoader
 
 from pe_spatial.detection.coco import CheckedCocoDataset
@@ -37,18 +36,6 @@ def edit(coco):
         return coco
 
     return apply
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """What was logged, as (message, level)."""
-    lines = []
-    logger = MMLogger.get_current_instance()
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append((record.getMessage(), record.levelno))
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    monkeypatch.setattr(logger, "handlers", [handler])
-    return lines
 
 
 def build(path, *, classes=CLASSES, pipeline=(), **options):

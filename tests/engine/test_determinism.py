@@ -107,5 +107,5 @@ def test_lost_draws_are_an_error_but_a_replaced_image_is_not():
     step.transform(dict(sample_idx=4))
     cfg = tiny_config("unused")
     cfg.train_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=cfg.train_dataloader.dataset)
-    with pytest.raises(ConfigError, match="RepeatDataset without a pipeline"):
+    with pytest.raises(ConfigError, match="RepeatDataset without its own pipeline"):
         make_deterministic(cfg, 0)

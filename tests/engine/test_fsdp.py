@@ -372,7 +372,7 @@ def test_parts_make_the_file_of_a_plain_run(results, tmp_path):
     whole = torch.load(tmp_path / "whole.pth", weights_only=False)
     equal_files(whole, read(folder, "ddp_averaged", 4))
     assert whole["state_dict"]._metadata == read(folder, "ddp_averaged", 4)["state_dict"]._metadata
-    with pytest.raises(CheckpointError, match="its weights are in it"):
+    with pytest.raises(CheckpointError, match="it contains its weights"):
         consolidate(tmp_path / "whole.pth", tmp_path / "again.pth")
     (tmp_path / "alone.pth").write_bytes((folder / "parts" / "iter_4.pth").read_bytes())
     with pytest.raises(CheckpointError, match="keep the two together"):
