@@ -56,8 +56,8 @@ def _encoder(options: Mapping[str, Any]) -> str:
     return ", ".join(
         [
             variant if isinstance(variant, str) else "own configuration",
-            *([f"layers {', '.join(map(str, layers))}"] if layers else []),
-            f"geometry {options.get('geometry') or options.get('preset')}",
+            *([f"layers {layers if isinstance(layers, str) else ', '.join(map(str, layers))}"] if layers else []),
+            f"geometry {options.get('geometry', 'release')}",
             f"weights {weights}",
         ]
     )

@@ -54,7 +54,7 @@ def write_swapped(cfg: Config, swap: Swap, *, base: str, variant: str) -> str:
         )
     name = base.rpartition("::")[2] if "::" in base else base.rpartition("/")[2]
     maps = ", ".join(f"{c} at stride {s}" for c, s in swap.feature_specs)
-    unused = f"; nobody reads those at {list(swap.unused)}, so they have no parameters" if swap.unused else ""
+    unused = f"; no head reads those at {list(swap.unused)}, so they have no parameters" if swap.unused else ""
     lines = [f"# {name} with {variant} as its backbone."]
     lines += textwrap.wrap(f"Its maps have the channels of those they replace: {maps}{unused}.", 116, **_COMMENT)
     for note in swap.notes:
