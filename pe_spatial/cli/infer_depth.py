@@ -15,6 +15,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pe_spatial.cli.arguments import add_cfg_options
 
@@ -25,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     add_cfg_options(parser)
     parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results (default: depth)")
-    parser.add_argument(
-        "--write",
-        nargs="*",
-        choices=["png", "color", "ply"],
-        default=["png", "color"],
-        help="16-bit depth, color images, point clouds (default: png color)",
-    )
+    formats = "16-bit depth, color images, point clouds (default: png color)"
+    parser.add_argument("--write", nargs="*", choices=["png", "color", "ply"], default=["png", "color"], help=formats)
     parser.add_argument("--overwrite", action="store_true", help="predict images again that have their .npy")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass (1)")
@@ -41,14 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="units of a PNG per meter")
     group.add_argument("--colors", default="Spectral", help="a matplotlib colormap (Spectral: near is red)")
     group.add_argument("--range", nargs=2, type=float, metavar=("NEAR", "FAR"), help="range of the colors, in meters")
-    group.add_argument(
-        "--percentiles",
-        nargs=2,
-        type=float,
-        default=(2, 98),
-        metavar=("LOW", "HIGH"),
-        help="without --range: the colors span these percentiles of each image (2 98)",
-    )
+    colored = "without --range: the colors span these percentiles of each image (2 98)"
+    ends = ("LOW", "HIGH")
+    group.add_argument("--percentiles", nargs=2, type=float, default=(2, 98), metavar=ends, help=colored)
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
     group.add_argument("--gt-scale", type=float, default=1000, help="units per meter of the maps in a folder (1000)")
     group.add_argument("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="camera, in pixels")
@@ -65,16 +56,9 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.engine.configs import config_in, read_config
     from pe_spatial.errors import ConfigError
 
-    options = OutputOptions(
-        formats=args.write,
-        png_scale=args.scale,
-        colors=args.colors,
-        color_range=tuple(args.range) if args.range else None,
-        percentiles=tuple(args.percentiles),
-        intrinsics=args.intrinsics,
-        fov=args.fov,
-        edge_ratio=args.drop_edges,
-    )
+    files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)
+    limits: dict[str, Any] = dict(color_range=args.range and tuple(args.range), percentiles=tuple(args.percentiles))
+    options = OutputOptions(**files, **limits, colors=args.colors, edge_ratio=args.drop_edges)
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
     cfg.merge_from_dict(args.cfg_options)
     sources = Sources(args.images, exclude=args.out)
@@ -83,13 +67,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"this model predicts {predictor.quantity}; omit --gt and --write ply, which need meters")
     truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
     folder = DepthFolder(args.out, sources, progress=partial(tqdm, unit="image"))
-    folder.start(
-        checkpoint=args.checkpoint,
-        config=Path(args.config).name if args.config else None,
-        cfg_options={key: str(value) for key, value in args.cfg_options.items()},
-        tile=args.tile,
-        overwrite=args.overwrite,
-    )
+    model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile)
+    model["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
+    folder.start(checkpoint=args.checkpoint, overwrite=args.overwrite, **model)
     counts, unreadable = folder.predict(
         predictor, batch_size=args.batch, tile=args.tile, overlap=args.overlap, overwrite=args.overwrite
     )

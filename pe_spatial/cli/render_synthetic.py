@@ -27,13 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.synthetic import write_dataset
 
     start = time.monotonic()
-    root = write_dataset(
-        args.root,
-        scenes={split: getattr(args, split) for split in SPLITS if getattr(args, split)},
-        frames_per_scene=args.frames,
-        size=tuple(args.size),
-        duration=args.duration,
-        seed=args.seed,
-        workers=args.workers,
-    )
+    scenes = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    options = {key: getattr(args, key) for key in ("duration", "seed", "workers")}
+    root = write_dataset(args.root, scenes=scenes, frames_per_scene=args.frames, size=tuple(args.size), **options)
     print(f"{root}: complete ({time.monotonic() - start:.1f} s)")

@@ -27,27 +27,16 @@ _write = AtomicLocalBackend().put
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Which files are derived from a prediction, and how.
+    """Which files are derived from a prediction, and how."""
 
-    Attributes:
-        formats: any of 'png' (16 bits), 'color' (with a color bar) and 'ply' (a point cloud).
-        png_scale: units of the PNG files per meter.
-        colors: a matplotlib colormap.
-        color_range: (near, far); None covers `percentiles` of the depth of every image.
-        percentiles: (low, high), from 0 to 100.
-        intrinsics: (fx, fy, cx, cy) in pixels; None takes them from EXIF or guesses them from `fov`.
-        fov: field of view in degrees along the longer side.
-        edge_ratio: omit points at edges in depth, see `without_edges`; None keeps them.
-    """
-
-    formats: Collection[str] = ("png", "color")
-    png_scale: float = 1000
-    colors: str = "Spectral"
-    color_range: tuple[float, float] | None = None
-    percentiles: tuple[float, float] = (2, 98)
-    intrinsics: Sequence[float] | None = None
-    fov: float = 60
-    edge_ratio: float | None = None
+    formats: Collection[str] = ("png", "color")  # 'png' (16 bits), 'color' (with a color bar), 'ply' (a point cloud)
+    png_scale: float = 1000  # units of the PNG files per meter
+    colors: str = "Spectral"  # a matplotlib colormap
+    color_range: tuple[float, float] | None = None  # (near, far); None covers `percentiles` of every image
+    percentiles: tuple[float, float] = (2, 98)  # (low, high), from 0 to 100
+    intrinsics: Sequence[float] | None = None  # (fx, fy, cx, cy) in pixels; None: from EXIF, or guessed from `fov`
+    fov: float = 60  # field of view in degrees along the longer side
+    edge_ratio: float | None = None  # omit points at edges in depth, see `without_edges`
 
     def __post_init__(self) -> None:
         if self.color_range and not self.color_range[0] < self.color_range[1]:
@@ -57,11 +46,9 @@ class OutputOptions:
 
 
 class GroundTruth:
-    """Ground truth by image.
+    """Ground truth by image, from a table of pairs (.csv, see `DepthPairDataset`), or a folder with a map per name.
 
-    Args:
-        source: a table of pairs (.csv, see `DepthPairDataset`), or a folder with a depth map per image name.
-        scale: units per meter of the maps in a folder; NPY and EXR files hold meters.
+    `scale` is in units per meter, for the maps in a folder; NPY and EXR files hold meters.
     """
 
     def __init__(self, source: str | Path, *, scale: float) -> None:
@@ -97,10 +84,7 @@ class GroundTruth:
 class DepthFolder:
     """A folder with NAME.npy, depth (H, W) float32, for each image of `sources`, and with files derived from them.
 
-    Args:
-        folder: path of the folder.
-        sources: the images.
-        progress: wraps an iteration and takes its description, such as `tqdm`.
+    `progress` wraps an iteration and takes its description, such as `tqdm`.
     """
 
     def __init__(
@@ -131,11 +115,8 @@ class DepthFolder:
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
         """Write NAME.npy for every image that has none; return counts of images, and why some could not be read.
 
-        Args:
-            predictor: the model.
-            batch_size: number of images of one size, or of tiles, per forward pass.
-            tile, overlap: in pixels; images larger than a tile are predicted as in `DepthPredictor.tiled`.
-            overwrite: predict the images again that have their file.
+        `batch_size` counts images of one size, or tiles, per forward pass. Images larger than a `tile` (in pixels, as
+        `overlap`) are predicted as in `DepthPredictor.tiled`. `overwrite` predicts images again that have their file.
         """
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
@@ -194,16 +175,13 @@ class DepthFolder:
     def derive(self, options: OutputOptions, *, quantity: str, truth: GroundTruth | None = None) -> dict[str, Any]:
         """Write the files that `options` and the ground truth ask for; return the complete metadata.json.
 
-        Args:
-            options: formats and their options.
-            quantity: that of the predictor, such as 'meter'.
-            truth: ground truth of some images, for maps of the error.
+        `quantity` is that of the predictor, such as 'meter'; maps of the error need the `truth` of some images.
         """
         limits = self.color_range(options, truth) if "color" in options.formats else None
         images = {}
         for image, depth in self.predictions("files"):
             target = truth.read(image, depth.shape) if truth else None
-            images[image.name] = self._derive_image(image, depth, target, options, quantity=quantity, limits=limits)
+            images[image.name] = self._derive_image(image, depth, target, options, quantity, limits)
         if truth and images and not any("abs_rel" in entry for entry in images.values()):
             raise DatasetError(f"{truth.source} has a depth map for none of the {len(images)} images; check the names")
         path = self.folder / "metadata.json"
@@ -220,11 +198,13 @@ class DepthFolder:
         return metadata
 
     def _derive_image(
-        self, image: InputImage, depth: np.ndarray, target: np.ndarray | None, options: OutputOptions, *,
-        quantity: str, limits: tuple[float, float] | None,
+        self, image: InputImage, depth: np.ndarray, target: np.ndarray | None, options: OutputOptions, quantity: str,
+        limits: tuple[float, float] | None,
     ) -> dict[str, Any]:  # fmt: skip
-        base = self.folder / image.name
-        entry = {"source": str(image.path), **_statistics(depth)}
+        base, (height, width), values = self.folder / image.name, depth.shape, depth[is_valid(depth)]
+        entry = {"source": str(image.path), "height": height, "width": width, "missing": int(depth.size - values.size)}
+        if values.size:
+            entry |= {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
         if "png" in options.formats:
             data, entry["saturated"] = outputs.encode_png16(depth, options.png_scale, {"depth_unit": quantity})
             _write(data, f"{base}_depth.png")
@@ -248,14 +228,6 @@ class DepthFolder:
             if limits:
                 _write(outputs.encode_color(target, limits, options.colors, label), f"{base}_truth.png")
         return entry
-
-
-def _statistics(depth: np.ndarray) -> dict[str, Any]:
-    values = depth[is_valid(depth)]
-    result = {"height": depth.shape[0], "width": depth.shape[1], "missing": int(depth.size - values.size)}
-    if values.size:
-        result |= {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
-    return result
 
 
 def summarize(metadata: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,6 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
 
     Args:
         ann_file: list or table, relative to `data_root`.
-        data_root: folder of the dataset.
         data_prefix: `img_path` and `depth_path`, the folders of images and depth maps, relative to `data_root`.
         names: patterns of images and depth maps, with {} for the common part, such as
             ("rgb_{}.jpg", "sync_depth_{}.png") for NYUv2's folders.
@@ -50,20 +50,11 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
     METAINFO: ClassVar[dict[str, Any]] = dict(classes=(), palette=[])  # MMSegmentation's tools ask for both
 
     def __init__(
-        self,
-        *,
-        ann_file: str = "",
-        data_root: str = "",
-        data_prefix: Mapping[str, str] | None = None,
-        names: Sequence[str] | None = None,
-        scale: float | None = None,
-        min_depth: float = 0.0,
-        max_depth: float | None = None,
-        intrinsics: Sequence[float] | None = None,
-        expected: int | None = None,
-        skip_missing: bool = False,
-        **options: Any,
-    ) -> None:
+        self, *, ann_file: str = "", data_root: str = "", data_prefix: Mapping[str, str] | None = None,
+        names: Sequence[str] | None = None, scale: float | None = None, min_depth: float = 0.0,
+        max_depth: float | None = None, intrinsics: Sequence[float] | None = None, expected: int | None = None,
+        skip_missing: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         prefix = dict(data_prefix or {})
         if not set(prefix) <= {"img_path", "depth_path"}:
             raise ConfigError(f"data_prefix has the keys {', '.join(prefix)}; allowed are img_path and depth_path")
@@ -81,14 +72,13 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
             raise ConfigError(f"intrinsics is {intrinsics}; give (fx, fy, cx, cy) in pixels")
         if skip_missing and options.get("test_mode"):
             raise ConfigError("skip_missing=True would omit pairs from an evaluation; remove it from the test set")
-        self.names = names
+        self.names, self.expected, self.skip_missing = names, expected, skip_missing
         self.common = {"depth_scale": scale, "max_depth": max_depth, "intrinsics": intrinsics}
         self.min_depth = min_depth
-        self.expected = expected
-        self.skip_missing = skip_missing
         prefix = {"img_path": "", "depth_path": "", **prefix}
         super().__init__(ann_file=ann_file, data_root=data_root, data_prefix=prefix, **options)
-        if self.test_mode and any(_skips(step) for step in self.pipeline.transforms):
+        skips = ("skip_broken", "skip_empty")
+        if self.test_mode and any(getattr(step, skip, False) for step in self.pipeline.transforms for skip in skips):
             raise ConfigError(
                 "skip_broken or skip_empty is True in a test pipeline, which cannot draw another pair; remove it"
             )
@@ -112,8 +102,7 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
 
     def _file_pairs(self) -> Iterator[dict[str, Any]]:
         try:
-            with open(self.ann_file, newline="", encoding="utf-8-sig") as file:
-                lines = file.read().splitlines()
+            lines = Path(self.ann_file).read_text("utf-8-sig").splitlines()
         except FileNotFoundError:
             raise DatasetError(
                 f"there is no file {self.ann_file}; check data_root (--data-root) and ann_file "
@@ -128,7 +117,7 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
             fields = line.split()
             if not fields:
                 continue
-            if len(fields) not in (2, 3) or (len(fields) == 3 and not _positive(fields[2])):
+            if len(fields) not in (2, 3) or not all(_number(length) > 0 for length in fields[2:]):
                 raise DatasetError(
                     f"{self.ann_file}, line {number}: {line!r} is not 'image depth focal_length'; "
                     "fix or remove it (paths must not contain blanks; use a .csv for those)"
@@ -148,18 +137,16 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
                 f"{', '.join(_COLUMNS[2:])} (fx, fy, cx, cy together)"
             )
         for row in rows:
-            numbers = [name for name in columns if name in _COLUMNS[2:-1] and row[name]]
-            positive = [name for name in numbers if name not in ("cx", "cy")]
-            wrong = [name for name in numbers if not _number(row[name])]
-            wrong += [name for name in positive if not _positive(row[name])]
+            numbers = {name: _number(row[name]) for name in columns if name in _COLUMNS[2:-1] and row[name]}
+            wrong = [k for k, x in numbers.items() if not math.isfinite(x) or (x <= 0 and k not in ("cx", "cy"))]
             if wrong or not row["rgb"] or not row["depth"] or None in row:
                 raise DatasetError(
                     f"{self.ann_file}, line {rows.line_num}: {lines[rows.line_num - 1]!r} has a wrong "
                     f"{wrong[0] if wrong else 'rgb, depth or number of fields'}; fix or remove it"
                 )
             own = {
-                "depth_scale": _value(row, "units_per_meter"),
-                "max_depth": _value(row, "max_eval_depth_m"),
+                "depth_scale": numbers.get("units_per_meter"),
+                "max_depth": numbers.get("max_eval_depth_m"),
                 "intrinsics": tuple(float(row[k]) for k in _CAMERA) if row.get("fx") else None,
             }
             if own["depth_scale"] is None and self.common["depth_scale"] is None:
@@ -216,20 +203,9 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
         return self.ann_file or self.data_prefix["img_path"]
 
 
-def _skips(step: Any) -> bool:
-    return getattr(step, "skip_broken", False) or getattr(step, "skip_empty", False)
-
-
-def _number(text: str) -> bool:
+def _number(text: str) -> float:
+    """Return the number, or NaN if it is none or infinite."""
     try:
-        return abs(float(text)) < float("inf")
+        return float(text) if math.isfinite(float(text)) else math.nan
     except ValueError:
-        return False
-
-
-def _positive(text: str) -> bool:
-    return _number(text) and float(text) > 0
-
-
-def _value(row: Mapping[str, str], key: str) -> float | None:
-    return float(row[key]) if row.get(key) else None
+        return math.nan

@@ -20,14 +20,7 @@ from .heads import SPACINGS, WEIGHTINGS, Level, bin_depths, check_depth_range, e
 
 
 class Reassemble(nn.Module):
-    """Bring one layer's map to one scale of the pyramid.
-
-    Args:
-        channels: channels of the map.
-        out_channels: channels of the result.
-        scale: factor on the grid: 4, 2, 1 or 0.5.
-        readout, token, norm: as in `DPTDepthHead`.
-    """
+    """Bring one layer's map to one scale of the pyramid: `scale`, the factor on the grid, is 4, 2, 1 or 0.5."""
 
     def __init__(
         self, channels: int, out_channels: int, *, scale: float, readout: str, token: str | None, norm: str | None

@@ -22,11 +22,7 @@ from pe_spatial.planning.registry import register_example, total_loss
 
 from .heads import one_of, resize
 
-LAYERS: dict[str, tuple[float, ...]] = {
-    "last": (1.0,),
-    "even": (1 / 4, 2 / 4, 3 / 4, 1.0),
-    "late": (5 / 8, 6 / 8, 7 / 8, 1.0),
-}
+LAYERS = {"last": (1.0,), "even": (1 / 4, 2 / 4, 3 / 4, 1.0), "late": (5 / 8, 6 / 8, 7 / 8, 1.0)}
 """Name -> the blocks that a head reads, as fractions of the depth; 'even' is [12, 24, 37, 49] in PE-Spatial-G."""
 
 
@@ -100,7 +96,6 @@ class DepthEstimator(BaseModel):
         return {f"loss_{i}_{type(loss).__name__}": loss(depth, target) for i, loss in enumerate(self.losses)}
 
     def predict(self, inputs: Tensor, data_samples: Sequence[SegDataSample] | None = None) -> list[SegDataSample]:
-        """Add a prediction to every sample, without the padding of the batch."""
         samples = data_samples or [SegDataSample() for _ in inputs]
         for depth, sample in zip(self.infer(inputs), samples, strict=True):
             h, w = sample.get("img_shape", inputs.shape[-2:])

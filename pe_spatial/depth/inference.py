@@ -27,32 +27,29 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image or a frame of a video: the name of its results, its file, and a function that reads it.
+    """An image or a frame of a video."""
 
-    `read` returns (H, W, 3) uint8 RGB or raises DatasetError.
-    """
-
-    name: str
+    name: str  # of its results
     path: Path
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray]  # returns (H, W, 3) uint8 RGB, or raises DatasetError
 
 
 class Sources:
     """The images of files, folders (searched recursively) and videos; it can be iterated over repeatedly.
 
-    Args:
-        paths: files and folders.
-        exclude: a folder to skip, such as that of the results.
-
-    Raises DatasetError for a path that does not exist, for folders without images and for two images of one name.
+    The folder `exclude`, such as that of the results, is skipped. Raises DatasetError for a path that does not exist,
+    for folders without images and for two images of one name.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, exclude: Path) -> None:
+        exclude = exclude.resolve()
         self._files: dict[str, Path] = {}
         for root in map(Path, paths):
             if not root.exists():
                 raise DatasetError(f"there is no file or folder {root}; check the path")
-            for path in [root] if root.is_file() else _search(root, exclude.resolve()):
+            media = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGES + VIDEOS)
+            inside = [path for path in media if exclude not in path.resolve().parents]
+            for path in [root] if root.is_file() else inside:
                 name = path.stem if root.is_file() else str(path.relative_to(root).with_suffix(""))
                 other = self._files.setdefault(name, path)
                 if other != path:
@@ -62,7 +59,7 @@ class Sources:
 
     def __len__(self) -> int:
         """Return the number of images and frames; videos may announce a wrong number."""
-        return sum(_count(path) if _is_video(path) else 1 for path in self._files.values())
+        return sum(_count(path) for path in self._files.values())
 
     def __iter__(self) -> Iterator[InputImage]:
         for name, path in self._files.items():
@@ -72,21 +69,13 @@ class Sources:
                 yield InputImage(name, path, partial(read_rgb, path))
 
 
-def _search(folder: Path, exclude: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGES + VIDEOS and exclude not in path.resolve().parents
-    ]
-
-
 def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
 def _count(path: Path) -> int:
     try:
-        return count_frames(path)
+        return count_frames(path) if _is_video(path) else 1
     except DatasetError:  # reported when it is read
         return 1
 
@@ -110,14 +99,12 @@ class DepthPredictor:
 
     Images pass the config's test pipeline, without its loading steps.
 
+    `quantity` is 'meter', or for models trained up to scale and shift 'relative depth' or 'relative disparity' (large
+    is near).
+
     Args:
         cfg: config that the model was trained with.
         checkpoint: file that pe-spatial train wrote, or weights alone.
-        device: device of the model.
-
-    Attributes:
-        quantity: 'meter', or for models trained up to scale and shift 'relative depth' or 'relative disparity' (large
-            is near).
 
     Raises ConfigError for other models, CheckpointError for weights that do not fit.
     """
@@ -133,16 +120,18 @@ class DepthPredictor:
         try:
             load_state_dict(self.model, state, strict=True)
         except RuntimeError as error:
-            raise CheckpointError(
-                f"{path} does not fit this config: {' '.join(str(error).split())[:400]} ..."
-            ) from error
+            reason = " ".join(str(error).split())[:400]
+            raise CheckpointError(f"{path} does not fit this config: {reason} ...") from error
         steps = cfg.test_dataloader.dataset.pipeline
         self._prepare = Compose([step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Images (H, W, 3) uint8 RGB of one size -> depth (H, W) float32 of each, in meters."""
-        items = [self._prepare(_as_loaded(image)) for image in images]
+        items = []
+        for image in images:
+            size = image.shape[:2]
+            items.append(self._prepare(dict(img=image[..., ::-1], img_shape=size, ori_shape=size, seg_fields=[])))
         batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
         return [sample.pred_depth_map.data[0].float().cpu().numpy() for sample in self.model.test_step(batch)]
 
@@ -154,7 +143,6 @@ class DepthPredictor:
         because each tile has its own scale.
 
         Args:
-            image: as in `__call__`.
             tile: side of a tile in pixels; a shorter side of the image is not divided.
             overlap: smallest overlap of neighboring tiles, in pixels.
             batch_size: number of tiles per forward pass.
@@ -181,11 +169,6 @@ def _quantity(losses: Sequence[Mapping[str, Any]]) -> str:
     if relative is None or not {loss["type"] for loss in losses} <= {"ScaleAndShiftInvariantLoss", "GradientLoss"}:
         return "meter"
     return f"relative {relative.get('space', 'disparity')}"
-
-
-def _as_loaded(image: np.ndarray) -> dict[str, Any]:
-    size = image.shape[:2]
-    return dict(img=image[..., ::-1], img_shape=size, ori_shape=size, seg_fields=[])
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:

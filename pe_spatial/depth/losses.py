@@ -1,6 +1,7 @@
 """Losses on depth in meters: `loss(pred, target) -> scalar`, both (B, 1, H, W), where a target of 0 is missing.
 
-All compute in float32, also under autocast, and give 0 with a gradient of 0 if no pixel is valid.
+All compute in float32, also under autocast, and give 0 with a gradient of 0 if no pixel is valid. All take `max_depth`
+(inclusive, in meters), `loss_weight` and `across_ranks`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,10 @@ class _DepthLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the weighted loss, a float32 scalar, of pred (B, 1, H, W) > 0 against target (B, 1, H, W)."""
         if pred.shape != target.shape:
-            raise ValueError(
-                f"the prediction is {tuple(pred.shape)} and the target {tuple(target.shape)}; "
-                "resize the prediction to the target, both (B, 1, H, W)"
-            )
+            shapes = f"the prediction is {tuple(pred.shape)} and the target {tuple(target.shape)}"
+            raise ValueError(f"{shapes}; resize the prediction to the target, both (B, 1, H, W)")
         pred, target = pred.float(), target.float()  # autocast changes none of the operations below
-        valid = target > 0
-        if self.max_depth is not None:
-            valid = valid & (target <= self.max_depth)
+        valid = (target > 0) & (target <= (self.max_depth or torch.inf))
         return self.loss_weight * self.compute(pred, target, valid)
 
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -79,12 +76,8 @@ class SigLoss(_DepthLoss):
     """Scale-invariant logarithmic error of a batch, as DINOv2 and DINOv3 train with.
 
     sqrt(var(g) + 0.15 mean(g)^2), where g = ln(pred + 0.001) - ln(target + 0.001) over all valid pixels of the batch
-    and var divides by N - 1. During warm-up the variance is omitted
-    (dinov2@b8931f7:dinov2/eval/depth/models/losses/sigloss.py).
-
-    Args:
-        warm_up: number of training steps without the variance, 100 in the released code; checkpoints hold the count.
-        options: `max_depth` (inclusive), `loss_weight` and `across_ranks`.
+    and var divides by N - 1. The first `warm_up` training steps, 100 in the released code, omit the variance
+    (dinov2@b8931f7:dinov2/eval/depth/models/losses/sigloss.py); checkpoints hold the count.
     """
 
     EPS = 1e-3
@@ -114,11 +107,8 @@ class GradientLoss(_DepthLoss):
     With D = ln(pred + 0.001) - ln(target + 0.001) on every 1st, 2nd, 4th and 6th pixel: |D(y) - D(y + 2)| summed over
     the pairs of which both pixels are valid, along rows and columns, divided by the number of valid pixels of the batch
     (dinov3@6876159:dinov3/eval/depth/loss.py). DINOv2's loss slices the first two axes, batch and channel, and so is 0
-    for two images per device; its recipe gives it a weight of 0.5.
-
-    Args:
-        log: compare logarithms, as in the recipe, or else depths.
-        options: `max_depth` (inclusive) and `loss_weight`.
+    for two images per device; its recipe gives it a weight of 0.5. `log` compares logarithms, as in the recipe, or else
+    depths.
     """
 
     EPS = 1e-3
@@ -138,11 +128,8 @@ class SiLog(_DepthLoss):
     """Scale-invariant logarithmic error of each image, averaged over the images with valid pixels.
 
     sqrt(mean(d^2) - variance_focus mean(d)^2) with d = ln(pred) - ln(target): with 0.5 MMSegmentation's SiLogLoss, and
-    with 0.85 the error of BTS, except for its factor of 10 and its mean over the batch. Predictions are at least 1e-6.
-
-    Args:
-        variance_focus: 0 gives the root mean square, 1 ignores the scale.
-        options: `max_depth` (inclusive) and `loss_weight`.
+    with 0.85 the error of BTS, except for its factor of 10 and its mean over the batch; 0 gives the root mean square, 1
+    ignores the scale. Predictions are at least 1e-6.
     """
 
     EPS = 1e-6
@@ -156,8 +143,7 @@ class SiLog(_DepthLoss):
     def compute(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         d = _log_difference(pred.clamp(min=self.EPS), target, valid, eps=0.0)
         count = valid.sum((1, 2, 3))
-        mean = d.sum((1, 2, 3)) / count.clamp(min=1)
-        square = d.square().sum((1, 2, 3)) / count.clamp(min=1)
+        mean, square = (x.sum((1, 2, 3)) / count.clamp(min=1) for x in (d, d.square()))
         images = _safe_sqrt(square - self.variance_focus * mean.square())
         total, number = self._sums(images.sum(), (count > 0).sum(dtype=torch.float32))
         return total / number.clamp(min=1)
@@ -174,7 +160,6 @@ class ScaleAndShiftInvariantLoss(_DepthLoss):
     Args:
         space: what is predicted up to scale and shift: 'disparity' (1 / depth, as in MiDaS) or 'depth'.
         slopes: weight of the differences of neighbors.
-        options: `max_depth` (inclusive) and `loss_weight`.
     """
 
     STRIDES = (1, 2, 4, 8)

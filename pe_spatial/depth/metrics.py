@@ -23,7 +23,7 @@ from torch import Tensor
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import ConfigError, DatasetError
 
-from .heads import check_depth_range, one_of
+from .heads import check_depth_range, one_of, resize
 from .transforms import bottom_center_box
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
@@ -108,7 +108,6 @@ def align_prediction(pred: Tensor, target: Tensor, valid: Tensor, mode: str) -> 
     inverted: disparity instead of depth, or the reverse.
 
     Args:
-        pred, target, valid: maps (H, W).
         mode: 'median': scale by median(target) / median(pred), as for networks trained on video. 'depth': fit scale and
             shift of the depth (Marigold, DINOv3). 'disparity': fit scale and shift to 1 / target, and clamp the result
             at 0.001, which is 1 km (MiDaS, Depth Anything). 'log': scale by the factor that is best for logarithms.
@@ -127,16 +126,13 @@ def align_prediction(pred: Tensor, target: Tensor, valid: Tensor, mode: str) -> 
     elif mode == "log":
         scale, shift = (t.log() - p.log()).mean().exp().item(), 0.0
     else:
-        scale, shift = _least_squares(p, t if mode == "depth" else 1 / t)
+        t = t if mode == "depth" else 1 / t
+        centered = p - p.mean()
+        spread = centered.square().mean()
+        scale = ((centered * t).mean() / spread).item() if spread > 0 else 0.0  # 0 for a flat prediction
+        shift = (t.mean() - scale * p.mean()).item()
     aligned = pred * scale + shift
     return (1 / aligned.clamp(min=1e-3) if mode == "disparity" else aligned), scale, shift
-
-
-def _least_squares(p: Tensor, t: Tensor) -> tuple[float, float]:
-    centerd = p - p.mean()
-    spread = centerd.square().mean()
-    scale = (centerd * t).mean() / spread if spread > 0 else spread  # 0 for a flat prediction
-    return scale.item(), (t.mean() - scale * p.mean()).item()
 
 
 def boundary_f1(pred: Tensor, target: Tensor, valid: Tensor) -> float:
@@ -168,11 +164,9 @@ def boundary_f1(pred: Tensor, target: Tensor, valid: Tensor) -> float:
 
 
 def range_metrics(pred: Tensor, target: Tensor, limits: Sequence[float]) -> list[float]:
-    """Return pixels, abs_rel, rmse and d1 for each range of true depth; NaN without pixels.
+    """Return pixels, abs_rel, rmse and d1 of valid pixels (N,) for each range of true depth; NaN without pixels.
 
-    Args:
-        pred, target: valid pixels (N,).
-        limits: rising limits in meters: (2, 5) gives the ranges below 2, from 2 to below 5, and from 5.
+    `limits` rise and are in meters: (2, 5) gives the ranges below 2, from 2 to below 5, and from 5.
     """
     error = (pred - target).abs()
     near = torch.maximum(pred / target, target / pred) < 1.25
@@ -252,8 +246,7 @@ class CheckedDepthMetric(BaseMetric):
         height, width = target.shape
         if self.pasted:
             pred = paste_prediction(pred, height, width)
-        elif pred.shape != target.shape:
-            pred = F.interpolate(pred[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
+        pred = resize(pred[None, None], (height, width))[0, 0]
         top, bottom, left, right = evaluation_crop(self.crop, height, width)
         pred, target = pred[top:bottom, left:right], target[top:bottom, left:right]
         valid = (target > self.min_depth) & (target < max_depth)
@@ -284,7 +277,7 @@ class CheckedDepthMetric(BaseMetric):
                 f"depth files, max_depth ({self.max_depth}) and crop ({self.crop}) of the metric"
             )
         kept = table[table[:, 0] > 0]
-        means = {name: _nanmean(kept[:, i]) for i, name in enumerate(self.columns)}
+        means = dict(zip(self.columns, torch.from_numpy(kept).nanmean(0).tolist(), strict=True))
         metrics = {name: means[name] for name in self.columns if name in (*NAMES, "boundary_f1")}
         print_log("\n".join(self._report(means, kept, empty)), logger="current")
         return {**metrics, "empty": len(empty)}
@@ -309,8 +302,3 @@ class CheckedDepthMetric(BaseMetric):
         if empty:
             lines.append(f"{len(empty)} more images have no valid pixel and are omitted (such as {empty[0]})")
         return lines
-
-
-def _nanmean(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else math.nan

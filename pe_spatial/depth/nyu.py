@@ -16,24 +16,17 @@ SPLITS = {
     "train": (24231, ("nyu_train.txt", "nyudepthv2_train_files_with_gt.txt"), ("", "sync")),
     "test": (654, ("nyu_test.txt", "nyudepthv2_test_files_with_gt.txt"), ("", "test", "official_splits/test")),
 }
-SIZE = (480, 640)  # (height, width)
 
 
 @dataclass
 class SplitReport:
-    """What was found of a split.
+    """What was found of a split."""
 
-    Attributes:
-        listed, read, broken: numbers of pairs.
-        problems: a sentence for each thing that is wrong.
-        options: options of `DepthPairDataset` that the layout of the files needs, if it is not that of the configs.
-    """
-
-    listed: int = 0
+    listed: int = 0  # number of pairs, as the next two
     read: int = 0
     broken: int = 0
-    problems: list[str] = field(default_factory=list)
-    options: str = ""
+    problems: list[str] = field(default_factory=list)  # a sentence for each
+    options: str = ""  # what `DepthPairDataset` needs for this layout of the files, if it is not that of the configs
 
 
 def check_split(
@@ -61,8 +54,8 @@ def check_split(
         report.read += 1
         try:
             pair = load_depth(load_image(dataset[i]))
-            if pair["ori_shape"] != SIZE:
-                height, width = pair["ori_shape"]
+            height, width = pair["ori_shape"]
+            if (height, width) != (480, 640):
                 raise DatasetError(f"{pair['img_path']} is {height}x{width} instead of 480x640 (height x width)")
             if not pair[DEPTH].any():
                 raise DatasetError(f"{pair['depth_path']} contains no depth")

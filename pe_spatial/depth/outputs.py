@@ -34,12 +34,8 @@ def is_valid(depth: np.ndarray) -> np.ndarray:
 def encode_png16(depth: np.ndarray, scale: float, text: Mapping[str, str]) -> tuple[bytes, int]:
     """Return a 16-bit PNG of round(depth * scale), and the number of pixels that exceed it and are saturated at 65535.
 
-    Missing pixels are 0; valid ones are at least 1.
-
-    Args:
-        depth: depth map (H, W).
-        scale: units per meter: 1000 as in NYUv2 (up to 65 m), 256 as in KITTI (256 m), 5000 as in TUM (13 m).
-        text: text chunks of the file, in addition to the scale.
+    Missing pixels are 0; valid ones are at least 1. `scale` is in units per meter: 1000 as in NYUv2 (up to 65 m), 256
+    as in KITTI (256 m), 5000 as in TUM (13 m). `text` is written into the file, in addition to the scale.
     """
     valid = is_valid(depth)
     units = np.round(np.where(valid, depth, 0).astype(np.float64) * scale)

@@ -20,16 +20,13 @@ _FILM_DIAGONAL = math.hypot(36, 24)  # mm
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """A pinhole camera, in pixels; the center of the first pixel is (0, 0), as in OpenCV.
-
-    `source` tells readers of the points where the numbers come from.
-    """
+    """A pinhole camera, in pixels; the center of the first pixel is (0, 0), as in OpenCV."""
 
     fx: float
     fy: float
     cx: float
     cy: float
-    source: str
+    source: str  # where the numbers come from
 
     def __str__(self) -> str:
         return f"fx {self.fx:.2f} fy {self.fy:.2f} cx {self.cx:.2f} cy {self.cy:.2f} ({self.source})"
@@ -75,11 +72,9 @@ def _central(focal: float, size: tuple[int, int], source: str) -> Intrinsics:
 
 
 def without_edges(depth: np.ndarray, ratio: float) -> np.ndarray:
-    """Return `depth` without pixels at edges, where networks predict depths between near and far.
+    """Return `depth` (H, W) without pixels at edges, where networks predict depths between near and far.
 
-    Args:
-        depth: depth map (H, W).
-        ratio: largest ratio of the farthest to the nearest depth in a window of 3 x 3 pixels, for instance 1.05.
+    `ratio` is the largest ratio of the farthest to the nearest depth in a window of 3 x 3 pixels, for instance 1.05.
     """
     if ratio <= 1:
         raise ConfigError(f"the ratio of depths at an edge is {ratio:g}; give more than 1, for instance 1.05")
@@ -90,15 +85,10 @@ def without_edges(depth: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def encode_ply(depth: np.ndarray, rgb: np.ndarray, camera: Intrinsics, comments: Sequence[str]) -> tuple[bytes, int]:
-    """Return a binary PLY file of the valid pixels, and their number.
+    """Return a binary PLY file of the valid pixels of `depth` (H, W) and `rgb` (H, W, 3) uint8, and their number.
 
-    x points right, y down, z away from the camera, in the unit of `depth`.
-
-    Args:
-        depth: depth along z (not along the ray), (H, W).
-        rgb: image (H, W, 3) uint8.
-        camera: camera of this image.
-        comments: comments of the header, in addition to the camera.
+    x points right, y down, z away from the camera, in the unit of `depth`, which is along z, not along the ray. The
+    header contains the camera and `comments`.
     """
     valid = is_valid(depth)
     v, u = np.nonzero(valid)

@@ -36,11 +36,9 @@ _SCALES = {1000: "millimeters", 1: "meters", 256: "KITTI's 1/256 m", 5000: "TUM'
 def read_depth(path: str, *, scale: float) -> np.ndarray:
     """Read a depth map as (H, W) float32 meters; values that are not finite and positive are missing (0).
 
-    Args:
-        path: PNG, PGM or TIFF with 16 bits or floats, PFM, NPY, or EXR if OpenCV was told to read it.
-        scale: units of the file per meter: 1000 for millimeters, 256 for KITTI, 1 for meters.
-
-    Raises DatasetError if it cannot be read, or has 8 bits or several channels.
+    The file is a PNG, PGM or TIFF with 16 bits or floats, PFM, NPY, or EXR if OpenCV was told to read it, and has
+    `scale` units per meter: 1000 for millimeters, 256 for KITTI, 1 for meters. Raises DatasetError if it cannot be
+    read, or has 8 bits or several channels.
     """
     return _clean(_read(path, scale))[0]
 
@@ -104,10 +102,8 @@ class LoadDepth(BaseTransform):
     """Read the depth map of a pair with `read_depth`, after its image and before any transform of the image.
 
     Depth outside the pair's range is missing. So are NaN, infinite and negative values, which are counted in the log.
-    A map of another size than its image and an implausible scale (`check_scale`) raise DatasetError.
-
-    Args:
-        skip_empty: for training: log a map without any depth, and draw another pair.
+    A map of another size than its image and an implausible scale (`check_scale`) raise DatasetError. `skip_empty`, for
+    training, logs a map without any depth and draws another pair.
     """
 
     def __init__(self, *, skip_empty: bool = False) -> None:
@@ -120,11 +116,11 @@ class LoadDepth(BaseTransform):
         depth, invalid = _clean(_read(path, results["depth_scale"]))
         if invalid:
             self._log("NaN, infinite or negative depth", path, f"{invalid} of {depth.size} pixels, set to missing")
-        if depth.shape != tuple(results["ori_shape"]):
+        (height, width), size = results["ori_shape"], depth.shape
+        if size != (height, width):
             raise DatasetError(
-                f"{path} is {depth.shape[0]}x{depth.shape[1]} (height x width) but {results['img_path']} is "
-                f"{results['ori_shape'][0]}x{results['ori_shape'][1]}; give maps of the same size and view, "
-                "and place LoadDepth before transforms that crop the image"
+                f"{path} is {size[0]}x{size[1]} (height x width) but {results['img_path']} is {height}x{width}; give "
+                "maps of the same size and view, and place LoadDepth before transforms that crop the image"
             )
         check_scale(depth, scale=results["depth_scale"], max_depth=max_depth, path=path)
         depth[depth < results.get("min_depth", 0.0)] = 0
@@ -190,12 +186,10 @@ def bottom_center_box(height: int, width: int, *, size: Sequence[int]) -> tuple[
 
 @TRANSFORMS.register_module()
 class DepthRandomCrop(BaseTransform):
-    """Crop image and depth to a window of fixed size at a random position.
+    """Crop image and depth to a window of `size` (height, width) at a random position.
 
-    Args:
-        size: (height, width) in pixels; (416, 544) for NYUv2, (352, 704) for KITTI.
-        pad_val: pad smaller images at the right and bottom with this value, and their depth as missing; None raises
-            DatasetError for a smaller image.
+    In pixels, (416, 544) for NYUv2 and (352, 704) for KITTI. Smaller images are padded at the right and bottom with
+    `pad_val`, and their depth as missing; None raises DatasetError for them.
     """
 
     def __init__(self, size: Sequence[int], *, pad_val: int | None = None) -> None:
@@ -209,12 +203,12 @@ class DepthRandomCrop(BaseTransform):
                     f"{results['img_path']} is {height}x{width} (height x width), smaller than the crop of "
                     f"{self.size[0]}x{self.size[1]}; make the crop smaller, or set pad_val=0 of DepthRandomCrop"
                 )
-            shape, camera = (max(height, self.size[0]), max(width, self.size[1])), _camera(results)
+            camera = _camera(results)
+            height, width = shape = max(height, self.size[0]), max(width, self.size[1])
             results["img"] = mmcv.impad(results["img"], shape=shape, pad_val=(self.pad_val,) * 3)
             if DEPTH in results:
                 results[DEPTH] = mmcv.impad(results[DEPTH], shape=shape, pad_val=0)
             results["intrinsics"], results["intrinsics_shape"] = camera, shape
-            height, width = shape
         top = np.random.randint(height - self.size[0] + 1)
         left = np.random.randint(width - self.size[1] + 1)
         _crop(results, (left, top, left + self.size[1], top + self.size[0]), {"img", DEPTH})
@@ -263,12 +257,9 @@ class DepthRandomFlip(BaseTransform):
 
 @TRANSFORMS.register_module()
 class DepthRandomRotate(BaseTransform):
-    """Rotate image (bilinear) and depth (nearest) around the center; depth from outside the image is missing.
+    """Rotate image (bilinear) and depth (nearest) by -degrees to degrees around the center, with probability `prob`.
 
-    Args:
-        degrees: the angle is drawn from -degrees to degrees.
-        prob: probability of a rotation.
-        pad_val: value of pixels from outside the image (0 in BTS and in the recipe of DINOv2).
+    Pixels from outside the image get `pad_val` (0 in BTS and in the recipe of DINOv2) and no depth.
     """
 
     def __init__(self, *, degrees: float = 2.5, prob: float = 0.5, pad_val: int = 0) -> None:
@@ -300,8 +291,8 @@ class DepthColorAug(BaseTransform):
     """
 
     def __init__(
-        self, *, gamma: Sequence[float] = (0.9, 1.1), brightness: Sequence[float] = (0.75, 1.25),
-        color: Sequence[float] = (0.9, 1.1), prob: float = 0.5,
+        self, *, gamma: tuple[float, float] = (0.9, 1.1), brightness: tuple[float, float] = (0.75, 1.25),
+        color: tuple[float, float] = (0.9, 1.1), prob: float = 0.5,
     ) -> None:  # fmt: skip
         self.gamma, self.brightness, self.color, self.prob = gamma, brightness, color, prob
 
@@ -316,9 +307,6 @@ class DepthColorAug(BaseTransform):
         return results
 
 
-_META = ("img_path", "depth_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction", "max_depth")
-
-
 @TRANSFORMS.register_module()
 class PackDepthInputs(BaseTransform):
     """Pack an image and, if it has one, its depth map for the model.
@@ -328,9 +316,10 @@ class PackDepthInputs(BaseTransform):
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        sample = SegDataSample(metainfo={"flip": False, **{key: results[key] for key in _META if key in results}})
-        camera = _camera(results)
-        if camera is not None:
+        keys = {"img_path", "depth_path", "ori_shape", "img_shape", "scale_factor"}
+        keys = (keys | {"flip", "flip_direction", "max_depth"}) & results.keys()
+        sample = SegDataSample(metainfo={"flip": False, **{key: results[key] for key in keys}})
+        if (camera := _camera(results)) is not None:
             sample.set_metainfo({"intrinsics": camera})
         if DEPTH in results:
             depth = np.ascontiguousarray(results[DEPTH], dtype=np.float32)

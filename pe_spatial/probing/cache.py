@@ -24,10 +24,7 @@ Features = dict[str, Tensor]
 class ArrayCache:
     """Arrays on disk with one row per image, filled in order; rows.json holds the number of finished rows of each.
 
-    Args:
-        folder: folder of the files.
-        rows: number of images.
-        shapes: name of each array -> shape and type of a row.
+    `shapes` maps the name of each array to shape and type of a row.
     """
 
     def __init__(self, folder: Path, rows: int, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
@@ -41,7 +38,6 @@ class ArrayCache:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def path(self, name: str) -> Path:
-        """Return the file of an array."""
         return self.folder / f"{name}.npy"
 
     def _is_intact(self, name: str) -> bool:
@@ -64,13 +60,11 @@ class ArrayCache:
         return min(self.finished.values())
 
     def read(self, name: str, row: int) -> Tensor:
-        """Return a row."""
         dtype = self.shapes[name][1]
         values = torch.from_numpy(np.array(self._open(name)[row]))
         return values.view(dtype) if dtype == torch.bfloat16 else values
 
     def write(self, name: str, row: int, values: Tensor) -> None:
-        """Write a row."""
         values = values.cpu().contiguous()
         self._open(name)[row] = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
@@ -98,25 +92,15 @@ class ArrayCache:
 class CachedSamples(torch.utils.data.Dataset[dict[str, Any]]):
     """The training set of one layer's probe: its cached maps and the labels.
 
-    Args:
-        cache: where both are.
-        arrays: key of `Features` -> name of its array.
-        labels: names of the arrays of labels.
-        sample_type: class of the data samples.
-        metainfo: that of the dataset.
+    `arrays` maps the keys of `Features` to the names of their arrays, and `labels` names the arrays of labels.
     """
 
     def __init__(
-        self,
-        cache: ArrayCache,
-        *,
-        arrays: Mapping[str, str],
-        labels: Sequence[str],
-        sample_type: type,
+        self, cache: ArrayCache, *, arrays: Mapping[str, str], labels: Sequence[str], sample_type: type,
         metainfo: Mapping[str, Any],
-    ) -> None:
-        self.cache, self.arrays, self.labels, self.sample_type = cache, arrays, labels, sample_type
-        self.metainfo = metainfo
+    ) -> None:  # fmt: skip
+        self.cache, self.arrays, self.labels = cache, arrays, labels
+        self.sample_type, self.metainfo = sample_type, metainfo
 
     def __len__(self) -> int:
         return self.cache.rows
@@ -132,9 +116,7 @@ class CachedSamples(torch.utils.data.Dataset[dict[str, Any]]):
 class CachedEncoder(nn.Module):
     """Takes the encoder's place in a model and returns what `read(images)` gives for one layer.
 
-    Args:
-        encoder: the encoder that is replaced.
-        out_indices: the layer, 0-based, repeated as often as the head reads it.
+    `out_indices` is this layer, 0-based, repeated as often as the head reads it.
     """
 
     def __init__(self, encoder: nn.Module, out_indices: Sequence[int]) -> None:
@@ -147,11 +129,9 @@ class CachedEncoder(nn.Module):
         self.read: Callable[[Tensor], Features]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps, as `PerceptionEncoder.forward` does."""
         return (self.read(images)["maps"],) * len(self.out_indices)
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return maps and class tokens, as the method of `PerceptionEncoder` does."""
         features, times = self.read(images), len(self.out_indices)
         return (features["maps"],) * times, (features["tokens"],) * times
 
@@ -218,13 +198,5 @@ def layer_digests(encoder: nn.Module, layers: Sequence[int]) -> dict[int, str]:
 
 
 def digest(value: Any) -> str:
-    """Return a digest of nested dictionaries, lists and plain values."""
-    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    """Return a digest of nested dictionaries, lists and values, others than plain ones by their repr."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()[:16]

@@ -20,9 +20,8 @@ HIGHER_IS_BETTER = {
 def choose_score(metrics: Mapping[str, float], name: str | None = None) -> tuple[str, bool]:
     """Return the key of the score to compare layers by, and whether higher is better.
 
-    Args:
-        metrics: those of one layer; keys may have a prefix that ends in a slash.
-        name: one of `HIGHER_IS_BETTER`; None takes the first that `metrics` contains.
+    The keys of `metrics` may have a prefix that ends in a slash. `name` is one of `HIGHER_IS_BETTER`; None takes the
+    first that `metrics` contains.
     """
     keys = {key.rpartition("/")[2]: key for key in metrics}
     allowed = [score for score in HIGHER_IS_BETTER if score in keys]
@@ -37,32 +36,19 @@ def write_report(
 ) -> dict[str, Any]:
     """Write scores.json and scores.png into the folder of the sweep; return the content of scores.json.
 
-    Args:
-        sweep: the sweep that gave the metrics.
-        metrics: layer -> its metrics.
-        score: score to compare layers by, see `choose_score`.
-        config: name of the config, for the record.
+    `metrics` are those of each layer, `score` is that of `choose_score`, and `config` is recorded.
     """
     score, higher_is_better = choose_score(next(iter(metrics.values())), score)
     scores = {layer: values[score] for layer, values in metrics.items()}
     backbone = sweep.cfg.model.backbone
-    report: dict[str, Any] = dict(
-        config=config,
-        encoder=str(backbone.get("variant")),
-        checkpoint=str(backbone.get("init_cfg")),
-        depth=sweep.depth,
-        training_images=len(sweep.images),
-        augmentation=False,
-        maps=str(sweep.dtype).removeprefix("torch."),
-        schedule=dict(sweep.cfg.train_cfg),
-        score=score,
-        higher_is_better=higher_is_better,
-        best=best_layer(scores, higher_is_better=higher_is_better),
-        last=max(metrics),
-        metrics=metrics,
-    )
+    report: dict[str, Any] = dict(config=config, encoder=str(backbone.get("variant")))
+    report |= dict(checkpoint=str(backbone.get("init_cfg")), depth=sweep.depth, training_images=len(sweep.images))
+    report |= dict(augmentation=False, maps=str(sweep.dtype).removeprefix("torch."))
+    report |= dict(schedule=dict(sweep.cfg.train_cfg), score=score, higher_is_better=higher_is_better)
+    best = best_layer(scores, higher_is_better=higher_is_better)
+    report |= dict(best=best, last=max(metrics), metrics=metrics)
     write_json(sweep.folder / "scores.json", report)
-    draw_scores(sweep.folder / "scores.png", scores, name=score, best=report["best"])
+    draw_scores(sweep.folder / "scores.png", scores, name=score, best=best)
     return report
 
 

@@ -61,16 +61,13 @@ class ProgressBar(Hook):
         self.layer = layer
 
     def before_train(self, runner: Runner) -> None:
-        """Show the bar."""
         self.bar = tqdm(total=runner.max_iters, desc=f"layer {self.layer}", unit="step", leave=False)
 
     def after_train_iter(self, _: Runner, **step: Any) -> None:
-        """Show the loss."""
         self.bar.set_postfix(loss=f"{float(step['outputs']['loss']):.4f}", refresh=False)
         self.bar.update()
 
     def after_train(self, _: Runner) -> None:
-        """Remove the bar."""
         self.bar.close()
 
 
@@ -89,15 +86,9 @@ class LayerSweep:
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        *,
-        layers: Sequence[int] | None,
-        folder: str | Path,
-        dtype: str = "float32",
-        limit: int | None = None,
-        epochs: int | None = None,
-    ) -> None:
+        self, cfg: Config, *, layers: Sequence[int] | None, folder: str | Path, dtype: str = "float32",
+        limit: int | None = None, epochs: int | None = None,
+    ) -> None:  # fmt: skip
         self.cfg, self.folder = copy.deepcopy(cfg), Path(folder)
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
@@ -170,8 +161,8 @@ class LayerSweep:
         if len(shared.calls) != 1:
             raise ConfigError(f"the model runs its encoder {len(shared.calls)} times per image; a sweep allows one run")
         sample = batch["data_samples"][0]
-        labels = {k: v.data.cpu() for k, v in sample.items() if k.startswith("gt_") and isinstance(v, PixelData)}
-        labels = {name: _compact(values) for name, values in labels.items()}
+        maps = {k: v.data for k, v in sample.items() if k.startswith("gt_") and isinstance(v, PixelData)}
+        labels = {name: _compact(values.cpu()) for name, values in maps.items()}
         layers = [{key: values[0].to(self.dtype) for key, values in layer.items()} for layer in shared.calls[0]]
         if not all(values.isfinite().all() for layer in layers for values in layer.values()):
             raise ConfigError(f"the maps exceed the range of {str(self.dtype).removeprefix('torch.')}; use bfloat16")
@@ -229,7 +220,10 @@ class LayerSweep:
         """
         model = self._build(layer)
         path, key = self.folder / f"layer_{layer:02d}.safetensors", self._training_key(layer)
-        finished = path.is_file() and _metadata(path).get("key") == key
+        finished = False
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                finished = (file.metadata() or {}).get("key") == key
         if not finished:
             preprocessor = model.data_preprocessor
             model.data_preprocessor = CachedPreprocessor(model.backbone, self._size)
@@ -243,24 +237,17 @@ class LayerSweep:
         return not finished
 
     def _runner(self, model: nn.Module, layer: int, hooks: Sequence[Hook]) -> Runner:
-        data = CachedSamples(
-            self.cache,
-            arrays=self._arrays[layer],
-            labels=self._labels,
-            sample_type=self._sample_type,
-            metainfo=self.dataset.metainfo,
-        )
+        about = dict(labels=self._labels, sample_type=self._sample_type, metainfo=self.dataset.metainfo)
+        data = CachedSamples(self.cache, arrays=self._arrays[layer], **about)
+        keys = ("train_cfg", "optim_wrapper", "param_scheduler", "log_processor")
         return Runner(
+            **{key: self.cfg.get(key) for key in keys},
             model=model,
             work_dir=str(self.folder / f"layer_{layer:02d}"),
             train_dataloader={**self.cfg.train_dataloader, "dataset": data},
-            train_cfg=self.cfg.train_cfg,
-            optim_wrapper=self.cfg.optim_wrapper,
-            param_scheduler=self.cfg.get("param_scheduler"),
             default_hooks=dict(checkpoint=None, logger=dict(type="LoggerHook", interval=10)),
             custom_hooks=[*(self.cfg.get("custom_hooks") or ()), *hooks],
             visualizer=dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")]),
-            log_processor=self.cfg.get("log_processor"),
             log_level="WARNING",
             randomness=dict(seed=self.seed),
             default_scope=self.cfg.get("default_scope", "mmengine"),
@@ -311,20 +298,16 @@ def _check_config(cfg: Config) -> tuple[int, int]:
         raise ConfigError(f"the config's head reads layers {encoder.out_indices}; a sweep needs a head that reads one")
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     if trained:
-        raise ConfigError(
-            f"{len(trained)} parameters of the encoder are trained (such as {trained[0]}), so its maps change and "
-            "cannot be cached; freeze the encoder"
-        )
+        many = f"{len(trained)} parameters of the encoder are trained (such as {trained[0]})"
+        raise ConfigError(f"{many}, so its maps change and cannot be cached; freeze the encoder")
     return encoder.config.depth, len(encoder.out_indices)
 
 
 def _check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     chosen = range(depth) if layers is None else layers
     if not chosen or not all(-depth <= layer < depth for layer in chosen):
-        raise ConfigError(
-            f"layers are {', '.join(map(str, chosen)) or 'empty'}; the encoder has blocks 0 to {depth - 1} "
-            f"(or {-depth} to -1)"
-        )
+        names = ", ".join(map(str, chosen)) or "empty"
+        raise ConfigError(f"layers are {names}; the encoder has blocks 0 to {depth - 1} (or {-depth} to -1)")
     return tuple(sorted({layer % depth for layer in chosen}))
 
 
@@ -374,8 +357,3 @@ def _compact(values: Tensor) -> Tensor:
     if values.abs().max() > 32767:
         raise ConfigError(f"a label is {int(values.abs().max())}; at most 32767 can be cached")
     return values.to(torch.int16)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}

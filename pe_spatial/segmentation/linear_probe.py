@@ -31,9 +31,7 @@ class LinearProbe(EncoderDecoder):
 
     The encoder runs in evaluation mode and without autograd. If the sides of an image are not multiples of its patch,
     the image is padded with zeros on all sides, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches of 14.
-
-    Args:
-        options: options of `EncoderDecoder`; `backbone.out_indices` has one block, `decode_head` has no `in_channels`.
+    Its options are those of `EncoderDecoder`; `backbone.out_indices` has one block, `decode_head` no `in_channels`.
     """
 
     def _init_decode_head(self, decode_head: Mapping[str, Any]) -> None:
@@ -46,7 +44,6 @@ class LinearProbe(EncoderDecoder):
         super()._init_decode_head({**decode_head, "in_channels": self.backbone.embed_dim})
 
     def train(self, mode: bool = True) -> LinearProbe:
-        """Set the mode; the encoder stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -87,7 +84,6 @@ class CheckedADE20KDataset(ADE20KDataset):
     """MMSegmentation's ADE20K that raises DatasetError for missing folders, images or label maps."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Return the images, each with its label map."""
         folders = [Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path")]
         for folder in folders:
             if not folder.is_dir():

@@ -6,6 +6,7 @@ All rays of a pass share one origin (the camera, or the lamp for shadows), so th
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +34,7 @@ class Frame:
     camera_to_world: np.ndarray  # (4, 4) float64
 
 
-@dataclass(frozen=True)
-class _Posed:
+class _Posed(NamedTuple):
     solid: Solid
     rotation: np.ndarray  # (3, 3) local to world
     position: np.ndarray  # (3,)
@@ -48,20 +48,13 @@ def intrinsics(camera: Camera, size: tuple[int, int]) -> np.ndarray:
 
 
 def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) -> Frame:
-    """Render `scene` at `time` seconds.
-
-    Raises:
-        ConfigError: if a side of `size` (H, W) is below 2 pixels.
-    """
+    """Render `scene` at `time` seconds; ConfigError if a side of `size` (H, W) is below 2 pixels."""
     height, width = size
     if min(size) < 2:
         raise ConfigError(f"size is {size}; give (H, W) with sides of at least 2 pixels")
     pose, matrix = scene.camera.pose(time), intrinsics(scene.camera, size)
     rotation, origin = pose[:3, :3].astype(np.float32), pose[:3, 3].astype(np.float32)
-    posed = []
-    for solid in scene.solids:
-        turn, position = solid.pose(time)
-        posed.append(_Posed(solid, turn.astype(np.float32), position.astype(np.float32)))
+    posed = [_Posed(solid, *(x.astype(np.float32) for x in solid.pose(time))) for solid in scene.solids]
 
     def shoot(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return color (3, N) in [0, 1], depth (N,) and owner (N,) along the rays through image points (u, v)."""
@@ -91,14 +84,10 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
 
 def _contrast(rgb: np.ndarray) -> np.ndarray:
     """Return which pixels (H, W) differ visibly from a neighbor; rgb is (3, H, W)."""
-    edge = np.zeros(rgb.shape[1:], dtype=bool)
     rows = np.abs(np.diff(rgb, axis=1)).max(0) > _EDGE
     columns = np.abs(np.diff(rgb, axis=2)).max(0) > _EDGE
-    edge[1:] |= rows
-    edge[:-1] |= rows
-    edge[:, 1:] |= columns
-    edge[:, :-1] |= columns
-    return edge
+    vertical = np.pad(rows, ((1, 0), (0, 0))) | np.pad(rows, ((0, 1), (0, 0)))
+    return vertical | np.pad(columns, ((0, 0), (1, 0))) | np.pad(columns, ((0, 0), (0, 1)))
 
 
 def _trace(room: Room, posed: list[_Posed], origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -298,13 +287,13 @@ def _value_noise(p: np.ndarray, seed: int) -> np.ndarray:
     cell = np.floor(p)
     x, y, z = (f := p - cell) * f * (3 - 2 * f)
     i, j, k = cell.astype(np.int32)
-    rows = [((i + di) & 15, (j + dj) & 15) for di in (0, 1) for dj in (0, 1)]
-    k0, k1 = k & 15, (k + 1) & 15
-    edges = []
-    for a, b in rows:
-        base = (a * 16 + b) * 16
-        low = table[base + k0]
-        edges.append(low + (table[base + k1] - low) * z)
-    low, high = edges[0] + (edges[1] - edges[0]) * y, edges[2] + (edges[3] - edges[2]) * y
-    mix = low + (high - low) * x
-    return np.clip(1.6 * mix - 0.3, 0, 1)  # stretched: averages concentrate around one half
+
+    def corner(di: int, dj: int, dk: int) -> np.ndarray:
+        return table[(((i + di) & 15) * 16 + ((j + dj) & 15)) * 16 + ((k + dk) & 15)]
+
+    def mix(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return low + (high - low) * weight
+
+    a, b, c, d = (mix(corner(di, dj, 0), corner(di, dj, 1), z) for di in (0, 1) for dj in (0, 1))
+    noise = mix(mix(a, b, y), mix(c, d, y), x)
+    return np.clip(1.6 * noise - 0.3, 0, 1)  # stretched: averages concentrate around one half

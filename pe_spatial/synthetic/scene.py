@@ -1,6 +1,6 @@
 """The content of a scene: a textured room, solids on simple paths, a lamp and a moving camera, all from one seed.
 
-World axes: x and y span the floor, z points up, meters; the floor is z = 0 and the room is centerd on x = y = 0.
+World axes: x and y span the floor, z points up, meters; the floor is z = 0 and the room is centered on x = y = 0.
 Camera axes (OpenCV): x right, y down, z forward. Angles in radians, time in seconds, colors in [0, 1] as displayed.
 Dataclasses contain plain numbers and tuples only, so that scenes can be compared.
 """
@@ -58,9 +58,9 @@ class Solid:
     def radius(self) -> float:
         """Radius of the bounding sphere around the local origin, meters."""
         x, y, z = self.half
-        return {"sphere": x, "torus": x, "cylinder": math.hypot(x, z), "cone": math.hypot(x, z)}.get(
-            self.category, math.hypot(x, y, z)
-        )
+        if self.category == "box":
+            return math.hypot(x, y, z)
+        return x if self.category in ("sphere", "torus") else math.hypot(x, z)
 
     def pose(self, time: float) -> tuple[np.ndarray, np.ndarray]:
         """Return rotation (3, 3) and translation (3,), local to world, at `time`."""
@@ -130,11 +130,8 @@ def sample_scene(seed: int | Sequence[int], *, num_solids: tuple[int, int] = (2,
 
     Args:
         seed: a non-negative integer, or several, as numpy.random.default_rng takes them.
-        num_solids: smallest and largest number of solids, from 2 to 8.
-        duration: length of the video in seconds.
-
-    Raises:
-        ConfigError: if `num_solids` or `duration` is out of range.
+        num_solids: smallest and largest number of solids, from 2 to 8 (else ConfigError).
+        duration: length of the video in seconds, above 0 (else ConfigError).
     """
     low, high = num_solids
     if not 2 <= low <= high <= 8:
@@ -151,9 +148,8 @@ def sample_scene(seed: int | Sequence[int], *, num_solids: tuple[int, int] = (2,
 def _draw(rng: np.random.Generator, count: int, duration: float) -> Scene | None:
     """Return a scene, or None if the solids do not fit or the camera sees too few of them."""
     width, length, height = rng.uniform(4.8, 7.5), rng.uniform(4.8, 7.5), rng.uniform(2.4, 3.2)
-    room = Room(
-        width=width, length=length, height=height, materials=tuple(_material(rng, for_room=True) for _ in range(6))
-    )
+    materials = tuple(_material(rng, for_room=True) for _ in range(6))
+    room = Room(width=width, length=length, height=height, materials=materials)
     center = rng.uniform(-0.4, 0.4, size=2)
     camera = Camera(
         target=(*_floats(center), float(rng.uniform(0.25, 0.6))),
@@ -270,12 +266,10 @@ def _material(rng: np.random.Generator, *, for_room: bool = False) -> Material:
     second = (hue + rng.normal(0, 0.05 if for_room else 0.2)) % 1.0
     darker = value * rng.uniform(0.75, 0.95) if for_room else rng.uniform(0.25, 0.95)
     axis = rng.normal(size=3)
+    colors = [colorsys.hsv_to_rgb(h, saturation, v) for h, v in ((hue, value), (second, darker))]
     return Material(
         texture=str(rng.choice(TEXTURES)),
-        colors=(
-            _floats(colorsys.hsv_to_rgb(hue, saturation, value)),
-            _floats(colorsys.hsv_to_rgb(second, saturation, darker)),
-        ),
+        colors=(_floats(colors[0]), _floats(colors[1])),
         period=float(rng.uniform(0.4, 1.2) if for_room else rng.uniform(0.12, 0.35)),
         axis=_floats(axis / np.linalg.norm(axis)),
         seed=int(rng.integers(2**31)),

@@ -40,49 +40,33 @@ JPEG_QUALITY = 95
 
 
 def write_dataset(
-    root: str | os.PathLike[str],
-    *,
-    scenes: Mapping[str, int],
-    frames_per_scene: int = 2,
-    size: tuple[int, int] = (256, 256),
-    duration: float = 2.0,
-    seed: int = 0,
-    workers: int = 1,
-) -> Path:
+    root: str | os.PathLike[str], *, scenes: Mapping[str, int], frames_per_scene: int = 2,
+    size: tuple[int, int] = (256, 256), duration: float = 2.0, seed: int = 0, workers: int = 1,
+) -> Path:  # fmt: skip
     """Write a dataset, or reuse the one at `root` if it has the same parameters; return `root`.
 
     `root` is complete or absent, even if the process is killed (see `atomic_folder`).
 
     Args:
-        root: folder to create.
         scenes: number of scenes (videos) of each split, e.g. {"train": 200, "val": 50}.
         frames_per_scene: frames evenly over `duration`, both ends included; 1 or 2 give the most variety for
             detection, 8 or more a video for tracking.
         size: (H, W) in pixels.
         duration: duration of each scene in seconds.
-        seed: random seed.
         workers: number of processes; the files do not depend on it. With more than one, the calling script needs an
             `if __name__ == "__main__":` guard.
 
-    Raises:
-        ConfigError: if a parameter is out of range.
-        DatasetError: if `root` has other content.
+    Raises ConfigError if a parameter is out of range, and DatasetError if `root` has other content.
     """
     root = Path(root).absolute()
     if not scenes or not set(scenes) <= set(SPLITS) or min(scenes.values()) < 1:
         raise ConfigError(f"scenes is {dict(scenes)}; give at least one scene for some of {', '.join(SPLITS)}")
     if frames_per_scene < 1 or workers < 1 or seed < 0:
-        raise ConfigError(
-            f"frames_per_scene is {frames_per_scene}, workers {workers}, seed {seed}; at least 1, 1 and 0 are required"
-        )
-    world: dict[str, Any] = {
-        "version": VERSION,
-        "seed": seed,
-        "scenes": {split: int(scenes[split]) for split in SPLITS if split in scenes},
-        "frames_per_scene": frames_per_scene,
-        "size": list(size),
-        "duration": duration,
-    }
+        given = f"frames_per_scene is {frames_per_scene}, workers {workers}, seed {seed}"
+        raise ConfigError(f"{given}; at least 1, 1 and 0 are required")
+    world: dict[str, Any] = {"version": VERSION, "seed": seed}
+    world["scenes"] = {split: int(scenes[split]) for split in SPLITS if split in scenes}
+    world |= {"frames_per_scene": frames_per_scene, "size": list(size), "duration": duration}
     if _is_complete(root, world):
         return root
     try:
@@ -106,12 +90,12 @@ def _is_complete(root: Path, world: dict[str, Any]) -> bool:
     if not path.is_file():
         raise DatasetError(f"{root} exists and is not a synthetic dataset (no world.json); choose another folder")
     existing = json.loads(path.read_text())
-    if existing != world:
-        different = sorted(key for key in {*existing, *world} if existing.get(key) != world.get(key))
+    keys = sorted(key for key in {*existing, *world} if existing.get(key) != world.get(key))
+    if keys:
+        different = ", ".join(f"{key} {existing.get(key)} instead of {world.get(key)}" for key in keys)
         raise DatasetError(
-            f"{root} is a synthetic dataset with other parameters: "
-            + ", ".join(f"{key} {existing.get(key)} instead of {world.get(key)}" for key in different)
-            + "; delete it, choose another folder, or use the parameters in its world.json"
+            f"{root} is a synthetic dataset with other parameters: {different}; "
+            "delete it, choose another folder, or use the parameters in its world.json"
         )
     return True
 
@@ -124,14 +108,10 @@ def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -
     else:  # spawn: forking a process with torch's threads may hang
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             videos = list(pool.map(_write_scene, jobs, chunksize=max(1, math.ceil(len(jobs) / (8 * workers)))))
-    coco: dict[str, Any] = {
-        "info": {"description": "pe_spatial synthetic world", "version": str(VERSION), "split": split},
-        "licenses": [],
-        "categories": [{"id": i, "name": name, "supercategory": "solid"} for i, name in enumerate(CATEGORIES, 1)],
-        "videos": [],
-        "images": [],
-        "annotations": [],
-    }
+    info = {"description": "pe_spatial synthetic world", "version": str(VERSION), "split": split}
+    categories = [{"id": i, "name": name, "supercategory": "solid"} for i, name in enumerate(CATEGORIES, 1)]
+    coco: dict[str, Any] = {"info": info, "licenses": [], "categories": categories}
+    coco |= {"videos": [], "images": [], "annotations": []}
     tracks: dict[tuple[int, int], int] = {}
     for video_id, frames in enumerate(videos, 1):
         height, width = world["size"]
@@ -166,15 +146,10 @@ def _write_scene(job: tuple[Path, str, int, dict[str, Any]]) -> list[tuple[dict[
         ids = Image.fromarray(frame.instances.astype(np.uint8))
         ids.putpalette(_palette())
         ids.save(folders[2] / f"{name}.png")
-        image = {
-            "file_name": f"{_scene_name(index)}/{name}.jpg",
-            "height": world["size"][0],
-            "width": world["size"][1],
-            "frame_id": frame_id,
-            "time": time,
-            "intrinsics": frame.intrinsics.tolist(),
-            "camera_to_world": frame.camera_to_world.tolist(),
-        }
+        height, width = world["size"]
+        image = {"file_name": f"{_scene_name(index)}/{name}.jpg", "height": height, "width": width}
+        image |= {"frame_id": frame_id, "time": time, "intrinsics": frame.intrinsics.tolist()}
+        image["camera_to_world"] = frame.camera_to_world.tolist()
         frames.append((image, _annotate(frame, category_ids)))
     return frames
 
@@ -189,19 +164,12 @@ def _annotate(frame: Frame, category_ids: Mapping[int, int]) -> list[dict[str, A
         area = int(mask.sum())
         if area < max(1, MIN_VISIBLE * mask.size):
             continue
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
         code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-        annotations.append(
-            {
-                "object_id": object_id,
-                "category_id": category_id,
-                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-                "area": area,
-                "iscrowd": 0,
-                "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
-            }
-        )
+        annotation: dict[str, Any] = {"object_id": object_id, "category_id": category_id}
+        annotation["bbox"] = [int(x) for x in rle.toBbox(code)]
+        annotation |= {"area": area, "iscrowd": 0}
+        annotation["segmentation"] = {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
+        annotations.append(annotation)
     return annotations
 
 

@@ -12,20 +12,12 @@ import pytest
 from PIL import Image
 
 from pe_spatial.errors import DatasetError
-from pe_spatial.synthetic import (
-    CATEGORIES,
-    Camera,
-    Room,
-    Scene,
-    Solid,
-    intrinsics,
-    render_frame,
-    sample_scene,
-    write_dataset,
-)
+from pe_spatial.synthetic import CATEGORIES, render_frame, sample_scene, write_dataset
 from pe_spatial.synthetic import render as render_module
 from pe_spatial.synthetic import scene as scene_module
 from pe_spatial.synthetic import writer as writer_module
+from pe_spatial.synthetic.render import intrinsics
+from pe_spatial.synthetic.scene import Camera, Room, Scene, Solid
 
 SIZE = (72, 96)
 HALVES = {
