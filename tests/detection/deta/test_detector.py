@@ -139,6 +139,12 @@ def test_detections(fixture, option):
             for key in ("boxes", "scores", "labels")
         )
         ours, theirs = unique_order(found.scores, found.labels), unique_order(scores, labels)
+        if option.startswith("soft"):
+            # Of faint boxes that nearly tie, another one is picked where the CPU rounds otherwise. That soft-NMS agrees
+            # to the last of them on recorded boxes is shown in test_tta.py.
+            count = int((scores > 2e-3).sum())
+            assert count > 300
+            ours, theirs = ours[:count], theirs[:count]
         assert_close(found.scores[ours], scores[theirs], rtol=1e-4, atol=1e-6)
         assert_close(found.labels[ours], labels[theirs].long())
         assert_close(found.bboxes[ours], boxes[theirs], rtol=1e-4, atol=5e-3)
