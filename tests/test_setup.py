@@ -233,3 +233,8 @@ def test_no_file_names_an_index_host_or_a_place_on_one_machine() -> None:
     assert not found
     assert unwanted.search('path = "/home/someone/data"')
     assert not unwanted.search("https://example.com/{0}/ and ../{0}/x and {0}_dirs/demo/".format("work"))
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+    pinned = re.search(r"^ruff==\S+", (REPO / "constraints.txt").read_text(), re.MULTILINE)[0]
+    assert f"[{pinned}]" in (REPO / ".pre-commit-config.yaml").read_text()

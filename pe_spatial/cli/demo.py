@@ -1,6 +1,6 @@
 """Render a synthetic dataset, then train, evaluate and draw a small detector on it.
 
-pe-spatial demo              # at most ten minutes on two CPU cores
+pe-spatial demo              # about ten minutes on two CPU cores
 
 The encoder's weights are part of the package: nothing is downloaded.
 """

@@ -19,8 +19,8 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("gt_dir", metavar="GT_DIR")
-    parser.add_argument("pred_dir", metavar="PRED_DIR")
+    parser.add_argument("gt_dir", metavar="GT_DIR", help="ground truth")
+    parser.add_argument("pred_dir", metavar="PRED_DIR", help="predicted masks")
     parser.add_argument(
         "--sequences", nargs="+", metavar="NAME", help="sequences to score, or a .txt file of names, one per line"
     )

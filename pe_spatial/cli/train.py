@@ -5,7 +5,7 @@ pe-spatial train mmdet::detr/detr_r50_8xb2-150e_coco.py --swap pe_spatial_s16_51
 pe-spatial train CONFIG --resume            # from the latest checkpoint of the work dir, if there is one
 tools/dist_train.sh CONFIG 8                # on eight GPUs; the file says how to train on several nodes
 
-The console shows a summary and the progress, the log file in the work dir everything.
+The console shows a summary and the progress. The log file in the work dir has everything.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     add_verbose(parser)
-    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone; {VARIANT_HELP}")
+    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone with this {VARIANT_HELP}")
     add_swap_arguments(parser)
 
 
