@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     add_verbose(parser)
-    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone with this {VARIANT_HELP}")
+    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone by an {VARIANT_HELP}")
     add_swap_arguments(parser)
 
 
