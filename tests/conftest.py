@@ -3,29 +3,19 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.encoders import TINY, TINY_NO_CLASS
-from helpers.repository import REPO
+from helpers.repository import REPO, shared_folder
 
 from pe_spatial import PerceptionEncoder
 
 # One thread, also in the processes that tests start: numbers are the same with pytest -n 2, which fills two cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def shared_folder(environ: Mapping[str, str]) -> Path:
-    """Find the folder of real images; skip where it is absent, but fail in CI, where it must be there."""
-    path = (REPO / environ.get("PE_SPATIAL_SHARED", "../shared")).resolve()
-    if not path.is_dir():
-        (pytest.fail if environ.get("CI") else pytest.skip)(
-            "needs the real images of ../shared/data; set PE_SPATIAL_SHARED to the folder that holds data/"
-        )
-    return path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -100,7 +100,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
         except CheckpointError:
             return pe_spatial.PerceptionEncoder(source, **options).eval()
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(pe_spatial, "from_pretrained", random_where_absent, raising=False)
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -350,18 +350,21 @@ def test_from_pretrained_takes_a_folder_or_a_file_and_finds_the_variant(tmp_path
     assert from_pretrained(path, geometry="vitdet").geometry.pos_embed_mode == "tile"
 
 
-@pytest.mark.parametrize("name", ["PE-Spatial-T16-512", "pe_spatial_t16_512"])
-def test_from_pretrained_by_name_works_offline_from_the_cache(tmp_path, t16, name):
+def test_from_pretrained_by_name_works_offline_from_the_cache(tmp_path, t16):
     """The layout of the hub's cache, made by hand, so that the real client finds it without a network."""
     repo = tmp_path / "hub" / "models--facebook--PE-Spatial-T16-512"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
     (repo / "snapshots" / ("0" * 40)).mkdir(parents=True)
     release(t16, repo / "snapshots" / ("0" * 40), "PE-Spatial-T16-512.pt")
-    script = f"from pe_spatial import from_pretrained; print(from_pretrained({name!r}, out_indices=(0,)).variant)"
+    script = (
+        "from pe_spatial import from_pretrained\n"
+        "for name in ('PE-Spatial-T16-512', 'pe_spatial_t16_512'):\n"
+        "    print(from_pretrained(name, out_indices=(0,)).variant)"
+    )
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["pe_spatial_t16_512"]
+    assert done.stdout.split() == ["pe_spatial_t16_512"] * 2
 
 
 def test_from_pretrained_takes_the_encoder_out_of_a_detector(tmp_path, t16):

@@ -5,12 +5,25 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from pe_spatial.cli.main import main
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
+
+
+def shared_folder(environ: Mapping[str, str]) -> Path:
+    """Find the folder of real images; skip where it is absent, but fail in CI, where it must be there."""
+    path = (REPO / environ.get("PE_SPATIAL_SHARED", "../shared")).resolve()
+    if not path.is_dir():
+        (pytest.fail if environ.get("CI") else pytest.skip)(
+            "needs the real images of ../shared/data; set PE_SPATIAL_SHARED to the folder that holds data/"
+        )
+    return path
 
 
 def tool(name, *args, cwd):
