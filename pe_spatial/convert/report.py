@@ -23,10 +23,10 @@ def _grouped(rows: Iterable[tuple[str, str]]) -> list[tuple[int, str, str]]:
         groups.setdefault(key, []).append((number[0] if number else "", tensor[0] if tensor else ""))
     out = []
     for key, members in groups.items():
-        tensors = list(dict.fromkeys(tensor for _, tensor in members))
-        number = _spans({int(number) for number, _ in members if number})
-        tensor = tensors[0] if len(tensors) == 1 else f"{{{','.join(tensors)}}}"
-        name, text = (cell.replace("{number}", number).replace("{tensor}", tensor) for cell in key)
+        names = list(dict.fromkeys(name for _, name in members))
+        tensors = names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+        numbers = _spans({int(digits) for digits, _ in members if digits})
+        name, text = (cell.replace("{number}", numbers).replace("{tensor}", tensors) for cell in key)
         out.append((len(members), name, text))
     return out
 

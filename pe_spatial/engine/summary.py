@@ -53,11 +53,12 @@ def _encoder(options: Mapping[str, Any]) -> str:
     variant = options.get("variant")
     weights = (options.get("init_cfg") or {}).get("checkpoint", "none (random)")
     layers = options.get("out_indices")
+    geometry = options.get("geometry", "release")
     return ", ".join(
         [
-            variant if isinstance(variant, str) else "own configuration",
-            *([f"layers {layers if isinstance(layers, str) else ', '.join(map(str, layers))}"] if layers else []),
-            f"geometry {options.get('geometry', 'release')}",
+            variant if isinstance(variant, str) else "custom encoder",
+            *([f"layers {', '.join(map(str, layers))}"] if layers else []),
+            f"geometry {geometry if isinstance(geometry, str) else 'custom'}",
             f"weights {weights}",
         ]
     )

@@ -7,6 +7,7 @@ pytest.importorskip("mmengine")
 from helpers.tiny_run import tiny_config
 from mmengine.config import Config
 
+from pe_spatial.cli.arguments import load_config
 from pe_spatial.cli.main import build_parser
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.configs import config_in
@@ -20,6 +21,19 @@ def test_options_given_twice_all_count():
     args = build_parser("train").parse_args(["c.py", "--cfg-options", "a=1", "b.c=2", "--cfg-options", "b.c=3", "d=x"])
     assert args.cfg_options == {"a": 1, "b.c": 3, "d": "x"}
     assert build_parser("train").parse_args(["c.py"]).cfg_options == {}
+
+
+def test_work_dir_of_an_installed_config_is_its_name():
+    cfg = load_config(build_parser("train").parse_args(["pe_spatial::pe_demo_cascade_synthetic.py"]))
+    assert cfg.work_dir == "work_dirs/pe_demo_cascade_synthetic"
+
+
+def test_encoders_are_names_or_json():
+    parser = build_parser("swap_backbone")
+    assert parser.parse_args(["c.py", "--variant", "timm:x"]).variant == "timm:x"
+    assert parser.parse_args(["c.py", "--variant", '{"img_size": 192}']).variant == {"img_size": 192}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["c.py", "--variant", '{"img_size": 192'])
 
 
 def test_a_config_without_a_launcher_builds_a_runner(tmp_path):
