@@ -361,9 +361,7 @@ class DepthPreprocessor(ImgDataPreprocessor):
             if not training:
                 continue
             if DEPTH not in sample:
-                raise ConfigError(
-                    "a training sample has no gt_depth_map; the pipeline needs LoadDepth and PackDepthInputs"
-                )
+                raise ConfigError("a sample has no gt_depth_map; the pipeline needs LoadDepth and PackDepthInputs")
             depth = sample.gt_depth_map.data
             if depth.shape[-2:] != (h, w):
                 raise ConfigError(
