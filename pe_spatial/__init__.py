@@ -12,6 +12,7 @@ _HOME = {
     "VARIANTS": "pe_spatial.encoder.variants",
     "SimpleFeaturePyramid": "pe_spatial.encoder.pyramid",
     "FusedFeaturePyramid": "pe_spatial.encoder.pyramid",
+    "PerceptionEncoderPyramid": "pe_spatial.encoder.backbone",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
     "from_pretrained": "pe_spatial.encoder.checkpoint",
 }

@@ -2,7 +2,8 @@
 
 default_scope = 'mmdet'
 custom_imports = dict(
-    imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.detection'], allow_failed_imports=False)
+    imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.engine', 'pe_spatial.detection'],
+    allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

@@ -218,6 +218,19 @@ class DETAFeaturePyramid(nn.Module):
         return tuple(level(x) for level in self.levels)
 
 
+def as_float32(levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Bring levels (B, C, h, w) to float32 and a contiguous layout; unused levels stay views of one zero.
+
+    Under bfloat16 autocast torch's layer norm returns float32 on CUDA but bfloat16 on CPU, and RoI extractors cast the
+    boxes to the dtype of the levels: in bfloat16 a coordinate near 1000 moves by up to 4 pixels. And each of several
+    RoIAlign calls would copy the channels-last levels that the norms return to contiguous ones again.
+    """
+    return tuple(
+        level.to(torch.float32, memory_format=torch.contiguous_format) if any(level.stride()) else level.float()
+        for level in levels
+    )
+
+
 def _only_map(maps: Tensor | Sequence[Tensor], name: str) -> Tensor:
     if isinstance(maps, Tensor):
         return maps

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .geometry import Geometry, block_indices, get_geometry, preset_name
+from .layer_decay import layer_of
 from .resize import resize_pos_embed
 from .rope import apply_rope, rope_table
 from .variants import EncoderConfig, get_config, recipe_rate, variant_key
@@ -342,6 +343,10 @@ class PerceptionEncoder(nn.Module):
         else:
             tokens = patches.unflatten(1, grid)
         return tokens.permute(0, 3, 1, 2)
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of the parameter `name`, as `layer_decay.layer_of` counts."""
+        return layer_of(name, self.depth)
 
     def extra_repr(self) -> str:
         """Show the configuration, and the geometry by the name of its preset and in numbers."""

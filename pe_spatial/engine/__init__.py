@@ -1,1 +1,9 @@
-"""What a run of days needs, on mmengine: the runner, fault tolerance, determinism, FSDP, loading of images."""
+"""Long runs on mmengine: the runner, fault tolerance, determinism, precision, FSDP, loading of images.
+
+Importing this package registers what configs name: BFloat16OptimWrapper and ResumeWithoutPretrained.
+"""
+
+from pe_spatial.engine.checkpoints import ResumeWithoutPretrained
+from pe_spatial.engine.precision import BFloat16OptimWrapper
+
+__all__ = ["BFloat16OptimWrapper", "ResumeWithoutPretrained"]

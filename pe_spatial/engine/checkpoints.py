@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio.backends import LocalBackend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -172,3 +172,15 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             AtomicLocalBackend().put_text(path, os.path.join(runner.work_dir, "last_checkpoint"))
         return str(path)
+
+
+@HOOKS.register_module()
+class ResumeWithoutPretrained(Hook):
+    """Let a run that resumes start without the released weights: its checkpoint overwrites them anyway."""
+
+    def before_run(self, runner: Runner) -> None:
+        """Mark what loads released weights as initialized if a checkpoint is going to be resumed; that happens next."""
+        if runner.cfg.get("resume") and (runner.cfg.get("load_from") or find_latest_checkpoint(runner.work_dir)):
+            for module in runner.model.modules():
+                if getattr(module, "loads_released_weights", False):
+                    module.is_init = True

@@ -196,7 +196,7 @@ def end_workers() -> None:
 
 
 def add_fault_tolerance(cfg: Config, *, non_finite_steps: int = 1) -> None:
-    """Put the hooks and the loop of this module into `cfg` where it has mmengine's own or none.
+    """Put the hooks and loops of this package into `cfg` where it has mmengine's own or none.
 
     Args:
         non_finite_steps: `patience` of `NonFiniteLossHook`; 0 stands for None.
@@ -208,7 +208,11 @@ def add_fault_tolerance(cfg: Config, *, non_finite_steps: int = 1) -> None:
     if (hooks.get("checkpoint") or {}).get("type") == "CheckpointHook":
         hooks["checkpoint"]["type"] = "AtomicCheckpointHook"
     present = [hook["type"] for hook in cfg.get("custom_hooks") or ()]
-    ours = (dict(type="StopOnSignalHook"), dict(type="NonFiniteLossHook", patience=non_finite_steps or None))
+    ours = (
+        dict(type="ResumeWithoutPretrained"),
+        dict(type="StopOnSignalHook"),
+        dict(type="NonFiniteLossHook", patience=non_finite_steps or None),
+    )
     added = [hook for hook in ours if hook["type"] not in present]
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or ()), *added]
     loop = cfg.get("train_cfg") or {}

@@ -36,8 +36,8 @@ from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.engine.console import QuietStartMixin
+from pe_spatial.engine.precision import BFloat16OptimWrapper
 from pe_spatial.errors import ConfigError
-from pe_spatial.integrations.openmmlab import BFloat16OptimWrapper
 
 
 def shard(model: nn.Module, optimizer: Optimizer, *, bfloat16: bool = False) -> None:

@@ -18,58 +18,46 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import Tensor, nn
 
+from pe_spatial.encoder import backbone as core
 from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict, some
-from pe_spatial.encoder.layer_decay import lr_factor
-from pe_spatial.encoder.pyramid import FusedFeaturePyramid, SimpleFeaturePyramid
-from pe_spatial.encoder.variants import DETECTOR_PIXELS, EncoderConfig, recipe_rate
-from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.encoder.layer_decay import lr_factors
+from pe_spatial.encoder.variants import DETECTOR_PIXELS, EncoderConfig
 from pe_spatial.errors import ConfigError
 
 _CONV = {2: 4, 3: 1, 4: 0, 5: 1}  # of the released level `simfp_{k}`: the index of its first convolution
 
 
-class PerceptionEncoderPyramid(Backbone):
-    """Encoder and pyramid in one: Detectron2's levels 'p2' to 'p6' (the logarithms of the strides).
+class PerceptionEncoderPyramid(core.PerceptionEncoderPyramid, Backbone):
+    """The core's `PerceptionEncoderPyramid` with Detectron2's levels 'p2' to 'p6' (the logarithms of the strides).
 
-    Widths follow from the variant, so that the variant is a single option. State dicts of the released detectors load
-    too, also through Detectron2's checkpointer.
+    State dicts of the released detectors load too, also through Detectron2's checkpointer.
 
     Args:
         variant: as in `PerceptionEncoder`.
-        pyramid: options of `SimpleFeaturePyramid`, or of `FusedFeaturePyramid` if `out_indices` names several blocks.
         weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
         size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
-            levels need. Whole windows are `window_size * patch_size`.
+            levels need. Complete windows are `window_size * patch_size`.
         square_size: side of the square to which Detectron2 pads every image, in pixels, as the released detectors do;
-            0 for none. Detectron2 crops a single image that is larger without a word, so resize to fit.
-        options: those of `PerceptionEncoder`, such as `geometry`.
+            0 for none. Detectron2 crops a single image that is larger without a warning, so resize to fit.
+        options: those of the core's class.
     """
 
     def __init__(
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
-        pyramid: Mapping[str, Any] | None = None,
         weights: str | Path | None = None,
         size_divisibility: int | None = None,
         square_size: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self.encoder = PerceptionEncoder(variant, **options)
-        maps, width, patch = len(self.encoder.out_indices), self.encoder.embed_dim, self.encoder.patch_size
-        sizes = {"in_stride": patch, **(pyramid or {})}
-        if maps == 1:
-            self.pyramid = levels = SimpleFeaturePyramid(width, **sizes)
-        else:
-            self.pyramid = FusedFeaturePyramid([width] * maps, **sizes)
-            levels = self.pyramid.pyramid
-        strides = dict(zip(_names(levels.strides), levels.strides, strict=True))
+        super().__init__(variant, **options)
+        strides = dict(zip(_names(self.strides), self.strides, strict=True))
         self._out_features = list(strides)
         self._out_feature_strides = strides
-        self._out_feature_channels = dict(zip(strides, levels.out_channels, strict=True))
-        needed = math.lcm(patch, *_pooled(levels, patch))
+        self._out_feature_channels = dict(zip(strides, self.out_channels, strict=True))
+        needed = 1 if self.any_size else _needed_divisor(self.strides, self.out_channels, self.encoder.patch_size)
         self._size_divisibility = _multiple("size_divisibility", size_divisibility or needed, needed)
         self._square_size = _multiple("square_size", square_size, self._size_divisibility)
         if weights is not None:
@@ -88,13 +76,12 @@ class PerceptionEncoderPyramid(Backbone):
         """
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_size}
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W), normalised -> name -> level, always float32, because RoIAlign casts the boxes to its type."""
-        levels = self.pyramid(self.encoder(images))
-        return {
-            name: level.to(torch.float32, memory_format=torch.contiguous_format)
-            for name, level in zip(self._out_features, levels, strict=True)
-        }
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """(B, 3, H, W), normalized -> name -> level, always float32, because RoIAlign casts the boxes to its dtype."""
+        levels = super().forward(images)
+        if isinstance(levels, Tensor):
+            return {self._out_features[self.eval_level]: levels}
+        return dict(zip(self._out_features, levels, strict=True))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         marks = (f"{prefix}net.", f"{prefix}simfp_")
@@ -153,26 +140,9 @@ def layer_decay(model: nn.Module, rate: float | str = "vitdet") -> Callable[[str
         model: holds one `PerceptionEncoder` or several, at any depth; all else keeps the factor 1.
         rate: from one layer to the one before it, or 'vitdet': the published rate for the encoder's depth.
     """
-    encoders = {
-        f"{name}." if name else "": child
-        for name, child in model.named_modules()
-        if isinstance(child, PerceptionEncoder)
-    }
-    if not encoders:
-        raise ConfigError("the model holds no PerceptionEncoder, so there are no layers to decay the rate over")
-    rates = {
-        prefix: recipe_rate("layer_decay_rate", rate, encoder.config.depth)
-        for prefix, encoder in encoders.items()
-    }
-
-    def factor(name: str) -> float:
-        name = name.removeprefix(".")  # Detectron2 writes one before the parameters of the model itself
-        prefix = next((prefix for prefix in encoders if name.startswith(prefix)), None)
-        if prefix is None:
-            return 1.0
-        return lr_factor(name.removeprefix(prefix), depth=encoders[prefix].depth, rate=rates[prefix])
-
-    return factor
+    factors = lr_factors(model, rate)
+    # Detectron2 writes a dot before the parameters of the model itself.
+    return lambda name: factors.get(name.removeprefix("."), 1.0)
 
 
 def layer_decay_params(
@@ -280,10 +250,10 @@ def _names(strides: tuple[int, ...]) -> list[str]:
     return names
 
 
-def _pooled(levels: SimpleFeaturePyramid, patch: int) -> list[int]:
+def _needed_divisor(strides: tuple[int, ...], channels: tuple[int, ...], patch: int) -> int:
     # The coarsest levels subsample the one before them, and for that any number of cells will do.
-    alike = len(set(levels.out_channels)) == 1
-    return [s for s in levels.strides if s <= 2 * patch or s // 2 not in levels.strides or not alike]
+    alike = len(set(channels)) == 1
+    return math.lcm(patch, *(s for s in strides if s <= 2 * patch or s // 2 not in strides or not alike))
 
 
 def _multiple(option: str, value: int, divisor: int) -> int:

@@ -177,10 +177,6 @@ class TimmEncoder(nn.Module):
             return int(rest.partition(".")[0]) + 1
         return self.depth + 1 if head == "norm" else 0
 
-    def lr_factor(self, name: str, rate: float) -> float:
-        """Return the factor on the learning rate of the parameter `name`, by the rule of `layer_decay.lr_factor`."""
-        return rate ** (self.depth + 1 - self.layer_of(name))
-
     def _load(self, source: str) -> None:
         path = locate(self._released() if source == "released" else source)
         state = read_state_dict(path)

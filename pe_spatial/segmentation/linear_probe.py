@@ -20,6 +20,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+import pe_spatial.engine
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.planning.registry import register_example, total_loss

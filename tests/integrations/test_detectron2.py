@@ -219,7 +219,7 @@ def test_yacs_config_without_the_options_says_what_to_call():
 
 
 def test_layer_decay_needs_an_encoder_and_finds_it_anywhere():
-    with pytest.raises(ConfigError, match="holds no PerceptionEncoder"):
+    with pytest.raises(ConfigError, match="contains no PerceptionEncoder"):
         ours.layer_decay(torch.nn.Linear(1, 1))
     encoder = PerceptionEncoder(SMALL)
     outer = torch.nn.ModuleDict(dict(teacher=torch.nn.Linear(2, 2), student=torch.nn.Sequential(encoder)))

@@ -15,6 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 
+import pe_spatial.engine  # noqa: F401  (registers)
 import pe_spatial.integrations.openmmlab as openmmlab
 from pe_spatial import EncoderConfig, PerceptionEncoder, SimpleFeaturePyramid
 from pe_spatial.encoder.checkpoint import CheckpointError
@@ -100,7 +101,7 @@ def test_evaluation_of_one_level():
 
 
 @pytest.mark.parametrize("bgr", [False, True])
-def test_renormalised_images_are_those_of_the_encoder(bgr):
+def test_renormalized_images_are_those_of_the_encoder(bgr):
     rgb = torch.randint(0, 256, (2, 3, 32, 32)).float()
     mean, std = [103.0, 116.0, 123.0], [1.0, 57.0, 58.0]
     statistics = dict(mean=mean, std=std, to_mean=[127.0, 120.0, 110.0], to_std=[127.0, 60.0, 50.0])
@@ -108,7 +109,7 @@ def test_renormalised_images_are_those_of_the_encoder(bgr):
     column = {key: torch.tensor(value)[:, None, None] for key, value in statistics.items()}
     came = ((rgb.flip(1) if bgr else rgb) - column["mean"]) / column["std"]
     expected = (rgb - column["to_mean"]) / column["to_std"]
-    torch.testing.assert_close(model.normalised(came), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.normalize(came), expected, rtol=1e-5, atol=1e-5)
     assert set(model.state_dict()) == set(pyramid_of().state_dict())
 
 
@@ -312,7 +313,7 @@ def test_unknown_or_missing_recipe_options(paramwise):
 
 
 def test_model_without_encoder():
-    with pytest.raises(ConfigError, match="holds no PerceptionEncoder"):
+    with pytest.raises(ConfigError, match="contains no PerceptionEncoder"):
         wrapper(nn.Linear(2, 2), layer_decay_rate=0.9)
 
 

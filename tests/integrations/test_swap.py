@@ -253,7 +253,7 @@ def test_a_teacher_that_stays_keeps_its_images():
     backbone = MODELS.build(model.backbone).eval()
     images = torch.randint(0, 256, (1, 3, 64, 64)).float()  # R, G, B
     mean, std = (torch.tensor(cfg.model.data_preprocessor[key])[:, None, None] for key in ("mean", "std"))
-    torch.testing.assert_close(backbone.normalised((images - mean) / std), (images - 127) / 127, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backbone.normalize((images - mean) / std), (images - 127) / 127, rtol=1e-5, atol=1e-5)
 
 
 def test_optimizer_becomes_adamw_and_heads_keep_their_rules():

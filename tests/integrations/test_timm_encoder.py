@@ -13,9 +13,10 @@ import timm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS
 
+import pe_spatial.engine  # noqa: F401  (registers)
 from pe_spatial import PerceptionEncoder
 from pe_spatial.encoder.checkpoint import RELEASED_TO_OURS, CheckpointError, load_state
-from pe_spatial.encoder.layer_decay import lr_factor
+from pe_spatial.encoder.layer_decay import layer_of
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.openmmlab import build_encoder
 from pe_spatial.integrations.timm import TimmEncoder
@@ -175,7 +176,7 @@ def test_layer_decay_is_the_rule_of_ours():
     found = rates(Detector())
     for name, lr in found.items():
         inside = name.startswith(encoder) and not name.startswith(f"{encoder}norm.")
-        assert lr == (lr_factor(name.removeprefix(encoder), depth=6, rate=0.5) if inside else 1.0)
+        assert lr == (0.5 ** (7 - layer_of(name.removeprefix(encoder), 6)) if inside else 1.0)
     assert found[f"{encoder}pos_embed"] == 0.5**7
     for name in (
         "vit_small_patch14_reg4_dinov2",

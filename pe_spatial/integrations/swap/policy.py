@@ -348,10 +348,7 @@ def _set_runtime(cfg: Config, notes: list[str]) -> None:
     names = [imports["imports"]] if isinstance(imports.get("imports"), str) else list(imports.get("imports", ()))
     if "mmpretrain" not in str(cfg.model) and "mmcls" not in str(cfg.model):
         names = [name for name in names if name.partition(".")[0] not in ("mmpretrain", "mmcls")]
-    ours = "pe_spatial.integrations.openmmlab"
-    cfg.custom_imports = dict(imports=[*names, *([] if ours in names else [ours])], allow_failed_imports=False)
-    hooks = list(cfg.get("custom_hooks") or [])
-    if any("EMAHook" in str(hook.get("type")) for hook in hooks):
+    imports = list(dict.fromkeys([*names, "pe_spatial.integrations.openmmlab"]))
+    cfg.custom_imports = dict(imports=imports, allow_failed_imports=False)
+    if any("EMAHook" in str(hook.get("type")) for hook in cfg.get("custom_hooks") or []):
         notes.append("EMAHook keeps a second copy of the model, and so of the encoder, in memory")
-    if cfg.get("optim_wrapper") and not any(hook.get("type") == "ResumeWithoutPretrained" for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type="ResumeWithoutPretrained")]

@@ -14,7 +14,8 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor
 
-import pe_spatial.integrations.openmmlab  # noqa: F401  (registers optimizers and hooks)
+import pe_spatial.engine
+import pe_spatial.integrations.openmmlab  # noqa: F401  (both register optimizers and hooks)
 from pe_spatial.encoder.checkpoint import load_checkpoint
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.planning.registry import register_example, total_loss

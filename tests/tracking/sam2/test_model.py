@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.encoder.files import CheckpointError
-from pe_spatial.encoder.layer_decay import lr_factor
+from pe_spatial.encoder.layer_decay import lr_factors
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.sam2.model import (
     IMAGENET_MEAN,
@@ -125,7 +125,7 @@ def test_a_trained_trunk_has_gradients_and_layers():
     trunk = model.image_encoder.trunk
     model.forward_image(torch.rand(1, 3, 64, 64))["vision_features"].sum().backward()
     assert all(parameter.grad is not None for parameter in trunk.parameters())
-    factors = {lr_factor(name, depth=2, rate=0.5) for name, _ in trunk.encoder.named_parameters()}
+    factors = set(lr_factors(trunk.encoder, 0.5).values())
     assert factors == {0.5, 0.25, 0.125}
     half = build_pe_sam2(TINY, 4, encoder_options=dict(frozen_stages=1), **SMALL)
     assert [p.requires_grad for p in half.image_encoder.trunk.encoder.blocks[1].parameters()].count(False) == 0
