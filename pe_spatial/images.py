@@ -12,13 +12,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pe_spatial.errors import DatasetError
 
 
-def read_rgb(path: str | Path) -> np.ndarray:
-    """Read a file with `decode_rgb`; DatasetError if it cannot be opened or decoded."""
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file; DatasetError if that fails."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise DatasetError(f"cannot open {path}: {error}") from error
-    return decode_rgb(data, str(path))
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """Read a file with `decode_rgb`; DatasetError if it cannot be opened or decoded."""
+    return decode_rgb(read_bytes(path), str(path))
 
 
 def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -> np.ndarray:

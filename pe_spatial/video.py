@@ -62,12 +62,8 @@ def frame_rate(path: Path) -> float | None:
 def decode_video(path: Path) -> Iterator[np.ndarray]:
     """Yield the frames (H, W, 3) uint8 RGB of a video file; DatasetError if it ends before its announced end."""
     capture = _open(path)
-    announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    count = 0
-    while True:
-        success, bgr = capture.read()
-        if not success:
-            break
+    announced, count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+    while (bgr := capture.read()[1]) is not None:
         count += 1
         yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     if count < announced - 2 or not count:  # some containers only estimate the number

@@ -21,20 +21,12 @@ from pe_spatial.errors import ConfigError, DatasetError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gt_dir", metavar="GT_DIR", help="ground truth")
     parser.add_argument("pred_dir", metavar="PRED_DIR", help="predicted masks")
-    parser.add_argument(
-        "--sequences", nargs="+", metavar="NAME", help="sequences to score, or a .txt file of names, one per line"
-    )
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="sequences to score, or a .txt file of names")
     parser.add_argument("--protocol", default="davis", metavar="davis|vos-benchmark", help="rules (default: davis)")
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write all scores: global, per sequence, object, frame"
-    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write scores: global, per sequence, object, frame")
     parser.add_argument("--csv", type=Path, metavar="OUT", help="write the scores per object")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
-    parser.add_argument(
-        "--official-decay",
-        action="store_true",
-        help="the decay of DAVIS's evaluator, which is wrong from 256 frames on",
-    )
+    parser.add_argument("--official-decay", action="store_true", help="DAVIS's own decay, wrong from 256 frames on")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,20 +43,15 @@ def run(args: argparse.Namespace) -> None:
         official_decay=args.official_decay,
         progress=True,
     )
-    if args.json:
-        write(args.json, evaluation.to_json())
-    if args.csv:
-        write(args.csv, evaluation.to_csv())
+    for path, convert in ((args.json, evaluation.to_json), (args.csv, evaluation.to_csv)):
+        if path:
+            try:
+                with atomic_write(path) as unfinished:
+                    unfinished.write_text(convert())
+            except OSError as error:
+                raise DatasetError(f"cannot write {path}: {error}") from error
     means = evaluation.global_results
     print(f"{len(evaluation.per_sequence)} sequences, {len(evaluation.per_object)} objects, protocol {args.protocol}\n")
     print(f"| {' | '.join(means)} |\n|{'---|' * len(means)}")
     print(f"| {' | '.join(f'{value:.3f}' for value in means.values())} |")
     print("".join(f"\n{rule}" for rule in evaluation.rules()))
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(text)
-    except OSError as error:
-        raise DatasetError(f"cannot write {path}: {error}") from error

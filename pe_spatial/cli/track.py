@@ -50,13 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID[@FRAME]:X,Y[,LABEL]",
         help="clicks in pixels; label 1 (on the object, default) or 0 (beside it)",
     )
-    parser.add_argument(
-        "--box",
-        nargs="+",
-        type=lambda text: numbered(text, (4,)),
-        metavar="ID[@FRAME]:X0,Y0,X1,Y1",
-        help="boxes in pixels",
-    )
+    form = "ID[@FRAME]:X0,Y0,X1,Y1"
+    parser.add_argument("--box", nargs="+", type=lambda box: numbered(box, (4,)), metavar=form, help="boxes in pixels")
     parser.add_argument("--mask", nargs="+", metavar="[FRAME:]PNG", help="index masks: each id in them is an object")
     parser.add_argument("--device", help="default: the GPU if there is one")
 

@@ -32,16 +32,14 @@ if TYPE_CHECKING:
     from pe_spatial.tracking.zero_shot_run import ZeroShotRun
 
 PROPAGATION = ("context", "radius", "shape", "topk", "temperature")
+MEANS = ("J&F-Mean", "J-Mean", "F-Mean")
 
 
 def size(text: str) -> int | list[int]:
-    """Parse '480' or '448x448'."""
-    sides = [int(side) for side in text.split("x")]
-    return sides[0] if len(sides) == 1 else sides
+    return [int(side) for side in text.split("x")] if "x" in text else int(text)
 
 
 def layers(text: str) -> str | list[int]:
-    """Parse 'all' or '5,8,11'."""
     return text if text == "all" else comma_separated(text)
 
 
@@ -53,24 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--davis", type=Path, help="root of a dataset in DAVIS' layout")
     source.add_argument("--video", type=Path, help="one video: a file or a folder of frames")
     parser.add_argument("--mask", type=Path, help="index mask of the first frame of --video")
-    parser.add_argument(
-        "--sequences", nargs="+", metavar="NAME", help="sequences of --davis, or a .txt file of names (default: val)"
-    )
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="some of --davis, or a .txt file of names (val)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--overlay", action="store_true", help="also write the masks over the frames as mp4")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--layer", type=int, default=-1, help="encoder block, 0-based or from the end (default -1)")
     which.add_argument("--layers", type=layers, metavar="all|5,8,11", help="several blocks in one forward pass")
-    parser.add_argument(
-        "--protocol",
-        default="dino",
-        metavar="dino|aligned",
-        help="steps of DINO's script (default), or aligned patches",
-    )
+    parser.add_argument("--protocol", default="dino", metavar="dino|aligned", help="DINO's steps, or aligned (dino)")
     parser.add_argument("--size", type=size, default=480, help="short side of frames in pixels, or 448x448 (480)")
-    parser.add_argument(
-        "--normalization", default="encoder", metavar="encoder|dino", help="mean and std of the pixels (encoder)"
-    )
+    parser.add_argument("--normalization", default="encoder", metavar="encoder|dino", help="mean and std (encoder)")
     parser.add_argument("--context", type=int, default=7, help="frames remembered beside the first (7)")
     parser.add_argument("--radius", type=int, default=12, help="radius of the neighborhood in patches, 0 for all (12)")
     parser.add_argument("--shape", default="square", metavar="square|circle", help="shape of the neighborhood (square)")
@@ -161,13 +150,10 @@ def score(results: ZeroShotRun, args: argparse.Namespace, clips: Sequence[Clip])
     print(f"{scored} of {len(clips)} sequences have masks of all frames and are scored")
     for layer, evaluation in evaluations.items():
         means = evaluation.global_results
-        print(
-            f"layer {layer:2d}  "
-            + "  ".join(f"{key} {100 * means[key]:.1f}" for key in ("J&F-Mean", "J-Mean", "F-Mean"))
-        )
+        print(f"layer {layer:2d}", *(f"{key} {100 * means[key]:.1f}" for key in MEANS), sep="  ")
     if evaluations:
         print(*evaluation.rules(), sep="\n")
     if evaluations and args.layers:
         best, last = results.report(evaluations)
-        values = [100 * evaluations[layer].global_results["J&F-Mean"] for layer in (best, last)]
+        values = [100 * evaluations[layer].global_results[MEANS[0]] for layer in (best, last)]
         print(f"best layer {best}: {values[0]:.1f}, last layer {last}: {values[1]:.1f}; {args.out / 'layers.png'}")

@@ -8,7 +8,7 @@ Shapes: h x w patches on the grid, C channels of the features, K labels (backgro
 
 from __future__ import annotations
 
-from itertools import accumulate, repeat, starmap
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,7 @@ class LabelPropagation:
             raise ValueError(f"shape is {shape!r}; allowed are {', '.join(map(repr, SHAPES))}")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
-        self.context = context
-        self.radius = radius
-        self.shape = shape
-        self.topk = topk
-        self.temperature = temperature
+        self.context, self.radius, self.shape, self.topk, self.temperature = context, radius, shape, topk, temperature
         self._seen = 0
 
     def start(self, features: Tensor, soft: Tensor) -> None:
@@ -72,10 +68,8 @@ class LabelPropagation:
             raise RuntimeError("step was called before start; give start the first frame and its mask")
         key = _unit(features)
         if key.shape != self._keys.shape[1:]:
-            raise ValueError(
-                f"features are {tuple(features.shape)} but those of the first frame were "
-                f"{tuple(self._keys[0].permute(2, 0, 1).shape)}; all frames of a video need one size"
-            )
+            first = tuple(self._keys[0].permute(2, 0, 1).shape)
+            raise ValueError(f"features are {tuple(features.shape)} but those of the first frame were {first}")
         labels = torch.empty_like(self._labels[0])
         height, width = key.shape[:2]
         for y in range(0, height, _TILE):
@@ -105,9 +99,8 @@ class LabelPropagation:
             far = ~self._near(tile, (rows, columns), self.radius).to(key.device)
             similarity.unflatten(1, (frames, -1)).masked_fill_(far[:, None], -torch.inf)
         best, source = similarity.topk(min(self.topk, similarity.shape[1]), dim=1)
-        least = best[:, -1:].clamp(
-            min=-2
-        )  # -2 is below every cosine: never take a far patch if fewer than topk are near
+        # -2 is below every cosine: never take a far patch if fewer than topk are near
+        least = best[:, -1:].clamp(min=-2)
         count = int((similarity >= least).sum(1).max())
         if count > best.shape[1]:  # ties with the last one
             best, source = similarity.topk(count, dim=1)
@@ -132,12 +125,8 @@ def first_soft(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     An object that covers the center of no patch is lost, and its id is not returned. Ids may skip numbers; the script
     keeps an empty channel for each skipped number, which never wins.
 
-    Args:
-        mask: object ids (H, W), integers, 0 for background.
-        grid: (h, w) in patches.
-
-    Returns:
-        The one-hot labels (K, h, w) float32, and the ids (K,) of their channels, ascending and including 0.
+    From a `mask` of object ids (H, W), 0 for background, and a `grid` (h, w) in patches it returns the one-hot labels
+    (K, h, w) float32, and the ids (K,) of their channels, ascending and including 0.
     """
     small = nearest(mask, grid)
     ids = torch.cat((small.flatten(), small.new_zeros(1))).unique()
@@ -153,13 +142,10 @@ def hard_mask(soft: Tensor, ids: Tensor, size: tuple[int, int], *, patch_size: i
 
     Args:
         soft: labels (K, h, w).
-        ids: ids (K,) of their channels.
+        ids: ids (K,) of their channels; the result (H, W) has their dtype.
         size: (H, W) of the mask, in pixels.
         patch_size: in pixels, to resize like the script: labels by the patch size, then the winners to `size` by
             nearest neighbor. None resizes the labels directly to `size`.
-
-    Returns:
-        (H, W) with the dtype of `ids`.
     """
     resize = {"size": size} if patch_size is None else {"scale_factor": patch_size}
     ids = ids.to(soft.device)
@@ -180,13 +166,11 @@ def nearest(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     Like Pillow it accumulates the step from pixel to pixel in double precision, because the sums decide ties.
     """
-    rows, columns = starmap(_positions, zip(image.shape[-2:], size, strict=True))
-    return image[..., torch.tensor(rows)[:, None], torch.tensor(columns)]
-
-
-def _positions(length: int, new: int) -> list[int]:
-    step = length / new
-    return [int(place) for place in accumulate(repeat(step, new - 1), initial=step * 0.5)]
+    rows, columns = (
+        torch.tensor([int(x) for x in accumulate(repeat(length / new, new - 1), initial=length / new * 0.5)])
+        for length, new in zip(image.shape[-2:], size, strict=True)
+    )
+    return image[..., rows[:, None], columns]
 
 
 def _unit(features: Tensor) -> Tensor:

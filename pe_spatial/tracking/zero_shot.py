@@ -54,10 +54,8 @@ class ZeroShotTracker(BaseModel):
         propagation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("protocol", protocol, PROTOCOLS),
-            ("normalization", normalization, NORMALIZATIONS),
-        ):
+        choices = dict(protocol=(protocol, PROTOCOLS), normalization=(normalization, NORMALIZATIONS))
+        for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
         self.backbone = MODELS.build(backbone)
@@ -82,20 +80,12 @@ class ZeroShotTracker(BaseModel):
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (height, width) in pixels to which frames of `size` (height, width) are resized."""
-        h: float
-        w: float
-        h, w = size
-        if not isinstance(self.size, int):
-            h, w = self.size
-        elif self.protocol == "dino" and h > w:
-            h, w = self.size * h / w // 64 * 64, self.size
-        elif self.protocol == "dino":  # squares too: 480 x 448
-            h, w = self.size, self.size * w / h // 64 * 64
-        else:
-            h, w = (self.size * side / min(size) for side in size)
+        h, w = (self.size * side / min(size) for side in size) if isinstance(self.size, int) else self.size
         if self.protocol == "aligned":
             p = self.backbone.patch_size
-            h, w = (-int(-side // p) * p for side in (h, w))
+            return -int(-h // p) * p, -int(-w // p) * p
+        if isinstance(self.size, int):  # squares too: 480 x 448
+            h, w = (h // 64 * 64, w) if size[0] > size[1] else (h, w // 64 * 64)
         return int(h), int(w)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:

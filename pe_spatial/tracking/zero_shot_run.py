@@ -73,9 +73,8 @@ class ZeroShotRun:
         names = [clip.name for clip in clips if _annotated(clip)]
         if not names:
             return {}
-        return {
-            layer: evaluate(gt_dir, folder, sequences=names, workers=workers) for layer, folder in self.folders.items()
-        }
+        options = dict(sequences=names, workers=workers)
+        return {layer: evaluate(gt_dir, folder, **options) for layer, folder in self.folders.items()}
 
     def report(self, evaluations: Mapping[int, Evaluation]) -> tuple[int, int]:
         """Write layers.json and layers.png; return the best and the last layer by J&F."""

@@ -78,8 +78,7 @@ def test_options(tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["global_results"]["F-Decay"] is None
     error = failing("gt", "pred", cwd=tmp_path)
     assert error == (
-        "error: gt/unlisted has 1 annotated frames, and the first and the last are not scored; "
-        "omit it from --sequences"
+        "error: gt/unlisted has 1 annotated frames, and the first and last are not scored; omit it (--sequences)"
     )
 
 

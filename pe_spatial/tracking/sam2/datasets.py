@@ -1,20 +1,21 @@
 """Datasets of clips for training a tracker: layouts of videos and masks, and the sampling of frames and objects.
 
-A mask source has `frames`, the names of the annotated frames, and `read(frame)`, the masks of one of them: object id ->
-(H, W) bool. Objects that are not in the frame may be omitted, and masks may overlap. A source reads files when needed,
-caches what it reads while it exists (for one clip), and can be pickled to data workers.
+A `MaskSource` has `frames`, the names of the annotated frames, `read(frame)`, the masks of one of them (object id ->
+(H, W) bool; absent objects may be omitted, masks may overlap), and `where(frame)`, their name in error messages. It
+reads files when needed, caches what it reads while it exists (for one clip), and can be pickled to data workers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, TRANSFORMS
@@ -23,8 +24,7 @@ from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
 from pe_spatial.planning.registry import register_step
-from pe_spatial.tracking.sam2.transforms import ClipTransform
-from pe_spatial.tracking.vos.evaluation import read_sequences
+from pe_spatial.tracking.vos.evaluation import choose_sequences, read_sequences
 from pe_spatial.tracking.vos.masks import VOID, read_mask, read_object_masks, split_masks
 from pe_spatial.video import list_frames
 
@@ -42,20 +42,6 @@ _LAYOUTS: dict[str, tuple[str | None, str | None, str | None]] = {
 }
 
 
-class MaskSource(Protocol):
-    """See the module's docstring."""
-
-    @property
-    def frames(self) -> Sequence[str]:
-        """Names of the annotated frames."""
-
-    def read(self, frame: str) -> Mapping[int, np.ndarray]:
-        """Read the masks of one frame."""
-
-    def where(self, frame: str) -> str:
-        """Name the frame's masks in error messages."""
-
-
 @dataclass(frozen=True)
 class PngMasks:
     """Index masks <frame>.png or SA-V's binary masks <object>/<frame>.png, whichever `folder` contains.
@@ -71,7 +57,6 @@ class PngMasks:
 
     @cached_property
     def frames(self) -> list[str]:
-        """Names of the masks; DatasetError if there are none."""
         files = self.folder.glob("*.png" if self._indexed else "*/*.png")
         stems = sorted({path.stem for path in files if not path.name.startswith(".")})
         if not stems:
@@ -79,7 +64,6 @@ class PngMasks:
         return stems
 
     def read(self, frame: str) -> Mapping[int, np.ndarray]:
-        """Read the masks of the objects in this frame."""
         if not self._indexed:
             return read_object_masks(self.folder, frame)
         mask = read_mask(self.folder / f"{frame}.png")
@@ -89,7 +73,6 @@ class PngMasks:
         return split_masks(mask)
 
     def where(self, frame: str) -> str:
-        """Return the path, with * for several objects."""
         return str(self.folder / ("" if self._indexed else "*") / f"{frame}.png")
 
     @cached_property
@@ -121,15 +104,12 @@ class SAVMasks:
 
     @property
     def frames(self) -> list[str]:
-        """Names of the annotated frames: 00000, 00004, ..."""
         return list(self._annotated)
 
     def read(self, frame: str) -> Mapping[int, np.ndarray]:
-        """Decode the masks of all objects."""
         return {i: _decode(code, None, self.where(frame)) for i, code in enumerate(self._annotated[frame])}
 
     def where(self, frame: str) -> str:
-        """Return the file and the frame."""
         return f"frame {frame} of {self.paths[0]}"
 
 
@@ -143,16 +123,16 @@ class CocoMasks:
 
     @property
     def frames(self) -> list[str]:
-        """The name of the image."""
         return [Path(self.image).stem]
 
     def read(self, frame: str) -> Mapping[int, np.ndarray]:
-        """Decode the masks."""
         return {i: _decode(code, self.size, self.where(frame)) for i, code in self.segmentations.items()}
 
     def where(self, frame: str) -> str:  # noqa: ARG002
-        """Return the image that they belong to."""
         return f"the annotation of {self.image}"
+
+
+MaskSource = PngMasks | SAVMasks | CocoMasks
 
 
 def _decode(segmentation: Any, size: tuple[int, int] | None, source: str) -> np.ndarray:
@@ -203,7 +183,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         data_prefix: `img_path` and `ann_path`, relative to `data_root`.
         sequences: file with the names of the videos to use, one per line; None for all.
         auto: also use SA-V's automatic masks, <video>_auto.json, of the videos that have them.
-        pipeline, indices, lazy_init, max_refetch: as in mmengine's `BaseDataset`; SAM 2 also tries 100 times.
+        max_refetch, options: as in mmengine's `BaseDataset`; SAM 2 also tries 100 times.
     """
 
     def __init__(
@@ -215,10 +195,8 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         data_prefix: Mapping[str, str] | None = None,
         sequences: str | None = None,
         auto: bool = False,
-        pipeline: Sequence[Any] = (),
-        indices: int | Sequence[int] | None = None,
-        lazy_init: bool = False,
         max_refetch: int = 100,
+        **options: Any,
     ) -> None:
         if layout not in _LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; choose {', '.join(_LAYOUTS)}")
@@ -235,19 +213,11 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
         if split is not None and not any("{split}" in str(place) for place in (*places.values(), listed)):
             raise ConfigError(f"split is {split!r}, but layout, data_prefix and sequences do not depend on it; omit it")
         split = split or "train"
-        self.layout = layout
-        self.sequences = sequences
-        self.auto = auto
+        self.layout, self.sequences, self.auto = layout, sequences, auto
         if listed and (path := Path(data_root, listed.format(split=split))).is_file():
             self.sequences = str(path)
-        super().__init__(
-            data_root=data_root,
-            data_prefix={key: str(place).replace("{split}", split) for key, place in places.items()},
-            pipeline=list(pipeline),
-            indices=indices,
-            lazy_init=lazy_init,
-            max_refetch=max_refetch,
-        )
+        prefix = {key: str(place).replace("{split}", split) for key, place in places.items()}
+        super().__init__(data_root=data_root, data_prefix=prefix, max_refetch=max_refetch, **options)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Return video (name), img_path (folder of frames, or image) and source (of masks) of each video."""
@@ -263,7 +233,7 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
             raise DatasetError(f"no folder {masks}; check data_root (--data-root), layout and data_prefix")
         if self.layout == "davis":
             image_root, masks = (path / "480p" if (path / "480p").is_dir() else path for path in (image_root, masks))
-        names = self._chosen([path.name for path in image_root.glob("[!.]*") if path.is_dir()], image_root)
+        names = self._choose((path.name for path in image_root.glob("[!.]*") if path.is_dir()), image_root)
         ending = f"_{_SAV_NAMES[0]}.json" if self.layout == "sa-v" else ""
         present = {path.name for path in masks.iterdir()}  # one listing is far cheaper than a check per video
         without = [name for name in names if name + ending not in present]
@@ -272,14 +242,14 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
                 f"{len(without)} of {len(names)} videos have no masks, the first is {masks / (without[0] + ending)}; "
                 "restore them, or list the others in a file and set sequences"
             )
-
-        def source(name: str) -> MaskSource:
-            if self.layout != "sa-v":
-                return PngMasks(masks / name)
-            files = [f"{name}_{kind}.json" for kind in _SAV_NAMES[: 1 + self.auto]]
-            return SAVMasks(tuple(masks / file for file in files if file in present))
-
-        return [dict(video=name, img_path=str(image_root / name), source=source(name)) for name in names]
+        videos = []
+        for name in names:
+            source: MaskSource = PngMasks(masks / name)
+            if self.layout == "sa-v":
+                files = [f"{name}_{kind}.json" for kind in _SAV_NAMES[: 1 + self.auto]]
+                source = SAVMasks(tuple(masks / file for file in files if file in present))
+            videos.append(dict(video=name, img_path=str(image_root / name), source=source))
+        return videos
 
     def _image_clips(self, image_root: Path, annotations: Path) -> list[dict[str, Any]]:
         coco = _read_json(annotations, "images", "annotations")
@@ -296,26 +266,15 @@ class VideoClipDataset(RefetchBrokenMixin, BaseDataset):
             }
         except (KeyError, TypeError) as error:
             raise DatasetError(f"{annotations} is not in COCO's format ({error!r} is missing); correct it") from error
-        names = self._chosen(sources, annotations)
+        names = self._choose(sources, annotations)
         return [dict(video=name, img_path=sources[name].image, source=sources[name]) for name in names]
 
-    def _chosen(self, present: Sequence[str] | Mapping[str, Any], where: Path) -> list[str]:
-        """Return the names of the videos to use; DatasetError if one is missing."""
-        if not present:
-            raise DatasetError(f"{where} contains no videos; check data_root (--data-root), layout and data_prefix")
-        if self.sequences is None:
-            return sorted(present)
-        names, available = read_sequences(self.sequences), set(present)
-        missing = [name for name in names if name not in available]
-        if missing:
-            raise DatasetError(
-                f"{len(missing)} of {len(names)} videos of {self.sequences} are not in {where}, first {missing[0]}"
-            )
-        return names
+    def _choose(self, present: Iterable[str], where: Path) -> list[str]:
+        return choose_sequences(present, self.sequences and read_sequences(self.sequences), where)
 
 
 @TRANSFORMS.register_module()
-class LoadClip(ClipTransform):
+class LoadClip(BaseTransform):
     """Draw consecutive frames and objects of the first of them, and read images and masks.
 
     As in SAM 2's RandomUniformSampler, every window of annotated frames is equally likely, and another window is drawn
@@ -335,9 +294,7 @@ class LoadClip(ClipTransform):
     ) -> None:
         if num_frames < 1 or max_objects < 1:
             raise ConfigError(f"num_frames is {num_frames} and max_objects {max_objects}; both must be at least 1")
-        self.num_frames = num_frames
-        self.max_objects = max_objects
-        self.reverse_prob = reverse_prob
+        self.num_frames, self.max_objects, self.reverse_prob = num_frames, max_objects, reverse_prob
         self.skip_broken = skip_broken
         self.skipped: set[str] = set()  # videos skipped by this process
 
@@ -377,12 +334,8 @@ class LoadClip(ClipTransform):
             absent = np.zeros(size, bool)
             masks.append(np.stack([by_id.get(i, absent) for i in objects]))
             frames.append(frame)
-        return dict(
-            frames=frames,
-            masks=np.stack(masks, axis=1),
-            frame_names=[image.stem for image, _ in window],
-            objects=objects,
-        )
+        names_in_clip = [image.stem for image, _ in window]
+        return dict(frames=frames, masks=np.stack(masks, axis=1), frame_names=names_in_clip, objects=objects)
 
     def _draw(
         self, annotated: Sequence[tuple[Path, str]], path: Path, source: MaskSource

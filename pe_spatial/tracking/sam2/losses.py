@@ -76,7 +76,9 @@ class MultiStepLoss:
         masks, truth = prediction.masks.float(), target.float().expand_as(prediction.masks)
         focal = _focal(masks, truth, self.alpha, self.gamma).mean((2, 3))  # (N, M), as all below
         dice = _dice(masks, truth)
-        off = prediction.ious.float() - _iou(masks > 0, target)
+        predicted = masks > 0
+        true_iou = (predicted & target).sum((2, 3)) / (predicted | target).sum((2, 3)).clamp(min=1)
+        off = prediction.ious.float() - true_iou
         iou = off.abs() if self.iou_l1 else off.square()
         best = (self.mask_weight * focal + self.dice_weight * dice).argmin(1, keepdim=True)
         focal, dice = focal.gather(1, best), dice.gather(1, best)
@@ -101,8 +103,3 @@ def _dice(logits: Tensor, target: Tensor) -> Tensor:
     probability = logits.sigmoid()
     both = (probability * target).sum((2, 3))
     return 1 - (2 * both + 1) / (probability.sum((2, 3)) + target.sum((2, 3)) + 1)
-
-
-def _iou(masks: Tensor, target: Tensor) -> Tensor:
-    """Return the IoU of boolean masks."""
-    return (masks & target).sum((2, 3)) / (masks | target).sum((2, 3)).clamp(min=1)

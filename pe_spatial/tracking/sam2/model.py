@@ -38,33 +38,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Statistics of R, G, B in the range 0 to 1 with which sam2 normalizes images."""
 
-RELEASE_FLAGS: dict[str, Any] = {
+_ON = """
+    use_mask_input_as_output_without_sam directly_add_no_mem_embed no_obj_embed_spatial use_high_res_features_in_sam
+    multimask_output_in_sam iou_prediction_use_sigmoid use_obj_ptrs_in_encoder add_tpos_enc_to_obj_ptrs
+    proj_tpos_enc_in_obj_ptrs use_signed_tpos_enc_to_obj_ptrs only_obj_ptrs_in_the_past_for_eval pred_obj_scores
+    pred_obj_scores_mlp fixed_no_obj_ptr multimask_output_for_tracking use_multimask_token_for_obj_ptr
+    use_mlp_for_obj_ptr_proj
+"""
+RELEASE_FLAGS: dict[str, Any] = dict.fromkeys(_ON.split(), True) | {
     "num_maskmem": 7,
     "sigmoid_scale_for_mem_enc": 20.0,
     "sigmoid_bias_for_mem_enc": -10.0,
-    "use_mask_input_as_output_without_sam": True,
-    "directly_add_no_mem_embed": True,
-    "no_obj_embed_spatial": True,
-    "use_high_res_features_in_sam": True,
-    "multimask_output_in_sam": True,
-    "iou_prediction_use_sigmoid": True,
-    "use_obj_ptrs_in_encoder": True,
-    "add_tpos_enc_to_obj_ptrs": True,
-    "proj_tpos_enc_in_obj_ptrs": True,
-    "use_signed_tpos_enc_to_obj_ptrs": True,
-    "only_obj_ptrs_in_the_past_for_eval": True,
-    "pred_obj_scores": True,
-    "pred_obj_scores_mlp": True,
-    "fixed_no_obj_ptr": True,
-    "multimask_output_for_tracking": True,
-    "use_multimask_token_for_obj_ptr": True,
     "multimask_min_pt_num": 0,
     "multimask_max_pt_num": 1,
-    "use_mlp_for_obj_ptr_proj": True,
 }
 """SAM 2.1's options that differ from `SAM2Base`'s (facebookresearch/sam2@2b90b9f:sam2/configs/sam2.1/*.yaml)."""
 
-_ENCODER = "image_encoder."
 _log = logging.getLogger(__name__)
 
 
@@ -119,10 +108,8 @@ class PETrunk(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S), S = `image_size`, normalized with ImageNet's statistics -> [(B, C, grid, grid)]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images are {tuple(images.shape)}, but the model was built for {self.image_size}x{self.image_size}; "
-                "resize them, or build it with another grid"
-            )
+            size = f"{self.image_size}x{self.image_size}"
+            raise ValueError(f"images are {tuple(images.shape)}; resize them to {size}, or build with another grid")
         images = images * self._scale + self._shift
         if self.input_size != self.image_size:
             size = (self.input_size, self.input_size)
@@ -147,10 +134,8 @@ def _geometry(config: EncoderConfig, grid: int) -> Geometry:
 class PENeck(nn.Module):
     """The simple feature pyramid as the neck of sam2's `ImageEncoder`: strides 4, 8 and 16 from the trunk's map.
 
-    Args:
-        position_encoding: map (B, C, h, w) -> encodings of its positions; sam2's `PositionEmbeddingSine`.
-        d_model: channels of every level.
-        backbone_channel_list: channels of the trunk's map, as a list of one.
+    `position_encoding` maps (B, C, h, w) to encodings of its positions, as sam2's `PositionEmbeddingSine` does; levels
+    have `d_model` channels, and `backbone_channel_list` holds the channels of the trunk's map.
     """
 
     def __init__(self, position_encoding: nn.Module, *, d_model: int, backbone_channel_list: Sequence[int]) -> None:
@@ -168,12 +153,7 @@ class PENeck(nn.Module):
 
 
 class ResizingMaskDownSampler(nn.Module):
-    """A resize to 16 g pixels before sam2's `MaskDownSampler`, which divides by 16; for images of other sizes.
-
-    Args:
-        downsampler: sam2's; the parameters keep its names.
-        grid: tokens per side.
-    """
+    """sam2's `MaskDownSampler`, which divides by 16, after a resize to 16 `grid` pixels; for images of other sizes."""
 
     def __init__(self, downsampler: nn.Module, grid: int) -> None:
         super().__init__()
@@ -204,11 +184,9 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
     """Return SAM 2.1 on a Perception Encoder, in evaluation mode.
 
     Args:
-        variant: as in `PerceptionEncoder`.
+        variant, out_index, frozen: as in `PETrunk`; the neck is always trained.
         grid: tokens per side: 32 is the pretraining grid of every PE-Spatial, 64 SAM 2.1's, 72 SAM 3's; any is allowed.
-        out_index: block of the encoder to read.
-        frozen: freeze the encoder (the neck is always trained).
-        encoder_options: options of `PerceptionEncoder`, see `options` in `PETrunk`.
+        encoder_options: `options` of `PETrunk`.
         checkpoint: weights of the encoder, as in `load_checkpoint`; None leaves them random. `load_sam2_weights` loads
             the other weights, `load_tracker_weights` all of them.
         cls: 'base' (`SAM2Base`), 'video' (`SAM2VideoPredictor`), or a subclass of `SAM2Base`.
@@ -217,50 +195,36 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
             SAM 3's way to downsample masks (`ResizingMaskDownSampler`). The parameters stay the same.
         d_model: width, a multiple of 8.
         mem_dim: channels of a memory, a multiple of 4 that divides `d_model`.
-        layers: number of layers of the memory attention.
-        feedforward: hidden width in those layers.
+        layers, feedforward: number of layers of the memory attention, and their hidden width.
 
     Raises ConfigError if sam2 is not installed and for sizes that do not fit together.
     """
-    _check_sizes(grid, d_model, mem_dim)
-    _require_sam2()
-    from sam2.modeling.backbones.image_encoder import ImageEncoder
-    from sam2.modeling.position_encoding import PositionEmbeddingSine
-
-    image_size = None if true_stride else STRIDE * grid
-    trunk = PETrunk(
-        variant, grid=grid, image_size=image_size, out_index=out_index, frozen=frozen, options=encoder_options
-    )
-    image_size = trunk.image_size
-    stride = image_size // grid
-    if checkpoint is not None:
-        load_checkpoint(trunk.encoder, checkpoint)
-    neck = PENeck(PositionEmbeddingSine(d_model), d_model=d_model, backbone_channel_list=trunk.channel_list)
-    model: SAM2Base = _class(cls)(
-        image_encoder=ImageEncoder(trunk, neck),
-        memory_attention=_memory_attention(grid, d_model, mem_dim, layers, feedforward),
-        memory_encoder=_memory_encoder(grid, d_model, mem_dim, resize_masks=stride != STRIDE),
-        image_size=image_size,
-        backbone_stride=stride,
-        **{**RELEASE_FLAGS, **(flags or {})},
-    )
-    return model.eval()
-
-
-def _check_sizes(grid: int, d_model: int, mem_dim: int) -> None:
     if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
         raise ConfigError(f"grid is {grid!r}; it is the number of tokens per side, for example 32 or 64")
     if d_model % 8 or mem_dim % 4 or d_model % mem_dim:
         raise ConfigError(f"d_model {d_model} must be a multiple of 8, and mem_dim {mem_dim} one of 4 that divides it")
-
-
-def _require_sam2() -> None:
     try:
-        import sam2.modeling.backbones.image_encoder  # noqa: F401
+        from sam2.modeling.backbones.image_encoder import ImageEncoder
+        from sam2.modeling.position_encoding import PositionEmbeddingSine
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the tracker needs the package sam2 ({error}); pip install --no-build-isolation sam2==1.1.0"
-        ) from error
+        raise ConfigError(f"the tracker needs sam2 ({error}); pip install --no-build-isolation sam2==1.1.0") from error
+
+    image_size = None if true_stride else STRIDE * grid
+    options = dict(out_index=out_index, frozen=frozen, options=encoder_options)
+    trunk = PETrunk(variant, grid=grid, image_size=image_size, **options)
+    stride = trunk.image_size // grid
+    if checkpoint is not None:
+        load_checkpoint(trunk.encoder, checkpoint)
+    neck = PENeck(PositionEmbeddingSine(d_model), d_model=d_model, backbone_channel_list=trunk.channel_list)
+    model: SAM2Base = _tracker_class(cls)(
+        image_encoder=ImageEncoder(trunk, neck),
+        memory_attention=_memory_attention(grid, d_model, mem_dim, layers, feedforward),
+        memory_encoder=_memory_encoder(grid, d_model, mem_dim, resize_masks=stride != STRIDE),
+        image_size=trunk.image_size,
+        backbone_stride=stride,
+        **{**RELEASE_FLAGS, **(flags or {})},
+    )
+    return model.eval()
 
 
 def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> MemoryAttention:
@@ -280,22 +244,15 @@ def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedfo
         pos_enc_at_cross_attn_queries=False,
     )
     attention = MemoryAttention(d_model=d_model, pos_enc_at_input=True, layer=layer, num_layers=layers)
-    _prefer_same_position(attention)
-    return attention
-
-
-def _prefer_same_position(attention: MemoryAttention) -> None:
-    """Initialize memory attention so that each position reads the same position of each memory.
-
-    Rotary positions turn constants in queries and keys into a preference for what is near. This initialization is ours:
-    with random weights attention reads all positions alike, and learns very late that masks move little from frame to
-    frame. Weights of a trained tracker overwrite it.
-    """
+    # This initialization is ours: each position reads the same position of each memory, because rotary positions turn
+    # constants in queries and keys into a preference for what is near. With random weights attention reads all
+    # positions alike, and learns very late that masks move little between frames. Trained weights overwrite it.
     with torch.no_grad():
         for layer in attention.layers:
             for projection in (layer.cross_attn_image.q_proj, layer.cross_attn_image.k_proj):
                 projection.bias.zero_()
                 projection.bias[0::2] = 2.0  # real parts; a logit of about 4 / sqrt(d) for each rotary frequency
+    return attention
 
 
 def _memory_encoder(grid: int, d_model: int, mem_dim: int, *, resize_masks: bool) -> nn.Module:
@@ -312,7 +269,7 @@ def _memory_encoder(grid: int, d_model: int, mem_dim: int, *, resize_masks: bool
     )
 
 
-def _class(cls: str | type[SAM2Base]) -> type[SAM2Base]:
+def _tracker_class(cls: str | type[SAM2Base]) -> type[SAM2Base]:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
@@ -329,25 +286,20 @@ def load_sam2_weights(model: SAM2Base, source: str | Path) -> None:
     dimensions. They were trained at grid 64: a smaller grid uses the first of the trained rotary positions, a larger
     one extrapolates.
 
-    Args:
-        model: from `build_pe_sam2`.
-        source: as in `load_checkpoint`. Weights of the file's image encoder are ignored.
-
-    Raises CheckpointError, listing both sides, if the rest does not map one to one.
+    `source` is as in `load_checkpoint`; weights of its image encoder are ignored. Raises CheckpointError, listing both
+    sides, if the rest does not map one to one.
     """
     path = locate(source)
-    state = {name: value for name, value in read_state_dict(path).items() if not name.startswith(_ENCODER)}
-    _load(model, state, path, [name for name in model.state_dict() if not name.startswith(_ENCODER)])
+    encoder = "image_encoder."
+    state = {name: value for name, value in read_state_dict(path).items() if not name.startswith(encoder)}
+    _load(model, state, path, [name for name in model.state_dict() if not name.startswith(encoder)])
 
 
 def load_tracker_weights(model: SAM2Base, source: str | Path) -> None:
     """Load a complete trained tracker, including the encoder, strictly.
 
-    Args:
-        model: from `build_pe_sam2`.
-        source: as in `load_checkpoint`; the file may hold a larger model that contains the tracker.
-
-    Raises CheckpointError, listing both sides, if it does not map one to one.
+    `source` is as in `load_checkpoint`; it may hold a larger model that contains the tracker. Raises CheckpointError,
+    listing both sides, if it does not map one to one.
     """
     path = locate(source)
     state = read_state_dict(path)

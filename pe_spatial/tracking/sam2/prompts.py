@@ -37,22 +37,14 @@ class Prompt:
 
 
 class Clicks(NamedTuple):
-    """Clicks and a box as the model takes them."""
-
     points: Tensor  # (n, 2), in pixels of the model's image
     labels: Tensor  # (n,): 0 beside the object, 1 on it, or `BOX_CORNERS`
 
 
 def read_prompt(where: str, prompt: Prompt, size: tuple[int, int], side: int) -> Clicks | Tensor:
-    """Return clicks, or a mask (1, S, S) of 0 and 1, on the CPU.
+    """Return clicks, or a mask (1, S, S) of 0 and 1, on the CPU; DatasetError for a prompt that cannot be used.
 
-    Args:
-        where: name of the prompt in error messages.
-        prompt: prompt of one object.
-        size: (H, W) of the frame.
-        side: S, of the model's image in pixels.
-
-    Raises DatasetError for a prompt that cannot be used.
+    `where` is the name of the prompt in error messages, `size` (H, W) of the frame, `side` S of the model's image.
     """
     if not isinstance(prompt, Prompt):
         raise DatasetError(f"{where} is a {type(prompt).__name__}; give a Prompt(points=, labels=, box=, mask=)")

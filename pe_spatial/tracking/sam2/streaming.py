@@ -38,7 +38,6 @@ _NEEDED = {
     "non_overlap_masks_for_mem_enc": False,
 }
 """Options of SAM 2.1 that this tracker relies on."""
-
 _MAX_LOGIT = 32.0  # bound of the logits that clicks correct, as in sam2's predictor
 
 
@@ -127,17 +126,12 @@ class StreamingTracker:
         if wrong:
             raise ConfigError(f"the model has {', '.join(wrong)}; streaming needs these flags as in SAM 2.1")
         if model.num_maskmem < 1 or model.max_obj_ptrs_in_encoder < 2:
-            raise ConfigError(
-                f"the model has num_maskmem={model.num_maskmem} and max_obj_ptrs_in_encoder="
-                f"{model.max_obj_ptrs_in_encoder}; streaming needs at least 1 and 2"
-            )
+            given = f"num_maskmem={model.num_maskmem} and max_obj_ptrs_in_encoder={model.max_obj_ptrs_in_encoder}"
+            raise ConfigError(f"the model has {given}; streaming needs at least 1 and 2")
         if max_prompted_frames < 2:
             raise ConfigError(f"max_prompted_frames is {max_prompted_frames}; 2 is the least: the first and the latest")
-        self.model = model
-        self.max_prompted_frames = max_prompted_frames
-        self.non_overlapping = non_overlapping
-        self.num_frames = num_frames
-        self.memory_dtype = memory_dtype
+        self.model, self.num_frames, self.max_prompted_frames = model, num_frames, max_prompted_frames
+        self.non_overlapping, self.memory_dtype = non_overlapping, memory_dtype
         self.reset()
 
     def reset(self) -> None:
@@ -163,11 +157,8 @@ class StreamingTracker:
     def step(self, frame: ArrayLike, prompts: Mapping[int, Prompt] | None = None) -> dict[int, Tensor]:
         """Take the next frame and return the mask of every object, (H, W) bool on the model's device, by its id.
 
-        Args:
-            frame: (H, W, 3) uint8 RGB.
-            prompts: object id -> prompt; an id that is not tracked yet begins an object.
-
-        Raises DatasetError for a frame or prompt that cannot be used; the tracker is then unchanged.
+        `frame` is (H, W, 3) uint8 RGB; an id in `prompts` that is not tracked yet begins an object. Raises DatasetError
+        for a frame or prompt that cannot be used; the tracker is then unchanged.
         """
         return {i: logits > 0 for i, logits in self.step_logits(frame, prompts).items()}
 
@@ -181,10 +172,8 @@ class StreamingTracker:
         frame_rgb = self._checked(frame)
         given = self._prompts(t, prompts or {}, frame_rgb)
         inputs = self._inputs(t, given)
-        features, outputs = None, {}
-        if inputs:
-            features = self._encode(frame_rgb)
-            outputs = self._track(features, inputs)
+        features = self._encode(frame_rgb) if inputs else None
+        outputs = self._track(features, inputs) if features else {}
         masks = self._masks(outputs, frame_rgb)
         # nothing below fails, and nothing above has changed the state
         self._commit(t, outputs, set(given))
@@ -198,12 +187,8 @@ class StreamingTracker:
         It may be called repeatedly before the next `step`. Only the objects in `prompts` are decoded again, and the
         frame becomes a conditioning frame for them. Clicks are added to the object's earlier clicks on this frame and
         correct its latest mask there, with the memories that the frame was decoded from. A box discards earlier
-        clicks, and a mask replaces everything.
-        (facebookresearch/sam2@2b90b9f:sam2/sam2_video_predictor.py, `add_new_points_or_box` and `add_new_mask`, with
-        add_all_frames_to_correct_as_cond=True)
-
-        Args:
-            prompts: object id -> prompt; an id that is not tracked yet begins an object.
+        clicks, and a mask replaces everything. (facebookresearch/sam2@2b90b9f:sam2/sam2_video_predictor.py,
+        `add_new_points_or_box` and `add_new_mask`, with add_all_frames_to_correct_as_cond=True)
 
         Raises DatasetError before the first frame and for a prompt that cannot be used; the tracker is then unchanged.
         """
@@ -229,8 +214,6 @@ class StreamingTracker:
         self._last = _Frame(last.frame_rgb, features, {**last.inputs, **inputs}, outputs)
         return masks
 
-    # -- what comes in
-
     def _check_mode(self) -> None:
         if self.model.training:
             raise ConfigError("the model is in training mode; call its eval() before tracking")
@@ -239,10 +222,8 @@ class StreamingTracker:
         # a copy, because the caller may reuse the array before this frame is corrected
         frame_rgb = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
         if frame_rgb.dtype != np.uint8 or frame_rgb.ndim != 3 or frame_rgb.shape[2] != 3 or not frame_rgb.size:
-            raise DatasetError(
-                f"frame {self._frame} is {frame_rgb.dtype} of shape {frame_rgb.shape}, not an image; "
-                "expected (H, W, 3) uint8 RGB"
-            )
+            got = f"{frame_rgb.dtype} of shape {frame_rgb.shape}"
+            raise DatasetError(f"frame {self._frame} is {got}, not an image; expected (H, W, 3) uint8 RGB")
         size = frame_rgb.shape if self._last is None else self._last.frame_rgb.shape
         if frame_rgb.shape != size:
             raise DatasetError(
@@ -256,11 +237,15 @@ class StreamingTracker:
         device = self.model.device
         inputs = {}
         for i, prompt in prompts.items():
+            try:
+                number = operator.index(i)
+            except TypeError:
+                raise DatasetError(f"object id {i!r} is not an integer") from None
             value = read_prompt(f"prompt of object {i} on frame {t}", prompt, (height, width), self.model.image_size)
             if isinstance(value, Clicks):
-                inputs[_object_id(i)] = _Input(clicks=Clicks(*(part.to(device) for part in value)))
+                inputs[number] = _Input(clicks=Clicks(*(part.to(device) for part in value)))
             else:
-                inputs[_object_id(i)] = _Input(mask=value.to(device))
+                inputs[number] = _Input(mask=value.to(device))
         return inputs
 
     def _encode(self, frame_rgb: np.ndarray) -> dict[str, Any]:
@@ -273,10 +258,7 @@ class StreamingTracker:
         # drop the encodings of finer levels, which nothing reads and which are most of what is kept for corrections
         return {**features, "vision_pos_enc": features["vision_pos_enc"][-1:]}
 
-    # -- one frame
-
     def _inputs(self, t: int, prompts: Mapping[int, _Input]) -> dict[int, _Input]:
-        """Return what every object is decoded from on frame `t`."""
         ids = dict.fromkeys([*self._objects, *prompts])
         return {i: prompts[i] if i in prompts else _Input(bank=self._bank(self._objects[i], t)) for i in ids}
 
@@ -298,16 +280,14 @@ class StreamingTracker:
         clicks = [one.clicks for one in batch if one.clicks is not None]
         banks = [one.bank for one in batch if one.bank is not None]
         before = [one.before for one in batch if one.before is not None]
-        image, high_res, points = _expand(features, len(batch)), self._high_res(features), None
+        image, points = _expand(features, len(batch)), None
+        high_res = features["backbone_fpn"][-3:-1] if self.model.use_high_res_features_in_sam else None
         if masks:
             return self.model._use_mask_as_output(image, high_res, torch.stack(masks))
         if clicks:
             coords, labels = (torch.stack(values) for values in zip(*clicks, strict=True))
             points = {"point_coords": coords, "point_labels": labels}
-        if banks:
-            image = self._condition(features, banks)
-        else:
-            image = image + self.model.no_mem_embed.view(1, -1, 1, 1)
+        image = self._condition(features, banks) if banks else image + self.model.no_mem_embed.view(1, -1, 1, 1)
         return self.model._forward_sam_heads(
             backbone_features=image,
             point_inputs=points,
@@ -315,9 +295,6 @@ class StreamingTracker:
             high_res_features=high_res,
             multimask_output=self.model._use_multimask(not banks, points),
         )
-
-    def _high_res(self, features: Mapping[str, Any]) -> list[Tensor] | None:
-        return features["backbone_fpn"][-3:-1] if self.model.use_high_res_features_in_sam else None
 
     def _condition(self, features: Mapping[str, Any], banks: list[_Bank]) -> Tensor:
         """Attend from the frame to the memories of each object: (B, d, g, g)."""
@@ -371,8 +348,6 @@ class StreamingTracker:
             logits = self.model._apply_non_overlapping_constraints(logits)
         return dict(zip(outputs, logits[:, 0], strict=True))
 
-    # -- history
-
     def _reach(self) -> int:
         """Return the smallest distance in frames from which no pointer is read."""
         reach = self.model.max_obj_ptrs_in_encoder
@@ -385,8 +360,7 @@ class StreamingTracker:
         """
         stride = self.model.memory_temporal_stride_for_eval
         older = [((t - 2) // stride - k) * stride for k in range(self.model.num_maskmem - 2)]
-        frames = [t - 1, *older][: self.model.num_maskmem - 1]
-        return list(enumerate(frames))[::-1]
+        return list(enumerate([t - 1, *older][: self.model.num_maskmem - 1]))[::-1]
 
     def _bank(self, tracked: _Object, t: int) -> _Bank:
         from sam2.modeling.sam2_utils import select_closest_cond_frames
@@ -422,22 +396,13 @@ def _corrected(last: _Frame, object_id: int, new: _Input) -> _Input:
     """Combine a prompt with what an object was decoded from on the last frame, if it was tracked there."""
     if object_id not in last.inputs:
         return new
-    earlier = last.inputs[object_id]
-    if new.clicks is None:
+    earlier, clicks = last.inputs[object_id], new.clicks
+    if clicks is None:
         return new._replace(bank=earlier.bank)  # read by clicks that follow the mask
-    clicks = new.clicks
     if earlier.clicks is not None and BOX_CORNERS[0] not in clicks.labels:
         clicks = Clicks(*(torch.cat(pair) for pair in zip(earlier.clicks, clicks, strict=True)))
     return _Input(clicks=clicks, bank=earlier.bank, before=last.outputs[object_id].logits)
 
 
 def _expand(features: Mapping[str, Any], count: int) -> Tensor:
-    """Return the frame's coarsest features for `count` objects: (B, d, g, g)."""
     return features["backbone_fpn"][-1].expand(count, -1, -1, -1)
-
-
-def _object_id(value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise DatasetError(f"object id {value!r} is not an integer") from None

@@ -69,16 +69,12 @@ class PESAM2(BaseModel):
         if prompt not in PROMPTS:
             raise ConfigError(f"prompt is {prompt!r}; allowed are {', '.join(map(repr, PROMPTS))}")
         if corrections and prompt == "mask":
-            raise ConfigError(
-                f"corrections is {corrections}, but a mask needs no corrections; choose prompt='click' or 'box'"
-            )
+            raise ConfigError(f"corrections is {corrections}, but a mask needs none; choose prompt='click' or 'box'")
         super().__init__(data_preprocessor=BaseDataPreprocessor())
         self.tracker = build_pe_sam2(**tracker)
-        self.encoder_weights, self.sam2_weights = encoder_weights, sam2_weights
-        self.prompting = Prompting(**(prompting or {}))
-        self.loss = MultiStepLoss(**(loss or {}))
+        self.prompting, self.loss = Prompting(**(prompting or {})), MultiStepLoss(**(loss or {}))
+        self.encoder_weights, self.sam2_weights, self.streaming = encoder_weights, sam2_weights, dict(streaming or {})
         self.recompute, self.prompt, self.corrections, self.seed = recompute, prompt, corrections, seed
-        self.streaming = dict(streaming or {})
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("_mean", 255 * mean, persistent=False)
         self.register_buffer("_std", 255 * std, persistent=False)
@@ -103,12 +99,8 @@ class PESAM2(BaseModel):
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Return the losses of clips (mode 'loss') or the masks of videos (mode 'predict').
 
-        Args:
-            inputs: frames (T, 3, S, S) uint8 RGB of each clip, as `PackClip` returns them.
-            masks: objects (N, T, S, S) bool of each clip.
-            data_samples: names of each clip.
-            clip: videos, as `VideoDataset` returns them.
-            mode: 'loss' or 'predict'.
+        Clips have frames `inputs` (T, 3, S, S) uint8 RGB and objects `masks` (N, T, S, S) bool, as from `PackClip`, and
+        equal numbers of frames. Videos are the `clip` of `VideoDataset`.
         """
         if mode == "loss" and inputs is not None and masks is not None:
             return self.losses(inputs, masks)
@@ -120,7 +112,6 @@ class PESAM2(BaseModel):
         )
 
     def losses(self, inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the losses of clips with equal numbers of frames; see `forward`."""
         side = self.tracker.image_size
         shapes = sorted({tuple(frames.shape) for frames in inputs})
         if len(shapes) > 1 or shapes[0][1:] != (3, side, side):
@@ -171,12 +162,8 @@ def track_clip(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield the name, the image (H, W, 3) uint8 RGB and the index mask (H, W) uint8 of each frame.
 
-    Args:
-        tracker: with masks that do not overlap.
-        clip: its own masks are not read.
-        prompts: frame number -> object id -> `Prompt`.
-
-    Raises DatasetError for a prompt on a frame that does not exist.
+    The masks of `tracker` must not overlap; those of `clip` are not read. `prompts` are frame number -> object id ->
+    `Prompt`; DatasetError for a frame that does not exist.
     """
     count = 0
     for name, rgb in clip.read():
@@ -203,9 +190,7 @@ def _box(truth: np.ndarray) -> Prompt:
 
 
 @register_example(
-    PESAM2,
-    counted="encoder, tracker and losses with {objects} objects in a clip, and as many prompts and clicks as can be "
-    "drawn",
+    PESAM2, counted="encoder, tracker and losses with {objects} objects in a clip, and the most prompts and clicks"
 )
 def _planned_loss(model: PESAM2, clips: Tensor, objects: int, replaced: ExitStack) -> Tensor:
     replaced.enter_context(mock.patch.object(Prompting, "draw", lambda self, frames, _: self.most(frames)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -76,16 +77,17 @@ class Prompting:
             others = [t for t in range(frames) if t not in first]
             where = first + rng.choice(others, corrected - prompted, replace=False).tolist()
         order = [t for t in processing_order(frames, prompts) if t in where]
-        return Plan(prompts, {t: tuple(self._ignores(rng) for _ in range(self.corrections)) for t in order})
+        corrections = {}
+        for t in order:  # a probability of 0 draws no number, as in the release
+            drawn = (self.from_truth > 0 and rng.random() < self.from_truth for _ in range(self.corrections))
+            corrections[t] = tuple(map(bool, drawn))
+        return Plan(prompts, corrections)
 
     def most(self, frames: int) -> Plan:
         """Return the plan with the largest memory that `draw` may return."""
         prompts = dict.fromkeys(range(min(self.prompted_frames, frames)), "click" if self.clicks else "mask")
         corrected = dict.fromkeys(range(min(self.corrected_frames, frames)), (False,) * self.corrections)
         return Plan(prompts, corrected if self.clicks else {})
-
-    def _ignores(self, rng: np.random.Generator) -> bool:
-        return self.from_truth > 0 and bool(rng.random() < self.from_truth)
 
 
 def processing_order(frames: int, prompts: Mapping[int, str]) -> list[int]:
@@ -115,12 +117,12 @@ def predict_clip(
 
 
 class _Clip:
-    """State of the clips of a batch while they are tracked."""
-
     def __init__(
         self, model: SAM2Base, images: Tensor, targets: Tensor, clip_of: Tensor, plan: Plan, *, recompute: bool
     ) -> None:
-        self.model, self.targets, self.clip_of, self.plan, self.recompute = model, targets, clip_of, plan, recompute
+        self.model, self.targets, self.clip_of, self.plan = model, targets, clip_of, plan
+        decode = model._forward_sam_heads
+        self.decode = partial(checkpoint, decode, use_reentrant=False) if recompute else decode
         encoded = model.forward_image(images.flatten(0, 1))
         _, self.levels, self.positions, self.sizes = model._prepare_backbone_features(encoded)  # (hw, B T, C) each
         self.history: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
@@ -145,22 +147,23 @@ class _Clip:
             track_in_reverse=False,
             prev_sam_mask_logits=None,
         )
-        predictions = [_prediction(sam)]
+        sams = [sam]
         for from_truth in self.plan.corrections.get(t, ()):
             clicks = self._correction(clicks, target, None if from_truth else sam[4] > 0)
-            sam = self._decode(
+            sam = self.decode(
                 backbone_features=features,
                 point_inputs=clicks,
                 mask_inputs=sam[3],
                 high_res_features=high_res,
                 multimask_output=model._use_multimask(prompt is not None, clicks),
             )
-            predictions.append(_prediction(sam))
+            sams.append(sam)
         output["obj_ptr"] = sam[5]
         model._encode_memory_in_output(levels, self.sizes, clicks, True, sam[4], sam[6], output)
         conditioning = prompt is not None or t in self.plan.corrections
         self.history["cond_frame_outputs" if conditioning else "non_cond_frame_outputs"][t] = output
-        return predictions
+        # candidates' logits at low and high resolution and IoUs, best candidate's logits at both, pointers, scores
+        return [Prediction(sam[1], sam[2], sam[6]) for sam in sams]
 
     def _prompt(self, kind: str, target: Tensor) -> dict[str, Tensor] | None:
         from sam2.modeling.sam2_utils import sample_box_points
@@ -177,15 +180,3 @@ class _Clip:
         from sam2.utils.misc import concat_points
 
         return concat_points(clicks, *get_next_point(target, predicted, "uniform" if self.model.training else "center"))
-
-    def _decode(self, **inputs: Any) -> tuple[Tensor, ...]:
-        if self.recompute:
-            return checkpoint(self.model._forward_sam_heads, use_reentrant=False, **inputs)
-        return self.model._forward_sam_heads(**inputs)
-
-
-def _prediction(sam: tuple[Tensor, ...]) -> Prediction:
-    """Select from the mask decoder's outputs: the candidates' logits at low and high resolution and IoUs, the best
-    candidate's logits at low and high resolution, pointers, scores.
-    """
-    return Prediction(sam[1], sam[2], sam[6])

@@ -25,22 +25,14 @@ from pe_spatial.planning.registry import register_step
 _FILL = (123, 116, 103)  # RGB of pixels from outside the image
 
 
-class ClipTransform(BaseTransform):
-    """A transform that prints its options."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
-
-
 @TRANSFORMS.register_module()
-class ClipFlip(ClipTransform):
+class ClipFlip(BaseTransform):
     """Flip the clip horizontally with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.5) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Flip the clip, or return it unchanged."""
         if np.random.rand() < self.prob:
             results["frames"] = [np.ascontiguousarray(frame[:, ::-1]) for frame in results["frames"]]
             results["masks"] = np.ascontiguousarray(results["masks"][..., ::-1])
@@ -48,7 +40,7 @@ class ClipFlip(ClipTransform):
 
 
 @TRANSFORMS.register_module()
-class ClipAffine(ClipTransform):
+class ClipAffine(BaseTransform):
     """Rotate and shear the clip about the center of its frames: images bilinearly, masks by nearest neighbor.
 
     If an object would lose all pixels in the first frame, the clip stays unchanged. Pixels from outside get SAM 2's
@@ -61,32 +53,29 @@ class ClipAffine(ClipTransform):
     """
 
     def __init__(self, *, degrees: float, shear: float = 0.0) -> None:
-        self.degrees = degrees
-        self.shear = shear
+        self.degrees, self.shear = degrees, shear
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Draw a matrix and apply it to all frames."""
         angle = np.random.uniform(-self.degrees, self.degrees)
         shear = np.random.uniform(-self.shear, self.shear)
         masks = results["masks"]
-        matrix = affine_matrix(angle, shear, masks.shape[-2:])
+        height, width = masks.shape[-2:]
+        matrix, size = affine_matrix(angle, shear, (height, width)), (width, height)
         warped = np.empty_like(masks)
         for t in range(masks.shape[1]):
             for n in range(len(masks)):
-                warped[n, t] = _warp(masks[n, t].view(np.uint8), matrix, cv2.INTER_NEAREST, 0)
+                warped[n, t] = cv2.warpAffine(masks[n, t].view(np.uint8), matrix, size, flags=cv2.INTER_NEAREST)
             if t == 0 and not warped[:, 0].any((1, 2)).all():
                 return results
         results["masks"] = warped
-        results["frames"] = [_warp(frame, matrix, cv2.INTER_LINEAR, _FILL) for frame in results["frames"]]
+        results["frames"] = [cv2.warpAffine(frame, matrix, size, borderValue=_FILL) for frame in results["frames"]]
         return results
 
 
 def affine_matrix(angle: float, shear: float, size: tuple[int, int]) -> np.ndarray:
     """Return the matrix (2, 3) from old to new pixels (x, y): a shear along x, then a clockwise rotation, in degrees.
 
-    Args:
-        angle, shear: as in torchvision's `affine`.
-        size: (height, width); the center stays in place.
+    Both are as in torchvision's `affine`. The center of `size` (height, width) stays in place.
     """
     turn, slant = math.radians(angle), math.tan(math.radians(shear))
     cos, sin = math.cos(turn), math.sin(turn)
@@ -95,13 +84,8 @@ def affine_matrix(angle: float, shear: float, size: tuple[int, int]) -> np.ndarr
     return np.column_stack([linear, center - linear @ center])
 
 
-def _warp(image: np.ndarray, matrix: np.ndarray, interpolation: int, fill: Any) -> np.ndarray:
-    height, width = image.shape[:2]
-    return cv2.warpAffine(image, matrix, (width, height), flags=interpolation, borderValue=fill)
-
-
 @TRANSFORMS.register_module()
-class ClipResize(ClipTransform):
+class ClipResize(BaseTransform):
     """Resize images and masks to `size` x `size` pixels, ignoring the aspect ratio, bilinearly with antialiasing.
 
     A pixel belongs to an object that covers more than half of it: SAM 2 resizes masks like images, then rounds.
@@ -111,7 +95,6 @@ class ClipResize(ClipTransform):
         self.size = size
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize all frames."""
         size = (self.size, self.size)
         results["frames"] = [
             np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR)) for frame in results["frames"]
@@ -120,14 +103,13 @@ class ClipResize(ClipTransform):
         resized = np.empty((*masks.shape[:2], *size), bool)  # (N, T, S, S)
         for t in range(masks.shape[1]):  # one frame at a time: floats take four times the memory
             covered = torch.from_numpy(masks[:, t]).float()[None]  # (1, N, H, W)
-            covered = F.interpolate(covered, size, mode="bilinear", antialias=True)[0]
-            resized[:, t] = (covered > 0.5).numpy()
+            resized[:, t] = (F.interpolate(covered, size, mode="bilinear", antialias=True)[0] > 0.5).numpy()
         results["masks"] = resized
         return results
 
 
 @TRANSFORMS.register_module()
-class ClipColorJitter(ClipTransform):
+class ClipColorJitter(BaseTransform):
     """Change brightness, contrast and saturation in random order, as torchvision's ColorJitter does to PIL images.
 
     Args:
@@ -138,53 +120,39 @@ class ClipColorJitter(ClipTransform):
     def __init__(
         self, *, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, per_frame: bool = False
     ) -> None:
-        self.brightness = brightness
-        self.contrast = contrast
-        self.saturation = saturation
-        self.per_frame = per_frame
+        self.bounds, self.per_frame = (brightness, contrast, saturation), per_frame
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Draw factors and apply them."""
-        drawn = self._draw()
+        kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         frames = []
-        for index, frame in enumerate(results["frames"]):
-            if self.per_frame and index:
-                drawn = self._draw()
+        for t, frame in enumerate(results["frames"]):
+            if self.per_frame or t == 0:
+                factors = [np.random.uniform(max(0.0, 1 - bound), 1 + bound) for bound in self.bounds]
+                order = np.random.permutation(len(kinds))
             image = Image.fromarray(frame)
-            for enhance, factor in drawn:
-                image = enhance(image).enhance(factor)
+            for i in order:
+                image = kinds[i](image).enhance(factors[i])
             frames.append(np.asarray(image))
         results["frames"] = frames
         return results
 
-    def _draw(self) -> list[tuple[Any, float]]:
-        kinds = (
-            (ImageEnhance.Brightness, self.brightness),
-            (ImageEnhance.Contrast, self.contrast),
-            (ImageEnhance.Color, self.saturation),
-        )
-        drawn = [(enhance, np.random.uniform(max(0.0, 1 - bound), 1 + bound)) for enhance, bound in kinds]
-        return [drawn[i] for i in np.random.permutation(len(drawn))]
-
 
 @TRANSFORMS.register_module()
-class ClipGrayscale(ClipTransform):
+class ClipGrayscale(BaseTransform):
     """Convert the clip to gray with probability `prob`."""
 
     def __init__(self, *, prob: float = 0.05) -> None:
         self.prob = prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Convert to gray (three equal channels), or return the clip unchanged."""
         if np.random.rand() < self.prob:
-            results["frames"] = [
-                np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) for frame in results["frames"]
-            ]
+            gray = (Image.fromarray(frame).convert("L") for frame in results["frames"])
+            results["frames"] = [np.asarray(image.convert("RGB")) for image in gray]
         return results
 
 
 @TRANSFORMS.register_module()
-class PackClip(ClipTransform):
+class PackClip(BaseTransform):
     """Pack a clip for the model.
 
     `inputs` is (T, 3, H, W) uint8 RGB, `masks` is (N, T, H, W) bool, and `data_samples` has img_path ('<folder> <first
@@ -193,23 +161,16 @@ class PackClip(ClipTransform):
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Return dict(inputs=, masks=, data_samples=)."""
         kept = np.flatnonzero(results["masks"][:, 0].any((1, 2)))
         if not len(kept):
             return None
         names = results["frame_names"]
         window = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-        sample = BaseDataElement(
-            metainfo=dict(
-                img_path=f"{results['img_path']} {window}",
-                video=results["video"],
-                frames=names,
-                objects=[results["objects"][i] for i in kept],
-            )
-        )
+        objects = [results["objects"][i] for i in kept]
+        info = dict(img_path=f"{results['img_path']} {window}", video=results["video"], frames=names, objects=objects)
         frames = np.ascontiguousarray(np.stack(results["frames"]).transpose(0, 3, 1, 2))
-        masks = results["masks"][kept]
-        return dict(inputs=torch.from_numpy(frames), masks=torch.from_numpy(masks), data_samples=sample)
+        masks = torch.from_numpy(results["masks"][kept])
+        return dict(inputs=torch.from_numpy(frames), masks=masks, data_samples=BaseDataElement(metainfo=info))
 
 
 register_step("ClipResize", lambda step: dict(size=(step["size"], step["size"])))

@@ -16,6 +16,7 @@ from pe_spatial.video import count_frames, decode_video, frame_rate, list_frames
 
 DEFAULT_FPS = 24.0
 """Frame rate of videos that do not say, such as folders; DAVIS has 24."""
+_NAME = "{:05d}"  # of a frame of a video file
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Clip:
 
     @classmethod
     def open(cls, video: Path, mask: Path | None = None) -> Clip:
-        """Return the clip of a video file or of a folder of frames."""
         return cls(video.stem, list_frames(video) if video.is_dir() else video, mask)
 
     def __len__(self) -> int:
@@ -47,9 +47,7 @@ class Clip:
 
     @property
     def fps(self) -> float:
-        """Frames per second."""
-        rate = None if isinstance(self.frames, tuple) else frame_rate(self.frames)
-        return rate or DEFAULT_FPS
+        return (not isinstance(self.frames, tuple) and frame_rate(self.frames)) or DEFAULT_FPS
 
     def prompts(self) -> dict[str, dict[int, np.ndarray]]:
         """Read where objects begin: frame name -> object id -> (H, W) bool mask, in the order of the frames.
@@ -103,7 +101,7 @@ class Clip:
 
     @property
     def _first(self) -> str:
-        return self.frames[0].stem if isinstance(self.frames, tuple) else _frame_name(0)
+        return self.frames[0].stem if isinstance(self.frames, tuple) else _NAME.format(0)
 
     def _annotations(self) -> Iterator[tuple[str, dict[int, np.ndarray]]]:
         """Read the annotated frames one after the other: the name, and object id -> (H, W) bool."""
@@ -113,12 +111,9 @@ class Clip:
             mask = read_mask(self.mask)
             yield self._first, split_masks(mask) or ({1: mask == VOID} if mask.any() else {})
             return
-        if isinstance(self.frames, tuple):
-            names = [path.stem for path in self.frames]
-        else:
-            names = [_frame_name(i) for i in range(len(self))]
+        paths = self.frames if isinstance(self.frames, tuple) else None
         annotated = self.annotated()
-        for name in names:
+        for name in [path.stem for path in paths] if paths else map(_NAME.format, range(len(self))):
             path = annotated.pop(name, None)
             if path and self.overlapping:
                 yield name, {i: mask for i, mask in read_object_masks(self.mask, name).items() if mask.any()}
@@ -132,7 +127,7 @@ class Clip:
             frames = ((path.stem, str(path), read_rgb(path)) for path in self.frames)
         else:
             decoded = enumerate(decode_video(self.frames))
-            frames = ((_frame_name(i), f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
+            frames = ((_NAME.format(i), f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
         for name, source, rgb in frames:
             size = size or rgb.shape[:2]
             if rgb.shape[:2] != size:
@@ -141,11 +136,6 @@ class Clip:
                     f"{size[0]}x{size[1]}; all frames and masks need one size"
                 )
             yield name, rgb
-
-
-def _frame_name(index: int) -> str:
-    """Return the name of a frame of a video file."""
-    return f"{index:05d}"
 
 
 def overlay(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.vos.clip import Clip
-from pe_spatial.tracking.vos.evaluation import read_sequences
+from pe_spatial.tracking.vos.evaluation import choose_sequences, read_sequences
 from pe_spatial.video import list_frames
 
 FOLDERS = {"davis": ("JPEGImages", "Annotations"), "sa-v": ("JPEGImages_24fps", "Annotations_6fps")}
@@ -71,13 +71,10 @@ def davis_clips(
 ) -> list[Clip]:
     """List the sequences of a dataset in DAVIS' layout, with the mask of the first frame or with all masks.
 
-    Args:
-        root: contains `folders`, each with or without a folder 480p, then one folder per sequence.
-        sequences: names; None takes those of ImageSets/2017/val.txt or, if that is missing, every folder of frames.
-        folders: names of the folders of frames and of annotations.
-        late_objects: also track objects that appear later; annotations of some frames are enough then.
-
-    Raises DatasetError for missing folders, frames and masks.
+    `root` contains `folders` (of frames and of annotations), each with or without a folder 480p, then one folder per
+    sequence. `sequences` are names; None takes those of ImageSets/2017/val.txt or, if that is missing, every folder of
+    frames. With `late_objects` objects that appear later are tracked as well, and annotations of some frames are
+    enough. Raises DatasetError for missing folders, frames and masks.
     """
     root = Path(root)
     images, masks = (_folder(root / name, "DAVIS'") for name in folders)
@@ -86,7 +83,7 @@ def davis_clips(
     if sequences is None and val.is_file():
         sequences = read_sequences(val)
     clips = []
-    for name in _names(images, sequences):
+    for name in _choose(images, sequences):
         frames, annotations = list_frames(images / name), _folder(masks / name, "DAVIS'")
         first = annotations / f"{frames[0].stem}.png"
         if not late_objects and not first.is_file():
@@ -103,17 +100,14 @@ def sav_clips(
 ) -> list[Clip]:
     """List the videos of a dataset in SA-V's layout, with the masks of every object.
 
-    Args:
-        root: contains `folders`: frames as <video>/<frame>.jpg, annotations as <video>/<object>/<frame>.png.
-        sequences: names, as sav_val.txt and sav_test.txt list them; None takes every folder of frames.
-        folders: names of the folders of frames and of annotations.
-
-    Raises DatasetError for missing folders and frames.
+    `root` contains `folders`: frames as <video>/<frame>.jpg, annotations as <video>/<object>/<frame>.png. `sequences`
+    are names, as in sav_val.txt and sav_test.txt; None takes every folder of frames. Raises DatasetError for missing
+    folders and frames.
     """
     images, masks = (_folder(Path(root) / name, "SA-V's") for name in folders)
     return [
         Clip(name, list_frames(images / name), _folder(masks / name, "SA-V's"), overlapping=True)
-        for name in _names(images, sequences)
+        for name in _choose(images, sequences)
     ]
 
 
@@ -123,9 +117,5 @@ def _folder(path: Path, layout: str) -> Path:
     return path
 
 
-def _names(images: Path, sequences: Sequence[str] | None) -> Sequence[str]:
-    if sequences is None:
-        sequences = sorted(path.name for path in images.iterdir() if path.is_dir())
-    if not sequences:
-        raise DatasetError(f"{images} holds no folders of frames")
-    return sequences
+def _choose(images: Path, sequences: Sequence[str] | None) -> list[str]:
+    return choose_sequences((path.name for path in images.iterdir() if path.is_dir()), sequences, images)

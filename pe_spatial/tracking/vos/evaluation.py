@@ -21,21 +21,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.tracking.vos.jandf import boundary_f, boundary_radius, box_around, region_similarity, statistics
-from pe_spatial.tracking.vos.masks import VOID, read_binary_mask, read_mask_and_kind
+from pe_spatial.tracking.vos.masks import VOID, read_binary_mask, read_mask, read_mask_and_kind
 
 PROTOCOLS = ("davis", "vos-benchmark")
 COUNTS = {
@@ -66,14 +64,11 @@ class Track:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The frames that are scored: all but the first and the last."""
         return self.frames[1:-1]
 
 
 @dataclass(frozen=True)
 class FrameScores:
-    """The scores of one frame of a track."""
-
     scores: Mapping[int, tuple[float, float]]  # id in either mask -> J and F
     annotated: frozenset[int]
     predicted: frozenset[int]
@@ -102,22 +97,15 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Return all fields; a decay of NaN becomes null."""
-
-        def finite(node: Any) -> Any:
-            if isinstance(node, dict):
-                return {key: finite(value) for key, value in node.items()}
-            return None if isinstance(node, float) and math.isnan(node) else node
-
-        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
+        without_nan = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        return json.dumps(without_nan, indent=1)
 
     def to_csv(self) -> str:
         """Return one line for each object."""
+        rows = [["Sequence", *next(iter(self.per_object.values()))]]
+        rows += [[name, *(f"{value:.6f}" for value in values.values())] for name, values in self.per_object.items()]
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        columns = list(next(iter(self.per_object.values())))
-        writer.writerow(["Sequence", *columns])
-        for name, values in self.per_object.items():
-            writer.writerow([name, *(f"{values[key]:.6f}" for key in columns)])
+        csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue()
 
 
@@ -140,7 +128,7 @@ def evaluate(
         protocol: 'davis' or 'vos-benchmark', see the module's docstring.
         workers: number of processes; the result does not depend on it.
         official_decay: see `statistics`.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar.
 
     Raises DatasetError, which names the file, for anything that cannot be scored.
     """
@@ -162,9 +150,8 @@ def evaluate(
 def read_sequences(source: str | Path | Sequence[str]) -> list[str]:
     """Return names of sequences.
 
-    Args:
-        source: names, which may be joined by commas, or a file with one name per line or with the lines of DAVIS 2016
-            (/JPEGImages/480p/<sequence>/00000.jpg ...). What ends in .txt is a file.
+    `source` holds names, which may be joined by commas, or a file with one name per line or with the lines of DAVIS
+    2016 (/JPEGImages/480p/<sequence>/00000.jpg ...). What ends in .txt is a file.
     """
     if isinstance(source, str | Path):
         source = [str(source)]
@@ -197,42 +184,41 @@ def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol
         if not lists:
             raise DatasetError(f"{root} is a DAVIS root without ImageSets/{_SPLITS[0]}; give --sequences")
         sequences = read_sequences(lists[0])
-    present = [path.name for path in _folders(folder)]
-    if not present:
-        raise DatasetError(f"{folder} holds no sequences; give the root of a dataset or a folder of sequences")
-    names = present if sequences is None else list(dict.fromkeys(sequences))
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise DatasetError(f"{len(missing)} of {len(names)} sequences are not in {folder}, the first is {missing[0]}")
     tracks = []
-    for name in names:
+    for name in choose_sequences([path.name for path in _folders(folder)], sequences, folder):
         if _masks(folder / name):
             tracks.append(_open_track(name, None, folder / name, protocol))
-        else:
-            parts = _folders(folder / name)
-            tracks += [_open_track(name, path.name, path, protocol) for path in parts]
-            if not parts:
-                raise DatasetError(
-                    f"{folder / name} holds no mask; expected <frame>.png, or <object>/<frame>.png as in SA-V"
-                )
+            continue
+        parts = _folders(folder / name)
+        if not parts:
+            raise DatasetError(f"{folder / name} holds no mask; expected <frame>.png, or <object>/<frame>.png (SA-V)")
+        tracks += [_open_track(name, path.name, path, protocol) for path in parts]
     return tracks
+
+
+def choose_sequences(present: Iterable[str], sequences: Sequence[str] | None, where: Path) -> list[str]:
+    """Return `sequences`, or all that are `present`; DatasetError if one is missing or there are none."""
+    available = set(present)
+    if not available:
+        raise DatasetError(f"{where} holds no sequences; check the root of the dataset, its layout and its folders")
+    names = sorted(available) if sequences is None else list(dict.fromkeys(sequences))
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise DatasetError(f"{len(missing)} of {len(names)} sequences are not in {where}, the first is {missing[0]}")
+    return names
 
 
 def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Path, gray: bool = False) -> FrameScores:
     """Score one predicted mask (H, W) uint8 against its annotation.
 
-    Args:
-        source: name of the prediction in error messages.
-        gray: whether the prediction comes from a file without a palette.
+    `source` is its name in error messages, `gray` tells whether it comes from a file without a palette.
     """
     if pred.dtype != np.uint8:
         raise TypeError(f"{source} is {pred.dtype}; expected uint8")
     gt, gt_gray = _read(track, track.folder / f"{frame}.png")
     if pred.shape != gt.shape:
-        raise DatasetError(
-            f"{source} is {'x'.join(map(str, pred.shape))} (height x width), but its annotation is "
-            f"{'x'.join(map(str, gt.shape))}; write predictions in the size of the annotation"
-        )
+        sizes = f"{pred.shape[0]}x{pred.shape[1]} (height x width), but its annotation is {gt.shape[0]}x{gt.shape[1]}"
+        raise DatasetError(f"{source} is {sizes}; write predictions in the size of the annotation")
     counts = {"gray_masks": gt_gray + gray}
     if track.binary:
         gt, pred = ((mask > 0).view(np.uint8) for mask in (gt, pred))
@@ -272,11 +258,8 @@ def summarize(frames: Mapping[Track, Sequence[FrameScores]], *, official_decay: 
                 for measure, column in zip("JF", values.T, strict=True)
                 for statistic, value in statistics(column, official_decay=official_decay)._asdict().items()
             }
-            per_frame[name] = {
-                "frames": list(track.scored[start:]),
-                "J": values[:, 0].tolist(),
-                "F": values[:, 1].tolist(),
-            }
+            j, f = values.T.tolist()
+            per_frame[name] = {"frames": list(track.scored[start:]), "J": j, "F": f}
             members.setdefault(track.sequence, []).append(per_object[name])
     if not per_object:
         raise DatasetError("no scored frame of any sequence has an annotated object, so there is nothing to score")
@@ -323,23 +306,20 @@ def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) ->
     frames = tuple(path.stem for path in _masks(folder))
     if len(frames) < 3:
         raise DatasetError(
-            f"{folder} has {len(frames)} annotated frames, and the first and the last are not scored; "
-            "omit it from --sequences"
+            f"{folder} has {len(frames)} annotated frames, and the first and last are not scored; omit it (--sequences)"
         )
-    path = folder / f"{frames[0]}.png"
     if part is not None:
         return Track(sequence, part, folder, frames, frozenset({1}), True, protocol)
-    ids = _ids(read_mask_and_kind(path)[0])
+    path = folder / f"{frames[0]}.png"
+    ids = _ids(read_mask(path))
     binary = protocol == "davis" and ids == {VOID}
-    if binary:
-        ids = frozenset({1})
-    elif protocol == "davis":
-        ids -= {VOID}
-    if not ids and protocol == "davis":
-        raise DatasetError(
-            f"{path} is the first annotated frame and shows no object; score with --protocol vos-benchmark, or omit "
-            "it from --sequences"
-        )
+    if protocol == "davis":
+        ids = frozenset({1}) if binary else ids - {VOID}
+        if not ids:
+            raise DatasetError(
+                f"{path} is the first annotated frame and shows no object; score with --protocol vos-benchmark, or "
+                "omit it from --sequences"
+            )
     return Track(sequence, part, folder, frames, ids, binary, protocol)
 
 

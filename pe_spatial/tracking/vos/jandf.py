@@ -18,8 +18,6 @@ BOUND = 0.008  # default tolerance of F as a fraction of the image's diagonal
 
 
 class Statistics(NamedTuple):
-    """Statistics of one object's values over its frames."""
-
     mean: float
     recall: float
     decay: float
@@ -28,16 +26,11 @@ class Statistics(NamedTuple):
 def region_similarity(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = None) -> np.ndarray:
     """Return J (N,): intersection over union of masks (N, H, W) bool, 1 where both are empty.
 
-    Args:
-        void: (H, W) bool, pixels that do not count.
+    The pixels `void` (H, W) bool do not count.
     """
     gt, pred = _checked(gt, pred, void)
-    values = []
-    for truth, guess in zip(gt, pred, strict=True):
-        both = np.count_nonzero(truth & guess)
-        either = np.count_nonzero(truth) + np.count_nonzero(guess) - both
-        values.append(both / either if either else 1.0)
-    return np.array(values, dtype=np.float64)
+    both, either = (np.array([np.count_nonzero(mask) for mask in masks], float) for masks in (gt & pred, gt | pred))
+    return np.divide(both, either, out=np.ones_like(both), where=either > 0)
 
 
 def boundary_f(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = None, bound: float = BOUND) -> np.ndarray:
@@ -46,9 +39,8 @@ def boundary_f(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = No
     Precision is the fraction of the predicted boundary within the tolerance of the true one, recall the reverse. F is 1
     if both boundaries are empty (also those of masks that fill the image), 0 if one of them is.
 
-    Args:
-        void: (H, W) bool, pixels removed from both masks.
-        bound: tolerance: below 1 a fraction of the image's diagonal, rounded up to pixels; otherwise pixels.
+    The pixels `void` (H, W) bool are removed from both masks. A `bound` below 1 is the tolerance as a fraction of the
+    image's diagonal, rounded up to pixels, otherwise in pixels.
     """
     gt, pred = _checked(gt, pred, void)
     radius = boundary_radius(gt.shape[1:], bound)
@@ -58,9 +50,7 @@ def boundary_f(gt: np.ndarray, pred: np.ndarray, *, void: np.ndarray | None = No
 def boundary_radius(size: tuple[int, ...], bound: float = BOUND) -> int:
     """Return the tolerance of `boundary_f` in pixels for an image of `size` (H, W)."""
     if bound <= 0 or (bound >= 1 and bound != int(bound)):
-        raise ValueError(
-            f"bound is {bound}; give a fraction of the diagonal between 0 and 1, or an integer number of pixels"
-        )
+        raise ValueError(f"bound is {bound}; give a fraction of the diagonal below 1, or an integer number of pixels")
     return int(bound) if bound >= 1 else math.ceil(bound * np.linalg.norm(size))
 
 
@@ -78,9 +68,8 @@ def statistics(values: np.ndarray, *, official_decay: bool = False) -> Statistic
 
     NaN is omitted from means and counts as not above 0.5. Neighboring quarters share a frame.
 
-    Args:
-        official_decay: store the limits of the quarters in 8 bits, as DAVIS's evaluator does: they wrap above 256
-            frames, where the decay is meaningless; at exactly 256 frames it is NaN (as under numpy 2).
+    `official_decay` stores the limits of the quarters in 8 bits, as DAVIS's evaluator does: they wrap above 256 frames,
+    where the decay is meaningless; at exactly 256 frames it is NaN (as under numpy 2).
     """
     values = np.asarray(values, np.float64)
     limits = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(np.int64)
@@ -98,15 +87,12 @@ def _mean(values: np.ndarray) -> float:
 
 def _checked(gt: np.ndarray, pred: np.ndarray, void: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     if gt.ndim != 3 or gt.shape != pred.shape or gt.dtype != bool or pred.dtype != bool:
-        raise ValueError(
-            f"expected two stacks of masks (N, H, W) bool of one shape, got {gt.shape} {gt.dtype} and {pred.shape} "
-            f"{pred.dtype}"
-        )
+        got = f"{gt.shape} {gt.dtype} and {pred.shape} {pred.dtype}"
+        raise ValueError(f"expected two stacks of masks (N, H, W) bool of one shape, got {got}")
     return (gt, pred) if void is None else (gt & ~void, pred & ~void)
 
 
 def _boundary_f(gt: np.ndarray, pred: np.ndarray, radius: int) -> float:
-    """Return F of one object's masks (H, W)."""
     boundaries = _boundaries(gt, pred)  # (2, h, w)
     if np.array_equal(*boundaries):  # both may be empty
         return 1.0

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
+from pe_spatial.images import read_bytes
 
 VOID = 255
 """The id in index masks for pixels that belong neither to an object nor to the background."""
@@ -18,15 +19,11 @@ VOID = 255
 _COLOR_TYPES = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}  # byte 25 of a PNG
 
 
-def _voc_palette() -> np.ndarray:
-    # Bits 0, 3, 6 of the index become the highest bits of red, bits 1, 4, 7 of green, bits 2, 5 of blue.
-    index, palette = np.arange(256), np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        palette[:, bit % 3] |= ((index >> bit & 1) << 7 - bit // 3).astype(np.uint8)
-    return palette
-
-
-PALETTE = _voc_palette()  # (256, 3) uint8 RGB, of PASCAL VOC and DAVIS
+# (256, 3) uint8 RGB, of PASCAL VOC and DAVIS: bits 0, 3, 6 of the index become the highest bits of red, bits 1, 4, 7
+# of green, bits 2, 5 of blue
+PALETTE = np.zeros((256, 3), np.uint8)
+for _bit in range(8):
+    PALETTE[:, _bit % 3] |= ((np.arange(256) >> _bit & 1) << 7 - _bit // 3).astype(np.uint8)
 PALETTE.setflags(write=False)
 
 
@@ -41,17 +38,13 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
     Without a palette the gray values (8 bits or 1) are the ids. Everything else raises DatasetError: an RGB image has
     lost its ids, and so has gray of 2, 4 or 16 bits once a reader has scaled it to 8.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DatasetError(f"cannot open {path}: {error}") from error
+    data = read_bytes(path)
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
         raise DatasetError(f"{path} is not a PNG; masks are PNGs with object ids as pixels (mode P or 8-bit gray)")
     bits, color = data[24], _COLOR_TYPES.get(data[25], "unknown")
     if color != "palette" and (color, bits) not in {("gray", 1), ("gray", 8)}:
         raise DatasetError(
-            f"{path} is a {bits}-bit {color} image, not an index mask; write the object ids as a palette PNG "
-            "(mode P) or as 8-bit gray"
+            f"{path} is a {bits}-bit {color} image, not an index mask; write a palette or 8-bit gray PNG"
         )
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])

@@ -40,12 +40,9 @@ class JandFMetric(BaseMetric):
         super().__init__(**options)
         if protocol not in PROTOCOLS:
             raise ConfigError(f"protocol is {protocol!r}; choose {' or '.join(PROTOCOLS)}")
-        self.ann_dir = ann_dir
-        self.protocol = protocol
-        self.save_dir = None if save_dir is None else Path(save_dir)
+        self.ann_dir, self.protocol, self.save_dir = ann_dir, protocol, save_dir
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
-        """Score the masks of each video, and write them if there is a `save_dir`."""
         for sample in data_samples:
             video = sample["video"]
             predicted = dict(zip(sample["frames"], sample["pred_masks"], strict=True))
@@ -55,7 +52,7 @@ class JandFMetric(BaseMetric):
                 folder = Path(video, track.part or "")
                 if self.save_dir is not None:
                     for frame, mask in masks.items():
-                        write_mask(self.save_dir / folder / f"{frame}.png", mask)
+                        write_mask(Path(self.save_dir) / folder / f"{frame}.png", mask)
                 missing = [frame for frame in track.scored if frame not in masks]
                 if missing:
                     raise DatasetError(
@@ -96,7 +93,6 @@ class JandFMetric(BaseMetric):
             yield track, masks
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the global results, and log which rules were applied."""
         evaluation = summarize({track: scores for video in results for track, scores in video.items()})
         for rule in evaluation.rules():
             print_log(rule, logger="current")
@@ -107,23 +103,19 @@ class JandFMetric(BaseMetric):
 class MaskWriter(BaseMetric):
     """Write masks without scoring, for datasets with annotations on a server (MOSE, YouTube-VOS, DAVIS' test-dev).
 
-    Data samples are those of `JandFMetric`.
-
-    Args:
-        save_dir: folder for <video>/<frame>.png or, for masks by object, <video>/<object>/<frame>.png (three digits).
-        options: options of mmengine's `BaseMetric`.
+    Data samples and options are those of `JandFMetric`. `save_dir` gets <video>/<frame>.png or, for masks by object,
+    <video>/<object>/<frame>.png (three digits).
     """
 
     default_prefix = "vos"
 
     def __init__(self, *, save_dir: str, **options: Any) -> None:
         super().__init__(**options)
-        self.save_dir = Path(save_dir)
+        self.save_dir = save_dir
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
-        """Write the masks of each video."""
         for sample in data_samples:
-            folder = self.save_dir / sample["video"]
+            folder = Path(self.save_dir, sample["video"])
             for frame, masks in zip(sample["frames"], sample["pred_masks"], strict=True):
                 if not isinstance(masks, Mapping):
                     write_mask(folder / f"{frame}.png", _array(masks))
@@ -133,7 +125,6 @@ class MaskWriter(BaseMetric):
             self.results.append(sample["video"])
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the number of videos."""
         return {"videos": len(results)}
 
 

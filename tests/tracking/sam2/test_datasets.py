@@ -166,7 +166,7 @@ def test_lists_of_videos(davis):
     assert [v["video"] for v in dataset(davis).load_data_list()] == ["short", "bear"]
     assert [v["video"] for v in dataset(davis, split="val").load_data_list()] == ["cat"]
     assert [v["video"] for v in dataset(davis, names=["cat", "bear"]).load_data_list()] == ["cat", "bear"]
-    with pytest.raises(DatasetError, match=r"1 of 2 videos of .*names.txt are not in .*, first dog"):
+    with pytest.raises(DatasetError, match=r"1 of 2 sequences are not in .*, the first is dog"):
         dataset(davis, names=["cat", "dog"])
 
 
@@ -410,7 +410,7 @@ def test_absent_folders_and_empty_sets_are_named(tmp_path, davis):
     with pytest.raises(DatasetError, match=r"no folder .*empty/Annotations"):
         dataset(tmp_path / "empty")
     (tmp_path / "empty" / "Annotations").mkdir()
-    with pytest.raises(DatasetError, match="contains no videos"):
+    with pytest.raises(DatasetError, match="holds no sequences"):
         dataset(tmp_path / "empty")
     masks = Path(davis, "Annotations", "480p", "cat")
     masks.rename(masks.with_name("dog"))

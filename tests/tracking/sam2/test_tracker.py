@@ -124,7 +124,7 @@ def test_clips_that_do_not_fit(model):
     ("options", "message"),
     [
         (dict(prompt="scribble"), "prompt is 'scribble'"),
-        (dict(corrections=2), "a mask needs no corrections"),
+        (dict(corrections=2), "a mask needs none"),
         (dict(prompting=dict(prompted_frames=0)), "prompted_frames is 0"),
     ],
 )

@@ -91,7 +91,7 @@ def test_nothing_is_read_before_it_is_asked_for(sav):
 
 
 def test_what_lacks_is_named(davis, sav):
-    with pytest.raises(DatasetError, match=r"no folder of frames at .*480p/cow"):
+    with pytest.raises(DatasetError, match=r"1 of 1 sequences are not in .*480p, the first is cow"):
         davis_clips(davis, ["cow"])
     with pytest.raises(DatasetError, match=r"no folder .*absent/JPEGImages; give the root .* DAVIS' layout"):
         VideoDataset(str(davis / "absent"))
