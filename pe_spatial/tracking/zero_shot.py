@@ -120,11 +120,8 @@ class ZeroShotTracker(BaseModel):
     ) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
         """Yield the name and the masks (H, W) uint8 of every frame, one mask for each layer of the backbone.
 
-        Frames are processed one at a time. The masks of the first frame are `first_mask` itself.
-
-        Args:
-            frames: names and images (H, W, 3) uint8 RGB, as `Clip.read` yields them.
-            first_mask: object ids (H, W) uint8, 0 for background; ids may skip numbers.
+        Frames are names and images (H, W, 3) uint8 RGB, as `Clip.read` yields them, processed one at a time. The masks
+        of the first frame are `first_mask` itself: object ids (H, W) uint8, 0 for background, which may skip numbers.
         """
         self.eval()
         self.backbone.init_weights()
@@ -143,10 +140,7 @@ class ZeroShotTracker(BaseModel):
             yield name, tuple(hard_mask(one, ids, size, patch_size=patch_size).cpu().numpy() for one in softs)
 
     def forward(self, clip: Sequence[Clip], mode: str = "tensor") -> list[dict[str, Any]]:
-        """Track through clips, for mmengine's test loop.
-
-        Returns for each `video` (its name), `frames` (their names) and `pred_masks` (frames, H, W) uint8.
-        """
+        """Return for each clip `video` (its name), `frames` (their names) and `pred_masks` (frames, H, W) uint8."""
         if mode != "predict":
             raise ConfigError(f"a ZeroShotTracker cannot be trained (mode {mode!r}); run pe-spatial test")
         if len(self.backbone.out_indices) != 1:

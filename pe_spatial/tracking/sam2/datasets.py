@@ -325,12 +325,10 @@ class LoadClip(BaseTransform):
             size = frame.shape[:2]
             others = [(source.where(name), mask.shape) for mask in by_id.values()]
             others += [(str(window[0][0]), before.shape[:2]) for before in frames[:1]]
-            for other, shape in others:
-                if shape != size:
-                    raise DatasetError(
-                        f"{image} is {size[0]}x{size[1]} (height x width) but {other} is {shape[0]}x{shape[1]}; "
-                        "resize the frames of a video and their masks to one size"
-                    )
+            for other, (h, w) in others:
+                if (h, w) != size:
+                    sizes = f"{image} is {size[0]}x{size[1]} (height x width) but {other} is {h}x{w}"
+                    raise DatasetError(f"{sizes}; resize the frames of a video and their masks to one size")
             absent = np.zeros(size, bool)
             masks.append(np.stack([by_id.get(i, absent) for i in objects]))
             frames.append(frame)

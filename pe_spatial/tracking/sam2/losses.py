@@ -52,20 +52,14 @@ class MultiStepLoss:
     def __call__(self, frames: Sequence[Sequence[Prediction]], targets: Tensor) -> dict[str, Tensor]:
         """Return the weighted loss_mask, loss_dice, loss_iou and loss_score.
 
-        Args:
-            frames: for each of T frames its predictions in order.
-            targets: (T, N, H, W) bool.
-
-        With several processes the losses are divided by the mean number of objects per process, so that the gradients
+        `frames` holds the predictions for each of T frames in order, `targets` is (T, N, H, W) bool. With several
+        processes the losses are divided by the mean number of objects per process, so that the gradients
         averaged by DDP equal those of one process with all objects.
         """
         count = torch.tensor(float(targets.shape[1]), device=targets.device)
         all_reduce(count, op="mean")
-        sums = [
-            self._losses(prediction, target[:, None])
-            for predictions, target in zip(frames, targets, strict=True)
-            for prediction in predictions
-        ]
+        pairs = [(one, target[:, None]) for many, target in zip(frames, targets, strict=True) for one in many]
+        sums = [self._losses(prediction, target) for prediction, target in pairs]
         weights = (self.mask_weight, self.dice_weight, self.iou_weight, self.score_weight)
         names = ("loss_mask", "loss_dice", "loss_iou", "loss_score")
         totals = (torch.stack(terms).sum() / count.clamp(min=1) for terms in zip(*sums, strict=True))

@@ -224,12 +224,10 @@ class StreamingTracker:
         if frame_rgb.dtype != np.uint8 or frame_rgb.ndim != 3 or frame_rgb.shape[2] != 3 or not frame_rgb.size:
             got = f"{frame_rgb.dtype} of shape {frame_rgb.shape}"
             raise DatasetError(f"frame {self._frame} is {got}, not an image; expected (H, W, 3) uint8 RGB")
-        size = frame_rgb.shape if self._last is None else self._last.frame_rgb.shape
-        if frame_rgb.shape != size:
-            raise DatasetError(
-                f"frame {self._frame} is {frame_rgb.shape[0]}x{frame_rgb.shape[1]} but earlier frames are "
-                f"{size[0]}x{size[1]}; resize it, or call reset() for another video"
-            )
+        h, w, _ = frame_rgb.shape if self._last is None else self._last.frame_rgb.shape
+        if frame_rgb.shape[:2] != (h, w):
+            sizes = f"{frame_rgb.shape[0]}x{frame_rgb.shape[1]} but earlier frames are {h}x{w}"
+            raise DatasetError(f"frame {self._frame} is {sizes}; resize it, or call reset() for another video")
         return frame_rgb
 
     def _prompts(self, t: int, prompts: Mapping[int, Prompt], frame_rgb: np.ndarray) -> dict[int, _Input]:

@@ -58,15 +58,14 @@ class Clip:
         """
         prompts: dict[str, dict[int, np.ndarray]] = {}
         seen: set[int] = set()
-        sizes: set[tuple[int, ...]] = set()
         for frame, objects in self._annotations():
             new = {i: mask for i, mask in objects.items() if i not in seen}
             if new:
                 prompts[frame] = new
                 seen.update(new)
-                sizes |= {mask.shape for mask in new.values()}
         if not prompts:
             raise DatasetError(f"{self.mask} shows no object to track; draw at least one into the first mask")
+        sizes = {mask.shape for masks in prompts.values() for mask in masks.values()}
         if len(sizes) > 1:
             raise DatasetError(f"{self.mask} holds masks of the sizes {sorted(sizes)}; all need the size of the frames")
         return prompts
@@ -81,8 +80,7 @@ class Clip:
     def load(self) -> tuple[np.ndarray, Iterator[tuple[str, np.ndarray]]]:
         """Return the index mask (H, W) uint8 of the first frame, and the frames as `read` does.
 
-        Raises DatasetError as `prompts` and `read` do, for objects that an index mask of the first frame cannot hold,
-        and for frames of another size.
+        Raises DatasetError also for objects that an index mask of the first frame cannot hold.
         """
         prompts = self.prompts()
         if self.overlapping or list(prompts) != [self._first]:
@@ -129,12 +127,10 @@ class Clip:
             decoded = enumerate(decode_video(self.frames))
             frames = ((_NAME.format(i), f"frame {i} of {self.frames}", rgb) for i, rgb in decoded)
         for name, source, rgb in frames:
-            size = size or rgb.shape[:2]
+            h, w = size = size or rgb.shape[:2]
             if rgb.shape[:2] != size:
-                raise DatasetError(
-                    f"{source} is {rgb.shape[0]}x{rgb.shape[1]} (height x width) but {size_source} is "
-                    f"{size[0]}x{size[1]}; all frames and masks need one size"
-                )
+                found = f"{source} is {rgb.shape[0]}x{rgb.shape[1]} (height x width) but {size_source} is {h}x{w}"
+                raise DatasetError(f"{found}; all frames and masks need one size")
             yield name, rgb
 
 

@@ -46,6 +46,7 @@ COUNTS = {
     "gray_masks": "masks without a palette: their gray values are the ids",
 }
 
+_OTHER = "score with --protocol vos-benchmark"
 _CHUNK = 32  # frames per job, so that a single long sequence keeps all workers busy
 _SPLITS = ("2017/val.txt", "2016/val.txt", "480p/val.txt")  # below a DAVIS root; the last is that of DAVIS 2016
 
@@ -226,10 +227,8 @@ def score_frame(track: Track, frame: str, pred: np.ndarray, *, source: str | Pat
     if track.protocol == "davis":
         highest = max(track.first_ids)
         if max(predicted, default=0) > highest:
-            raise DatasetError(
-                f"{source} holds id {max(predicted)}, but the first annotated frame of {track.sequence} has ids up to "
-                f"{highest}; correct it, or score with --protocol vos-benchmark"
-            )
+            first = f"the first annotated frame of {track.sequence} has ids up to {highest}"
+            raise DatasetError(f"{source} holds id {max(predicted)}, but {first}; correct it, or {_OTHER}")
         counts["void_frames"] = int(VOID in annotated)
         annotated -= {VOID}
     ids = sorted(annotated | predicted)
@@ -316,10 +315,7 @@ def _open_track(sequence: str, part: str | None, folder: Path, protocol: str) ->
     if protocol == "davis":
         ids = frozenset({1}) if binary else ids - {VOID}
         if not ids:
-            raise DatasetError(
-                f"{path} is the first annotated frame and shows no object; score with --protocol vos-benchmark, or "
-                "omit it from --sequences"
-            )
+            raise DatasetError(f"{path} is the first annotated frame and shows no object; {_OTHER}, or omit {sequence}")
     return Track(sequence, part, folder, frames, ids, binary, protocol)
 
 
