@@ -324,7 +324,7 @@ def _check_predictions(tracks: Sequence[Track], pred_dir: Path) -> None:
         raise DatasetError(f"no folder of predictions at {pred_dir}")
     missing, scored = [], 0
     for track in tracks:
-        folder = _predictions(track, pred_dir)
+        folder = pred_dir / track.sequence / (track.part or "")
         present = {path.stem for path in _masks(folder)}
         missing += [folder / f"{frame}.png" for frame in track.scored if frame not in present]
         scored += len(track.scored)
@@ -349,7 +349,7 @@ def _score_chunk(job: tuple[Track, Path, Sequence[str]]) -> list[FrameScores]:
     track, pred_dir, frames = job
     scores = []
     for frame in frames:
-        path = _predictions(track, pred_dir) / f"{frame}.png"
+        path = pred_dir / track.sequence / (track.part or "") / f"{frame}.png"
         pred, gray = _read(track, path)
         scores.append(score_frame(track, frame, pred, source=path, gray=gray))
     return scores
@@ -367,10 +367,6 @@ def _ids(mask: np.ndarray) -> frozenset[int]:
     """Return the ids in a mask (H, W) uint8 without the background 0."""
     data = mask.tobytes()  # searching it for each id is far cheaper than np.unique
     return frozenset(i for i in range(1, int(mask.max(initial=0)) + 1) if bytes((i,)) in data)
-
-
-def _predictions(track: Track, pred_dir: Path) -> Path:
-    return pred_dir / track.sequence / (track.part or "")
 
 
 def _folders(path: Path) -> list[Path]:
