@@ -73,7 +73,7 @@ class ZeroShotRun:
         names = [clip.name for clip in clips if _annotated(clip)]
         if not names:
             return {}
-        options = dict(sequences=names, workers=workers)
+        options: dict[str, Any] = dict(sequences=names, workers=workers)
         return {layer: evaluate(gt_dir, folder, **options) for layer, folder in self.folders.items()}
 
     def report(self, evaluations: Mapping[int, Evaluation]) -> tuple[int, int]:

@@ -108,8 +108,8 @@ class PETrunk(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S), S = `image_size`, normalized with ImageNet's statistics -> [(B, C, grid, grid)]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
-            size = f"{self.image_size}x{self.image_size}"
-            raise ValueError(f"images are {tuple(images.shape)}; resize them to {size}, or build with another grid")
+            side = self.image_size
+            raise ValueError(f"images are {tuple(images.shape)}; resize to {side}x{side}, or build with another grid")
         images = images * self._scale + self._shift
         if self.input_size != self.image_size:
             size = (self.input_size, self.input_size)
@@ -210,7 +210,7 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
         raise ConfigError(f"the tracker needs sam2 ({error}); pip install --no-build-isolation sam2==1.1.0") from error
 
     image_size = None if true_stride else STRIDE * grid
-    options = dict(out_index=out_index, frozen=frozen, options=encoder_options)
+    options: dict[str, Any] = dict(out_index=out_index, frozen=frozen, options=encoder_options)
     trunk = PETrunk(variant, grid=grid, image_size=image_size, **options)
     stride = trunk.image_size // grid
     if checkpoint is not None:

@@ -314,7 +314,7 @@ def test_other_errors_say_what_to_do(model):
         build_pe_sam2(TINY, 4, out_index=2, **SMALL)
     with pytest.raises(ValueError, match="unknown variant"):
         build_pe_sam2("pe_spatial_x16", 4)
-    with pytest.raises(ValueError, match=r"images are \(1, 3, 64, 48\); resize them to 64x64"):
+    with pytest.raises(ValueError, match=r"images are \(1, 3, 64, 48\); resize to 64x64"):
         model.forward_image(torch.rand(1, 3, 64, 48))
 
 
