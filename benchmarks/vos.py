@@ -29,13 +29,13 @@ def write_videos(root: Path, sequences: int, frames: int) -> None:
     """Two ellipses that drift and turn; the prediction lags, and is frayed at its edge."""
     rng = np.random.default_rng(0)
     for name in map("{:02d}".format, range(sequences)):
-        centre, speed = rng.uniform((200, 120), (650, 360), (2, 2)), rng.uniform(-3, 3, (2, 2))
+        center, speed = rng.uniform((200, 120), (650, 360), (2, 2)), rng.uniform(-3, 3, (2, 2))
         axes, turn = rng.uniform(30, 150, (2, 2)), rng.uniform(0, 180, 2)
         for t in range(frames):
             for side, lag in (("gt", 0), ("pred", 2)):
                 mask = np.zeros(SIZE, np.uint8)
                 for k in range(2):
-                    at, angle = centre[k] + (t - lag) * speed[k], turn[k] + 2 * (t - lag)
+                    at, angle = center[k] + (t - lag) * speed[k], turn[k] + 2 * (t - lag)
                     cv2.ellipse(mask, (at, 2 * axes[k], angle), k + 1, -1)
                 if lag:
                     ys, xs = np.nonzero(cv2.Canny(mask * 100, 50, 100))

@@ -141,7 +141,7 @@ class TimmEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Encode `images` (B, 3, H, W), normalised, into maps (B, C, H / p, W / p), one for each of `out_indices`.
+        """Encode `images` (B, 3, H, W), normalized, into maps (B, C, H / p, W / p), one for each of `out_indices`.
 
         Raises ValueError if a side is not a multiple of the patch size p.
         """

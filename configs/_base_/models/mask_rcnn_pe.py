@@ -12,7 +12,7 @@ model = dict(
         type='DetDataPreprocessor',
         **_base_.detector_pixels,
         pad_mask=True,
-        pad_size_divisor=1024),  # zeros after normalisation, to a square, in training and testing
+        pad_size_divisor=1024),  # zeros after normalization, to a square, in training and testing
     backbone=dict(
         type='PerceptionEncoderPyramid',
         variant='pe_spatial_b16_512',
