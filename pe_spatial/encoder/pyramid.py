@@ -102,7 +102,7 @@ class FusedFeaturePyramid(nn.Module):
     """A pyramid on several intermediate layers, above all for frozen encoders.
 
     PE's best features lie at different depths for different tasks, so a frozen encoder should offer more than its last
-    block. Every map is normalised (residual streams grow with depth), brought to one width by its own 1x1 convolution,
+    block. Every map is normalized (residual streams grow with depth), brought to one width by its own 1x1 convolution,
     and their sum, through a GELU, feeds a `SimpleFeaturePyramid`.
 
     Args:

@@ -162,7 +162,7 @@ def layer_decay_params(
 
 
 def add_pe_spatial_config(cfg: CfgNode) -> None:
-    """Add `MODEL.PE_SPATIAL` to a yacs config, and set the normalisation and the channel order that PE expects."""
+    """Add `MODEL.PE_SPATIAL` to a yacs config, and set the normalization and the channel order that PE expects."""
     cfg.MODEL.PIXEL_MEAN = [DETECTOR_PIXELS] * 3
     cfg.MODEL.PIXEL_STD = [DETECTOR_PIXELS] * 3
     cfg.INPUT.FORMAT = "RGB"
