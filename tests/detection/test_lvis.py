@@ -430,7 +430,7 @@ def test_detections_count_only_where_a_image_is_annotated(tmp_path):
     assert math.isnan(results["lvis/bbox_APl"])
 
 
-def test_limit_is_over_all_classes_of_a_image(tmp_path):
+def test_limit_is_over_all_classes_of_an_image(tmp_path):
     path = write(tmp_path / "lvis.json", content([image(1)], objects(1, 3)))
     rows = [(GRID[i], 0, 0.9) for i in range(4)] + [(GRID[0], 2, 0.1)]
     assert evaluate(path, {1: rows}, max_dets=5)["lvis/bbox_AP"] == pytest.approx(1.0)

@@ -110,7 +110,7 @@ def test_padding_that_detectron2_applies():
     assert padded(square_size=256) == (256, 256)
 
 
-def test_levels_cover_a_image_padded_to_the_divisor():
+def test_levels_cover_an_image_padded_to_the_divisor():
     backbone = ours.PerceptionEncoderPyramid(SMALL)
     levels = backbone(torch.randn(1, 3, backbone.size_divisibility, 3 * backbone.size_divisibility))
     for name, level in levels.items():
@@ -245,7 +245,7 @@ def shrunk_recipe(facts):
             depth=vit["depth"], num_heads=vit["num_heads"], mlp_ratio=facts["mlp_ratio"],
             class_token=False, init_values=facts["init_values"],
         ),
-        weights=None, square_size=vit["img_size"],
+        weights=None, drop_path_rate=0.0, square_size=vit["img_size"],
         window_size=vit["window_size"], pos_embed_mode="tile",
         global_attn_indexes=[i for i in range(vit["depth"]) if i not in vit["window_block_indexes"]],
         rope_mode="interpolate", rope_grid=vit["pt_hw_seq_len"],
