@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 def encoders(node: Any, place: str = "model") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (place, options) of every Perception Encoder in a config."""
     if isinstance(node, Mapping):
-        if node.get("type") in ("PerceptionEncoder", "PerceptionEncoderPyramid"):
+        if "variant" in node:  # of a backbone, or of a tracker
             yield place, node
         for key, value in node.items():
             yield from encoders(value, f"{place}.{key}")
@@ -38,7 +38,7 @@ def summarize(runner: Runner, *, training: bool) -> str:
     rows = [
         ("config", cfg.filename),
         ("model", f"{type(model).__name__}, {parameters}"),
-        *(("encoder", _encoder(options)) for _, options in encoders(cfg.model)),
+        *(("encoder", _encoder(options, training)) for _, options in encoders(cfg.model)),
         ("data", f"{_data(loader.dataset)}, batches of {loader.batch_size}"),
         ("schedule", _schedule(cfg) if training else None),
         ("resumes" if cfg.get("resume") else "weights", cfg.get("load_from")),
@@ -49,7 +49,7 @@ def summarize(runner: Runner, *, training: bool) -> str:
     return "\n".join(f"  {name:<9} {text}" for name, text in rows if text)
 
 
-def _encoder(options: Mapping[str, Any]) -> str:
+def _encoder(options: Mapping[str, Any], training: bool) -> str:
     variant = options.get("variant")
     weights = (options.get("init_cfg") or {}).get("checkpoint", "none (random)")
     layers = options.get("out_indices")
@@ -57,9 +57,9 @@ def _encoder(options: Mapping[str, Any]) -> str:
     return ", ".join(
         [
             variant if isinstance(variant, str) else "custom encoder",
-            *([f"layers {', '.join(map(str, layers))}"] if layers else []),
+            *([f"layers {layers if isinstance(layers, str) else ', '.join(map(str, layers))}"] if layers else []),
             f"geometry {geometry if isinstance(geometry, str) else 'custom'}",
-            f"weights {weights}",
+            *([f"weights {weights}"] if training and "type" in options else []),  # a tracker has them elsewhere
         ]
     )
 

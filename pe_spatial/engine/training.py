@@ -106,7 +106,8 @@ def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError
     text = str(error)
     loader = cfg.train_dataloader
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-        encoder = next((place for place, _ in encoders(cfg.model)), "model.backbone")
+        place, options = next(encoders(cfg.model), ("model.backbone", {"type": None}))
+        encoder = place if "type" in options else f"{place}.encoder_options"
         return TrainingError(
             f"out of memory in step {step}: lower train_dataloader.batch_size (now {loader.get('batch_size')}; "
             f"optim_wrapper.accumulative_counts makes up for it), set {encoder}.grad_checkpointing=True, use --amp, or "
