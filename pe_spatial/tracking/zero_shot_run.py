@@ -41,11 +41,9 @@ class ZeroShotRun:
         self.folders = {n: out / f"layer_{n:02d}" if by_layer else out for n in tracker.backbone.out_indices}
         file = out / "settings.json"
         previous = json.loads(file.read_text()) if file.is_file() else settings
-        different = [f"{key} ({previous.get(key)})" for key in settings if previous.get(key) != settings[key]]
-        if different:
-            raise ConfigError(
-                f"{out} holds results with another {', '.join(different)}; choose another folder or delete it"
-            )
+        other = ", ".join(f"{key} ({previous.get(key)})" for key in settings if previous.get(key) != settings[key])
+        if other:
+            raise ConfigError(f"{out} holds results with another {other}; choose another folder or delete it")
         write_json(file, settings)
 
     def pending(self, clips: Sequence[Clip]) -> list[Clip]:

@@ -87,10 +87,8 @@ def davis_clips(
         frames, annotations = list_frames(images / name), _folder(masks / name, "DAVIS'")
         first = annotations / f"{frames[0].stem}.png"
         if not late_objects and not first.is_file():
-            raise DatasetError(
-                f"the first frame of {images / name} has no mask {first}, so there is no object to track; objects that "
-                "begin later need late_objects"
-            )
+            problem = f"the first frame of {images / name} has no mask {first}, so there is no object to track"
+            raise DatasetError(f"{problem}; objects that begin later need late_objects")
         clips.append(Clip(name, frames, annotations if late_objects else first))
     return clips
 

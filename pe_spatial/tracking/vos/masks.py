@@ -43,9 +43,7 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
         raise DatasetError(f"{path} is not a PNG; masks are PNGs with object ids as pixels (mode P or 8-bit gray)")
     bits, color = data[24], _COLOR_TYPES.get(data[25], "unknown")
     if color != "palette" and (color, bits) not in {("gray", 1), ("gray", 8)}:
-        raise DatasetError(
-            f"{path} is a {bits}-bit {color} image, not an index mask; write a palette or 8-bit gray PNG"
-        )
+        raise DatasetError(f"{path} is a {bits}-bit {color} image, not an index mask; write palette or 8-bit gray PNGs")
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
         return np.array(image, dtype=np.uint8), color == "palette"
@@ -84,9 +82,7 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     mask = read_mask(path)
     binary, highest = mask > 0, mask.max(initial=0)
     if np.count_nonzero(binary) != np.count_nonzero(mask == highest) and highest:
-        raise DatasetError(
-            f"{path} holds several ids, but its folder belongs to one object; give binary masks (0 and one other value)"
-        )
+        raise DatasetError(f"{path} holds several ids, but its folder belongs to one object; give binary masks")
     return binary
 
 
