@@ -42,17 +42,17 @@ class RopeTables:
         (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py, and
         apps/detection/DETA_pe/models/pev1.py).
         """
+        geometry: Any = self.geometry  # in numbers
         half = width // self.num_heads // 2
         frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
         pairs = []
-        for side in (self.geometry.window_size, self.image_grid):
-            places = torch.arange(side) / side * self.geometry.rope_grid + 1
+        for side in (geometry.window_size, self.image_grid):
+            places = torch.arange(side) / side * geometry.rope_grid + 1
             axis = torch.outer(places, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
             cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
             pairs.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
-        blocks = self.geometry.global_attn_indexes
         homes = {"rope_win": pairs[0], "rope_glb": pairs[1]} | {
-            f"transformer.resblocks.{i}.attn.rope": pairs[i in blocks] for i in range(depth)
+            f"transformer.resblocks.{i}.attn.rope": pairs[i in geometry.global_attn_indexes] for i in range(depth)
         }
         return {
             f"{ENCODERS[layout]}{home}.freqs_{name}": table
@@ -136,7 +136,8 @@ def stored_tables(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeTables 
         return None
     try:
         facts: dict[str, Any] = json.loads(entry) if isinstance(entry, str) else dict(entry)
-        geometry = Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["geometry"].items()})
+        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["geometry"].items()}
+        geometry = Geometry(**fields)
         tables = RopeTables(**{**facts, "geometry": geometry})
         if sizes["e"] % (4 * tables.num_heads):
             raise ValueError(f"{tables.num_heads} heads")

@@ -47,6 +47,9 @@ class PerceptionEncoderPyramid(nn.Module):
     Raises ConfigError if the adapter is unknown or does not take the number of maps that `out_indices` asks for.
     """
 
+    _scale: Tensor
+    _shift: Tensor
+
     def __init__(
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
@@ -73,7 +76,7 @@ class PerceptionEncoderPyramid(nn.Module):
             width if adapter in _OF_ONE_MAP else [width] * maps,
             **{"in_stride": self.encoder.patch_size, **(pyramid or {})},
         )
-        levels = self.pyramid.pyramid if isinstance(self.pyramid, FusedFeaturePyramid) else self.pyramid
+        levels: Any = self.pyramid.pyramid if isinstance(self.pyramid, FusedFeaturePyramid) else self.pyramid
         self.strides: tuple[int, ...] = levels.strides
         self.out_channels: tuple[int, ...] = levels.out_channels
         self.any_size = any_size

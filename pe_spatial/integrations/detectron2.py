@@ -80,6 +80,7 @@ class PerceptionEncoderPyramid(core.PerceptionEncoderPyramid, Backbone):
         """(B, 3, H, W), normalized -> name -> level, always float32, because RoIAlign casts the boxes to its dtype."""
         levels = super().forward(images)
         if isinstance(levels, Tensor):
+            assert self.eval_level is not None
             return {self._out_features[self.eval_level]: levels}
         return dict(zip(self._out_features, levels, strict=True))
 

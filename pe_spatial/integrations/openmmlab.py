@@ -98,8 +98,7 @@ def build_encoder(variant: str | EncoderConfig | Mapping[str, Any], **options: A
 
     To go from the one to the other by a single option, options that the other does not have may be None.
     """
-    encoder = TimmEncoder if isinstance(variant, str) and variant.startswith(PREFIX) else Backbone
-    if encoder is TimmEncoder:
+    if isinstance(variant, str) and variant.startswith(PREFIX):
         known = list(inspect.signature(TimmEncoder).parameters)
         unknown = [key for key, value in options.items() if key not in known and value is not None]
         if unknown:
@@ -107,8 +106,8 @@ def build_encoder(variant: str | EncoderConfig | Mapping[str, Any], **options: A
                 f"{variant} has no {', '.join(unknown)}, unlike a Perception Encoder; leave it out or set it to None "
                 f"(allowed are {', '.join(known[1:])})"
             )
-        options = {key: value for key, value in options.items() if key in known}
-    return encoder(variant, **options)
+        return TimmEncoder(variant, **{key: value for key, value in options.items() if key in known})
+    return Backbone(variant, **options)
 
 
 @MODELS.register_module()
@@ -185,4 +184,5 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         rules = DefaultOptimWrapperConstructor(dict(optimizer=self.optimizer_cfg), options)
         groups: list[dict[str, Any]] = []
         rules.add_params(groups, module)
-        return {id(g["params"][0]): (g.get("lr", self.base_lr), g.get("weight_decay")) for g in groups}
+        base_lr: Any = self.base_lr
+        return {id(g["params"][0]): (g.get("lr", base_lr), g.get("weight_decay")) for g in groups}

@@ -229,6 +229,7 @@ def _create(variant: str, **options: Any) -> Any:
         import timm
     except ModuleNotFoundError as error:
         raise ConfigError(f"{variant} needs timm, which is not installed; pip install timm") from error
+    from timm.layers.patch_embed import PatchEmbed
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -247,7 +248,7 @@ def _create(variant: str, **options: Any) -> Any:
         model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
     except TypeError:  # a class that does not know dynamic_img_size
         model = None
-    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, timm.layers.PatchEmbed):
+    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
         raise ConfigError(
             f"{variant} is no plain vision transformer that takes images of any size in timm; those of its classes "
             "VisionTransformer and Eva are: DINOv2, DINOv3, SigLIP, CLIP, DeiT, EVA-02, PE and others, most 'vit_*'"
