@@ -4,7 +4,8 @@
 .PHONY: help setup demo test check lint bench
 
 python := .venv/bin/python
-core_tests := $(addprefix tests/,encoder test_imports.py test_atomic.py cli/test_common.py cli/test_main.py engine/test_console.py)
+core_tests := $(addprefix tests/,encoder depth/test_metrics.py depth/test_heads.py depth/test_dpt.py tracking/vos \
+	cli/test_common.py cli/test_main.py engine/test_console.py test_imports.py test_atomic.py test_docs.py)
 
 help:
 	@echo "make demo    set up, then train, evaluate and draw a small detector"
@@ -24,7 +25,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(python) -m pytest -m "" -n auto --maxprocesses 8 --dist worksteal
 
 check: lint
-	OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 8 $(core_tests)
+	OMP_NUM_THREADS=1 $(python) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(core_tests) \
+		-k "not timm_parity and not compile"
 
 lint: setup
 	$(python) -m ruff check .
