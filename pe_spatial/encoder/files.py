@@ -120,9 +120,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             f"{path} is truncated or not written by torch.save; download it again, or save its state dict anew"
         ) from None
     except Exception as error:
-        # safetensors and torch raise a dozen types for broken files: RuntimeError, EOFError, SafetensorError, ...
+        # safetensors and torch raise many types for broken files: RuntimeError, EOFError, SafetensorError, ...
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise CheckpointError(f"{path} is truncated or no checkpoint ({reason}); download it again") from error
+        raise CheckpointError(f"{path} is truncated or not a checkpoint ({reason}); download it again") from error
 
 
 def locate(source: str | Path) -> Path:
@@ -147,7 +147,7 @@ def locate(source: str | Path) -> Path:
         return Path(text)
     owner, repo, filename = [*text.removeprefix("hf://").replace(":", "/", 1).split("/", 2), "", ""][:3]
     if not owner or not repo:
-        raise CheckpointError(f"{text!r} is no address on the hub; write hf://owner/repo or hf://owner/repo/file")
+        raise CheckpointError(f"{text!r} is not an address on the hub; write hf://owner/repo or hf://owner/repo/file")
     filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -160,9 +160,10 @@ def locate(source: str | Path) -> Path:
     except Exception as error:
         # The hub client raises its own errors, the HTTP library's and OSError; all of them mean: not at hand.
         raise CheckpointError(
-            f"{filename} of {owner}/{repo} is neither in the hub's cache nor to be downloaded "
-            f"({type(error).__name__}); download https://huggingface.co/{owner}/{repo}/resolve/main/{filename} "
-            "where there is a network, and give the path of the file as the checkpoint"
+            f"{filename} of {owner}/{repo} is not in the local cache, and the download failed "
+            f"({type(error).__name__}; no network?); download "
+            f"https://huggingface.co/{owner}/{repo}/resolve/main/{filename} on another machine, and give the path of "
+            "the file as the checkpoint"
         ) from error
 
 
@@ -174,7 +175,7 @@ def _download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path))  # appears under its name when it is complete
         except OSError as error:  # URLError and HTTPError are
             raise CheckpointError(
-                f"{url} cannot be downloaded ({error}); download it where there is a network, and put it at {path} or "
+                f"{url} cannot be downloaded ({error}). Download it on another machine, and put it at {path} or "
                 "give its path"
             ) from error
     return path

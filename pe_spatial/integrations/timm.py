@@ -61,7 +61,7 @@ class TimmEncoder(nn.Module):
         init_cfg: None for random weights, or `dict(type='Pretrained', checkpoint=...)`: 'released' (timm's on the hub)
             or a file or address as in `load_checkpoint`, in timm's layout or one that timm converts. Strict.
 
-    Raises ConfigError for names that timm does not know and for models that are no plain vision transformers.
+    Raises ConfigError for names that timm does not know and for models that are not plain vision transformers.
     """
 
     loads_released_weights = True
@@ -250,7 +250,7 @@ def _create(variant: str, **options: Any) -> Any:
         model = None
     if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
         raise ConfigError(
-            f"{variant} is no plain vision transformer that takes images of any size in timm; those of its classes "
+            f"{variant} is not a plain vision transformer that takes images of any size in timm; those of its classes "
             "VisionTransformer and Eva are: DINOv2, DINOv3, SigLIP, CLIP, DeiT, EVA-02, PE and others, most 'vit_*'"
         )
     return model

@@ -258,7 +258,7 @@ for model, source in ((PerceptionEncoder("pe_spatial_t16_512", out_indices=(0,))
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
     released, custom, other, nonsense = done.stdout.splitlines()
-    assert "PE-Spatial-T16-512.pt of facebook/PE-Spatial-T16-512 is neither in the hub's cache" in released
+    assert "PE-Spatial-T16-512.pt of facebook/PE-Spatial-T16-512 is not in the local cache" in released
     assert "https://huggingface.co/facebook/PE-Spatial-T16-512/resolve/main/PE-Spatial-T16-512.pt" in released
     assert "give the path of the file" in released
     assert "no weights were released" in custom

@@ -291,10 +291,10 @@ def test_run_that_resumes_does_without_pretrained_weights(tmp_path):
     [
         ("vit_smal_patch14_dinov2", "knows no model 'vit_smal_patch14_dinov2'; nearest are vit_small_patch14_dinov2"),
         ("vit_small_patch14_dinov2.x", "knows no weights 'vit_small_patch14_dinov2.x'; known are .*lvd142m"),
-        ("resnet50", "timm:resnet50 is no plain vision transformer"),
-        ("swin_tiny_patch4_window7_224", "is no plain vision transformer"),
-        ("beit_base_patch16_224", "is no plain vision transformer that takes images of any size"),
-        ("vit_tiny_r_s16_p8_224", "is no plain vision transformer"),
+        ("resnet50", "timm:resnet50 is not a plain vision transformer"),
+        ("swin_tiny_patch4_window7_224", "is not a plain vision transformer"),
+        ("beit_base_patch16_224", "is not a plain vision transformer that takes images of any size"),
+        ("vit_tiny_r_s16_p8_224", "is not a plain vision transformer"),
     ],
 )
 def test_names_that_will_not_do(name, message):
