@@ -1,12 +1,10 @@
-"""Scores of the layers of an encoder: the best one, a figure, and JSON files."""
+"""Scores of the layers of an encoder: the best one, and a figure."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,9 +36,3 @@ def draw_scores(path: str | Path, scores: Mapping[int, float], *, name: str, bes
     FigureCanvasAgg(figure).print_png(file)
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(file.getvalue())
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as JSON; the file is complete or absent."""
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1))

@@ -15,7 +15,7 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.structures import PixelData
 from torch import Tensor, nn
 
-from pe_spatial.engine.report import write_json
+from pe_spatial.atomic import write_json
 
 Features = dict[str, Tensor]
 """What one layer gives: 'maps' (B, C, h, w) and, where the encoder has a class token, 'tokens' (B, C)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pe_spatial.engine.report import best_layer, draw_scores, write_json
+from pe_spatial.atomic import write_json
+from pe_spatial.engine.report import best_layer, draw_scores
 from pe_spatial.errors import ConfigError
 from pe_spatial.probing.sweep import LayerSweep
 

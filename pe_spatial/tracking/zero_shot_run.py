@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.atomic import atomic_folder
-from pe_spatial.engine.report import best_layer, draw_scores, write_json
+from pe_spatial.atomic import atomic_folder, write_json
+from pe_spatial.engine.report import best_layer, draw_scores
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.evaluation import Evaluation, evaluate
