@@ -1,7 +1,5 @@
 """Meta's Perception Encoder for dense prediction. Importing this package needs torch alone."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

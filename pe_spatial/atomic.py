@@ -1,7 +1,5 @@
 """Files and folders that are complete or as they were before, whenever the process that writes them dies."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

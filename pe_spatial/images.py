@@ -1,7 +1,5 @@
 """Reading of images of any mode and orientation, with errors that name the file."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

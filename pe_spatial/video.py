@@ -1,7 +1,5 @@
 """Videos: frames from a file or a folder one by one, and frames into an mp4."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ Every family first runs with its own backbone, without pretrained weights, on tw
 it has to work with PE too, or be refused with a reason. A small PE suffices: the feature specs are checked.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal

@@ -5,8 +5,6 @@ pe-spatial demo              # about ten minutes on two CPU cores
 The encoder's weights are part of the package: nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

@@ -8,8 +8,6 @@ PRED_DIR holds <sequence>/<frame>.png with object ids as pixels; for SA-V <video
 Scores are fractions. Nothing is cached between calls.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -9,8 +9,6 @@ describes them. A stopped run can be started again: images that have their .npy 
 --overwrite is given.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial

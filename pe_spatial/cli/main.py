@@ -1,7 +1,5 @@
 """The console command pe-spatial; tools/NAME.py calls the same function."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib

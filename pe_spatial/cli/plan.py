@@ -6,8 +6,6 @@ pe-spatial plan configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b
 Everything runs on the meta device: nothing is allocated and no GPU is needed. The table is Markdown.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

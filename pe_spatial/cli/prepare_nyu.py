@@ -16,8 +16,6 @@ test images of that extraction are black in the 7 outermost rows; those of other
 results. NYUv2 is for research only.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial

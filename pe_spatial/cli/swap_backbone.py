@@ -8,8 +8,6 @@ The new config inherits CONFIG. It runs under `pe-spatial train`, and under the 
 if this package is installed. A backbone that cannot be probed needs --strides 4,8,16,32 --channels 256,512,1024,2048.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -8,8 +8,6 @@ than those of the full recipe. A stopped sweep resumes when it is started again.
 scores.json, the heads, and the cache, which may be deleted.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from functools import partial

@@ -4,8 +4,6 @@ The table, layouts.py, holds the names on both sides and the shapes. A file that
 refused, and no tensor is copied: a file is mapped in and streamed out.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -10,8 +10,6 @@ and a query give to the places that they look at. Besides, d counts the blocks, 
 LayerScale.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import NamedTuple

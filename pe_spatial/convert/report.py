@@ -1,7 +1,5 @@
 """What a conversion did, as a table."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The rotary tables that released detectors keep in their files, and the geometry that they depend on."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

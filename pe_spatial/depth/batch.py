@@ -1,7 +1,5 @@
 """Depth of many images: a folder of predictions that can be resumed, files derived from them, and metadata.json."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Pairs of an image and a depth map, from a list, a table or two folders."""
 
-from __future__ import annotations
-
 import csv
 import math
 import os

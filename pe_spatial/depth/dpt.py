@@ -4,8 +4,6 @@ Reference: dinov2@b8931f7:dinov2/hub/depth/decode_heads.py (DPTHead). The 1x1 co
 upsampling, which gives the same result at a quarter of the cost; levels can have norms as in dinov3@6876159.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

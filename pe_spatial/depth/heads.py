@@ -7,8 +7,6 @@ Three protocols are called "linear depth probe" and give different results; each
 - `lin4_dinov2`: four layers, otherwise as `lin1_dinov2` (both dinov2@b8931f7:dinov2/hub/depth/decode_heads.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

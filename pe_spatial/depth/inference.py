@@ -1,7 +1,5 @@
 """A trained depth estimator on images of any size: arrays, files, folders, videos."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ All compute in float32, also under autocast, and give 0 with a gradient of 0 if 
 (inclusive, in meters), `loss_weight` and `across_ranks`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Depth is in meters, maps are (H, W). The functions are pure; `CheckedDepthMetric
 named differently from MMSegmentation's DepthMetric, which a config in that scope would get instead.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import math

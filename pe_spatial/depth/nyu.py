@@ -1,7 +1,5 @@
 """The check of a download of NYU Depth v2: what is missing, unreadable or wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Depth is (H, W) in meters, or in the model's own unit where it is relative; 0, n
 missing and drawn gray.
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A depth map as colored points, and the camera for it: given, from EXIF, or guessed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ is `results["gt_depth_map"]` (H, W), listed in `seg_fields`, so that MMSegmentat
 this module; after a rotation, or a flip or resize by another transform, it is dropped.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """COCO annotations and images, checked: errors name the file and the fix; unusable boxes are skipped and counted."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Images of a detector's predictions beside the ground truth."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

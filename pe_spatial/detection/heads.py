@@ -4,8 +4,6 @@ Each class changes only what differs. Source of every rule: detectron2@02b5c4e:d
 options of MMDetection (RoIAlign, thresholds) are set in configs/_base_/models/.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Test on the first images of a dataset only, in minutes instead of hours."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Objects365 v2, checked as COCO is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmengine.registry import DATASETS

@@ -1,7 +1,5 @@
 """What the planner must know of detectors: example batches, and what stands for operations that need values."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any

@@ -5,8 +5,6 @@ boxes at once and decays the others. The decays, the score at which a box is dro
 classes are those of perception_models@3e352cc:apps/detection/DETA_pe/models/utils_softnms.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

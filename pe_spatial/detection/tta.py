@@ -1,7 +1,5 @@
 """Test-time augmentation of boxes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmdet.models.test_time_augs import DetTTAModel

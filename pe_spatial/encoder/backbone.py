@@ -1,7 +1,5 @@
 """Encoder and pyramid in one: the backbone that every framework registers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Released weights into `PerceptionEncoder`: names as a table, strict, one error that lists both sides."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

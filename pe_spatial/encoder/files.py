@@ -1,7 +1,5 @@
 """Find checkpoint files (local, hub, package) and read them without running the code that a pickle may hold."""
 
-from __future__ import annotations
-
 import pickle
 import re
 import zipfile

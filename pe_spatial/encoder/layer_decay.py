@@ -4,8 +4,6 @@ Equal to perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbon
 (`get_vit_lr_decay_rate_pev1`), on our names.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

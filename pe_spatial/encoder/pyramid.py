@@ -1,7 +1,5 @@
 """From the encoder's single-scale maps to the pyramid that detection and segmentation heads expect."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Learned positions and patch kernels at other sizes than the pretraining one."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ Pairs of the head dimension are interleaved; the first half is rotated by the co
 theta is 10000. Only differences of positions matter between patches; the class token is at position 0.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

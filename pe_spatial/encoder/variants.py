@@ -3,8 +3,6 @@
 Source of the released rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Checkpoints that are complete or absent, and the one that a run resumes from."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile

@@ -1,7 +1,5 @@
 """Reading of configs: files, configs of installed packages, configs in checkpoints."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Evaluation of a config: options that write or draw predictions, test-time augmentation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict

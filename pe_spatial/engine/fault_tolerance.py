@@ -3,8 +3,6 @@
 `add_fault_tolerance` puts it into any config; complete checkpoints are the business of `checkpoints.py`.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import multiprocessing

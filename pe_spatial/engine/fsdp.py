@@ -4,8 +4,6 @@ In a config: `runner_type = 'ShardedRunner'` and `custom_imports = dict(imports=
 Needs torch 2.7 or later.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable

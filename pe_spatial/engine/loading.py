@@ -1,7 +1,5 @@
 """Checked reading of images as one of OpenMMLab's transforms, for every task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

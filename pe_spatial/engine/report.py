@@ -1,7 +1,5 @@
 """Scores of the layers of an encoder: the best one, and a figure."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The runner of a config: how it is built, and what it loads."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a run consists of, in a few lines: model, encoder, data, schedule, device, files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

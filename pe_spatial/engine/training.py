@@ -1,7 +1,5 @@
 """Training of a config: options of a run, its errors as sentences."""
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -3,8 +3,6 @@
 Importing this module registers `build_pe_spatial_backbone` for yacs configs; a LazyConfig names the class itself.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ Everything goes once into mmengine's root registry, where MMDetection, MMSegment
 config: `custom_imports = dict(imports=['pe_spatial.integrations.openmmlab'])`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ particular to a class of models is registered by its package (see registry.py).
 Not measured: what kernels allocate inside, the CUDA context, buffers of cuBLAS and NCCL, and allocator fragmentation.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack

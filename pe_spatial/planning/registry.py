@@ -1,7 +1,5 @@
 """What the planner must know of models and pipelines. The task packages register it here when they are imported."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any

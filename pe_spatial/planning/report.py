@@ -1,7 +1,5 @@
 """Plans as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

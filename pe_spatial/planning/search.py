@@ -1,7 +1,5 @@
 """Plans for training runs: every way to hold weights and activations of a config, for several variants and batches."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Feature maps and labels on disk, and the parts of a model that read them instead of running the encoder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """What a layer sweep found: the score to compare layers by, the table, scores.json and scores.png."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ A model can be swept if its `backbone` is a frozen encoder of this package of wh
 is trained, and one image in mode 'tensor' runs the encoder once. `LinearProbe` and `DepthEstimator` are such models.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -6,8 +6,6 @@ published DAVIS scores of PE; the computation differs.
 Shapes: h x w patches on the grid, C channels of the features, K labels (background and objects).
 """
 
-from __future__ import annotations
-
 from itertools import accumulate, repeat
 
 import torch

@@ -1,7 +1,5 @@
 """Tracking without training: label propagation by the features of any encoder and layer, as an mmengine model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

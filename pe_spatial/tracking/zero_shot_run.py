@@ -3,8 +3,6 @@
 A run writes <out>/<sequence>/<frame>.png or, with several layers, <out>/layer_<n>/<sequence>/<frame>.png.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import shutil

@@ -3,8 +3,6 @@
 Source: perception_models@3e352cc:apps/detection/DETA_pe/models/assigner.py.
 """
 
-from __future__ import annotations
-
 import torch
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.registry import TASK_UTILS

@@ -6,8 +6,6 @@ B images, N tokens of all levels, L levels, Q queries, C channels. Boxes are (cx
 without padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -4,8 +4,6 @@ Boxes are (cx, cy, w, h) in 0..1 of the unpadded input, unless stated otherwise.
 perception_models@3e352cc:apps/detection/DETA_pe/models/deformable_detr.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

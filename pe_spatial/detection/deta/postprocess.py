@@ -1,7 +1,5 @@
 """From the logits and boxes of a DETA decoder layer to detections in pixels, by any of the released suppressions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

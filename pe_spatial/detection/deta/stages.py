@@ -1,7 +1,5 @@
 """How a stage of DETA starts from the one before it: strictly, and with new class heads where the release has them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

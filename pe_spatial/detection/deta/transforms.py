@@ -1,7 +1,5 @@
 """Image sizes of DETA's released pipelines, which MMDetection's transforms do not reproduce to the pixel."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ As in perception_models@3e352cc:apps/detection/DETA_pe/{engine_tta,datasets/coco
 image, on its device, all sizes from the largest one. Each mirrored view follows the plain one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

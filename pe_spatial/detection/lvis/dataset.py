@@ -1,7 +1,5 @@
 """LVIS v1 annotations, checked as COCO's are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The federated loss of LVIS, and the hook that sets its class weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Average precision of LVIS v1."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any

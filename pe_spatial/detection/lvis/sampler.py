@@ -1,7 +1,5 @@
 """Repeated sampling of images with rare classes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ One config of a family runs with its own backbone, without pretrained weights, o
 works, it has to work with PE too, or be refused with a reason. A small PE suffices: the feature specs are checked.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

@@ -3,8 +3,6 @@
 PE has to give what the original backbone gives (see probe.py). What cannot work is refused with the reason.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

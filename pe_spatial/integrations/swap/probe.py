@@ -1,7 +1,5 @@
 """What the backbone of a config gives to the rest of the model: the feature specs, and which maps nobody reads."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A swapped config as a file that inherits the original and states what changed."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ A `MaskSource` has `frames`, the names of the annotated frames, `read(frame)`, t
 reads files when needed, caches what it reads while it exists (for one clip), and can be pickled to data workers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

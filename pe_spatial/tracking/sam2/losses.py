@@ -1,7 +1,5 @@
 """SAM 2's training loss over all predictions for all frames of a clip."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """SAM 2 on a Perception Encoder as an mmengine model: trained on clips, evaluated on videos."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any

@@ -6,8 +6,6 @@ training/dataset/transforms.py, configs/sam2.1_training/sam2.1_hiera_b+_MOSE_fin
 NumPy's global generator, as `SeedAugmentation` requires.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

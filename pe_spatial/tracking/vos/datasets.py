@@ -1,7 +1,5 @@
 """Datasets of videos for evaluation, in the layouts of DAVIS, MOSE, YouTube-VOS, LVOS and SA-V."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

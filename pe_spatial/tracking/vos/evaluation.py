@@ -16,8 +16,6 @@ In SA-V's layout (<video>/<object>/<frame>.png) each object is scored on its own
 (facebookresearch/sam2@2b90b9f, sav_dataset/utils/sav_benchmark.py).
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

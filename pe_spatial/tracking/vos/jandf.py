@@ -6,8 +6,6 @@ boundaries are searched in each object's box and dilated as bits, 64 pixels of a
 Legend: N objects of one frame, masks (N, H, W) bool.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

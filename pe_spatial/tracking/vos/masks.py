@@ -1,7 +1,5 @@
 """Object masks: index masks (PNGs with object ids as pixels), or one folder of binary PNGs for each object."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Metrics for mmengine's Runner on predicted videos: J&F, or mask files for an evaluation server."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
