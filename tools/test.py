@@ -1,6 +1,4 @@
-import sys
-
 from pe_spatial.cli.main import main
 
 if __name__ == "__main__":
-    main(["test", *sys.argv[1:]])
+    main(command="test")

@@ -16,7 +16,7 @@ SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "geometry", "checkpo
 
 
 class _Options(argparse.Action):
-    """KEY=VALUE pairs as mmengine reads them; given twice, both count: a script can set some and its user others."""
+    """KEY=VALUE pairs as mmengine reads them. If the option is given twice, both count: a script's and its user's."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         from mmengine.config import DictAction
@@ -27,29 +27,21 @@ class _Options(argparse.Action):
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add --cfg-options."""
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=_Options,
-        default={},
-        metavar="KEY=VALUE",
-        help="options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512; a list is "
-        "KEY=1,2,3 or KEY=[1,2,3], without blanks",
+    replaced = (
+        "options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512; a list is KEY=1,2,3 "
+        "or KEY=[1,2,3], without spaces"
     )
+    parser.add_argument("--cfg-options", nargs="+", action=_Options, default={}, metavar="KEY=VALUE", help=replaced)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the config and what changes it; `load_config` reads them."""
+    """Add the config and the options that change it; `load_config` reads them."""
     parser.add_argument("config", help="config file, or a config of an installed package: mmdet::folder/name.py")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
-    parser.add_argument(
-        "--data-root", help="folder of the data; replaces the config's data_root in every path that starts with it"
-    )
+    parser.add_argument("--data-root", help="folder of the data; replaces data_root in the paths that start with it")
     add_cfg_options(parser)
-    parser.add_argument(
-        "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="how processes were started"
-    )
+    launchers = ["none", "pytorch", "slurm", "mpi"]
+    parser.add_argument("--launcher", choices=launchers, default="none", help="how the processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
 
 
@@ -59,7 +51,7 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def quiet_start(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Return the context in which a run starts with a summary alone, unless --verbose."""
+    """Return a context that shows only a summary of the start on the console, unless --verbose."""
     from pe_spatial.engine.console import QuietStart
 
     return nullcontext() if args.verbose else QuietStart()
@@ -82,16 +74,12 @@ def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:
 
 
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a swap."""
     group = parser.add_argument_group("swap")
     group.add_argument("--layers", type=comma_separated, metavar="5,8,11", help="encoder blocks to read, 0-based")
     group.add_argument("--adapter", choices=["simple", "fused", "single"], help="how maps become levels (simple)")
-    group.add_argument(
-        "--strides", type=comma_separated, metavar="8,16,32", help="strides of the backbone's maps, if not detected"
-    )
-    group.add_argument(
-        "--channels", type=comma_separated, metavar="256,512,1024", help="channels of the maps, with --strides"
-    )
+    strides, channels = "strides of the backbone's maps, if not detected", "channels of the maps, with --strides"
+    group.add_argument("--strides", type=comma_separated, metavar="8,16,32", help=strides)
+    group.add_argument("--channels", type=comma_separated, metavar="256,512,1024", help=channels)
     group.add_argument("--geometry", choices=["vitdet", "release", "timm"], help="geometry of PE (default vitdet)")
     group.add_argument("--checkpoint", help="weights of the encoder (released); none: random weights")
     group.add_argument("--lr", type=float, help="learning rate (the original's if it suits AdamW, or 1e-4)")
@@ -119,5 +107,8 @@ def variant(text: str) -> str | dict[str, Any]:
 
 
 def comma_separated(text: str) -> list[int]:
-    """Parse '5,8,11'."""
     return [int(number) for number in text.split(",")]
+
+
+def layers(text: str) -> str | list[int]:
+    return text if text == "all" else comma_separated(text)

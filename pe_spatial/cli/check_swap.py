@@ -5,7 +5,7 @@ pe-spatial check_swap --scope mmdet --family atss detr ssd
 pe-spatial check_swap --write docs/swap.md          # the tables, from the results so far
 
 Every family first runs with its own backbone, without pretrained weights, on two small images of noise. If that works,
-it has to work with PE too, or be refused with a reason. A small PE suffices: the feature specs are checked.
+it has to work with PE too, or be refused with a reason. The PE is small, because only the feature specs are checked.
 """
 
 import argparse
@@ -18,9 +18,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scope", choices=["mmdet", "mmseg", "all"], default="all", help="framework to check")
     parser.add_argument("--family", nargs="+", help="check only these families, even if they have results")
-    parser.add_argument(
-        "--results", default="work_dirs/check_swap.jsonl", help="file of results, one line per family; it is extended"
-    )
+    results = "file of results, one line per family; it is extended"
+    parser.add_argument("--results", default="work_dirs/check_swap.jsonl", help=results)
     parser.add_argument("--write", metavar="FILE", help="write the tables from the results instead of checking")
 
 
@@ -32,12 +31,8 @@ def run(args: argparse.Namespace) -> None:
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    wanted = [
-        (scope, family)
-        for scope in (["mmdet", "mmseg"] if args.scope == "all" else [args.scope])
-        for family in families(scope)
-        if not args.family or family in args.family
-    ]
+    scopes = ["mmdet", "mmseg"] if args.scope == "all" else [args.scope]
+    wanted = [(s, family) for s in scopes for family in families(s) if not args.family or family in args.family]
     if args.family:
         unknown = set(args.family) - {family for _, family in wanted}
         if unknown:

@@ -18,12 +18,10 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="a .pt, .pth or .safetensors file, or hf://owner/repo/file")
     parser.add_argument("output", metavar="OUT", help="file to write")
-    parser.add_argument(
-        "--to", required=True, choices=["pe_spatial", "mmdet", "detectron2", "timm", "release"], help="layout of OUT"
-    )
-    parser.add_argument(
-        "--all-classes", action="store_true", help="keep DETA's 91 classes, one per category id, instead of COCO's 80"
-    )
+    layouts = ["pe_spatial", "mmdet", "detectron2", "timm", "release"]
+    parser.add_argument("--to", required=True, choices=layouts, help="layout of OUT")
+    kept = "keep DETA's 91 classes, one per category id, instead of COCO's 80"
+    parser.add_argument("--all-classes", action="store_true", help=kept)
 
 
 def run(args: argparse.Namespace) -> None:

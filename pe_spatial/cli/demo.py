@@ -16,9 +16,8 @@ SCENES = {"train": 400, "val": 60}  # two images each, from disjoint seeds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--work-dir", type=Path, default=Path("work_dirs/demo"), help="folder of the results (work_dirs/demo)"
-    )
+    folder = Path("work_dirs/demo")
+    parser.add_argument("--work-dir", type=Path, default=folder, help=f"folder of the results ({folder})")
     parser.add_argument("--workers", type=int, default=2, help="processes that render (2)")
     add_verbose(parser)
 

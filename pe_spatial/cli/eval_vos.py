@@ -32,15 +32,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
-    evaluation = evaluate(
-        args.gt_dir,
-        args.pred_dir,
-        sequences=read_sequences(args.sequences) if args.sequences else None,
-        protocol=args.protocol,
-        workers=args.workers,
-        official_decay=args.official_decay,
-        progress=True,
-    )
+    sequences = read_sequences(args.sequences) if args.sequences else None
+    rules = {name: getattr(args, name) for name in ("protocol", "workers", "official_decay")}
+    evaluation = evaluate(args.gt_dir, args.pred_dir, sequences=sequences, progress=True, **rules)
     for path, convert in ((args.json, evaluation.to_json), (args.csv, evaluation.to_csv)):
         if path:
             try:

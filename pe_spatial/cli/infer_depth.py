@@ -35,9 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="units of a PNG per meter")
     group.add_argument("--colors", default="Spectral", help="a matplotlib colormap (Spectral: near is red)")
     group.add_argument("--range", nargs=2, type=float, metavar=("NEAR", "FAR"), help="range of the colors, in meters")
-    colored = "without --range: the colors span these percentiles of each image (2 98)"
-    ends = ("LOW", "HIGH")
-    group.add_argument("--percentiles", nargs=2, type=float, default=(2, 98), metavar=ends, help=colored)
+    span = "without --range: the colors span these percentiles of each image (2 98)"
+    group.add_argument("--percentiles", nargs=2, type=float, default=(2, 98), metavar=("LOW", "HIGH"), help=span)
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
     group.add_argument("--gt-scale", type=float, default=1000, help="units per meter of the maps in a folder (1000)")
     group.add_argument("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="camera, in pixels")
@@ -68,9 +67,8 @@ def run(args: argparse.Namespace) -> None:
     model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile)
     model["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
     folder.start(checkpoint=args.checkpoint, overwrite=args.overwrite, **model)
-    counts, unreadable = folder.predict(
-        predictor, batch_size=args.batch, tile=args.tile, overlap=args.overlap, overwrite=args.overwrite
-    )
+    tiles = dict(tile=args.tile, overlap=args.overlap)
+    counts, unreadable = folder.predict(predictor, batch_size=args.batch, overwrite=args.overwrite, **tiles)
     metadata = folder.derive(options, quantity=predictor.quantity, truth=truth)
     print(
         f"{counts['predicted']} predicted, {counts['kept']} kept, {len(unreadable)} unreadable; "

@@ -45,9 +45,10 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """Run `COMMAND arguments...`; errors that the user can fix end in one sentence on stderr and exit code 1."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    argv = sys.argv[1:] if argv is None else argv
+    name, *rest = [command, *argv] if command else argv or ["--help"]
     if name in ("-h", "--help"):
         print(_overview())
         return
@@ -71,7 +72,10 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if traceback or not _is_users(error):
+        from pe_spatial.encoder.files import CheckpointError  # needs torch
+        from pe_spatial.errors import ConfigError, DatasetError, TrainingError
+
+        if traceback or not isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError):
             raise
         # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.
         kind = type(error)
@@ -80,13 +84,9 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
-    """Return the parser of a command."""
     module = _module(name)
-    parser = argparse.ArgumentParser(
-        prog=f"pe-spatial {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    verbatim = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"pe-spatial {name}", description=module.__doc__, formatter_class=verbatim)
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser
@@ -94,13 +94,6 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"pe_spatial.cli.{name}")
-
-
-def _is_users(error: Exception) -> bool:
-    from pe_spatial.encoder.files import CheckpointError  # needs torch
-    from pe_spatial.errors import ConfigError, DatasetError, TrainingError
-
-    return isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError)
 
 
 def _how_to_install(extras: list[str]) -> str:

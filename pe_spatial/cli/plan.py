@@ -7,6 +7,7 @@ Everything runs on the meta device: nothing is allocated and no GPU is needed. T
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 
@@ -20,24 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or a config of an installed package: mmdet::folder/name.py")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes (default 8)")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU (default 80)")
-    parser.add_argument(
-        "--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free, in GB (default 4)"
-    )
+    parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free (default 4)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="images or clips per GPU (default: the config's)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size, if the config has none")
     parser.add_argument("--variants", metavar="T16,S16", help="plan each of these variants: t16, s16, b16, l14, g14")
     parser.add_argument(
-        "--images", type=int, default=117266, help="images per epoch (default 117266: those of COCO with objects)"
+        "--images", type=int, default=117266, help="images per epoch (default 117266: COCO with objects)"
     )
     parser.add_argument(
-        "--efficiency", type=float, default=0.4, help="fraction of the peak rates that is reached (default 0.4)"
+        "--efficiency", type=float, default=0.4, help="fraction of the peak rates reached (default 0.4)"
     )
-    parser.add_argument(
-        "--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help="peak rate (default 989: H100 SXM, dense)"
-    )
-    parser.add_argument(
-        "--float32-rate", type=float, default=67, metavar="TFLOPS", help="peak rate (default 67: H100 SXM, no TF32)"
-    )
+    peak = "peak rate (default 989 in bfloat16, 67 in float32: H100 SXM, dense, no TF32)"
+    parser.add_argument("--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help=peak)
+    parser.add_argument("--float32-rate", type=float, default=67, metavar="TFLOPS", help=peak)
     parser.add_argument("--json", metavar="OUT", help="also write the rows to this file, in bytes and operations")
     add_cfg_options(parser)
 
@@ -59,14 +55,7 @@ def run(args: argparse.Namespace) -> None:
     cfg.merge_from_dict(args.cfg_options)
     if cfg.get("default_scope") in _PACKAGES:
         importlib.import_module(_PACKAGES[cfg.default_scope])
-    hardware = Hardware(
-        gpus=args.gpus,
-        gpu_memory=args.gpu_memory,
-        reserve=args.reserve,
-        bfloat16_rate=args.bfloat16_rate,
-        float32_rate=args.float32_rate,
-        efficiency=args.efficiency,
-    )
+    hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})
     rows = [
         dict(variant=variant, **row)
         for variant, one in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()

@@ -33,11 +33,10 @@ def run(args: argparse.Namespace) -> None:
 
     cfg = read_config(args.config)
     swap = plan_swap(cfg, args.variant, **swap_options(args))
-    base = args.config
     name = args.variant if isinstance(args.variant, str) else "custom"
     out = Path(args.out or f"{Path(args.config.rpartition('::')[2]).stem}_{name.replace(':', '_')}.py")
-    if "::" not in base:
-        base = os.path.relpath(Path(base).resolve(), out.resolve().parent)
+    packaged = "::" in args.config
+    base = args.config if packaged else os.path.relpath(Path(args.config).resolve(), out.resolve().parent)
     text = write_swapped(cfg, swap, base=base, variant=name)
     for note in swap.notes:
         print(f"note: {note}", file=sys.stderr)

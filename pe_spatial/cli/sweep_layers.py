@@ -13,21 +13,17 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pe_spatial.cli.arguments import add_config_arguments, comma_separated, load_config
+from pe_spatial.cli.arguments import add_config_arguments, layers, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--layers", type=_layers, required=True, metavar="5,8,11|all", help="encoder blocks, 0-based")
+    parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help="encoder blocks, 0-based")
     parser.add_argument("--epochs", type=int, help="passes over the images, instead of the config's schedule")
     parser.add_argument("--limit", type=int, metavar="N", help="train on N images, evenly spaced in the list")
     dtypes = ["float32", "float16", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="type of the cached maps (float32: exact)")
     parser.add_argument("--score", help="metric to compare layers by (default: mIoU, rmse, ... as the config has them)")
-
-
-def _layers(text: str) -> list[int] | None:
-    return None if text == "all" else comma_separated(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,9 +39,8 @@ def run(args: argparse.Namespace) -> None:
     folder = args.work_dir or str(Path("work_dirs") / f"{Path(args.config).stem}_layers")
     MMLogger.get_instance("layer_sweep", log_level="WARNING")  # the progress bars are enough
     try:
-        sweep = LayerSweep(
-            cfg, layers=args.layers, folder=folder, dtype=args.dtype, limit=args.limit, epochs=args.epochs
-        )
+        blocks = None if args.layers == "all" else args.layers
+        sweep = LayerSweep(cfg, layers=blocks, folder=folder, dtype=args.dtype, limit=args.limit, epochs=args.epochs)
     except CheckpointError as error:
         raise explain_missing_weights(cfg, error) from error
     print(

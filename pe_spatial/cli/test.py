@@ -13,7 +13,7 @@ from pe_spatial.cli.arguments import add_config_arguments, add_verbose, load_con
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("checkpoint", help="a file that training wrote, or a released detector: a file or hf://owner/repo/file")
+    parser.add_argument("checkpoint", help="weights: a file, or a released detector at hf://owner/repo/file")
     parser.add_argument("--out", help="write the predictions to this .pkl file")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="draw the predictions beside the ground truth, into this folder")

@@ -28,7 +28,7 @@ MAX_ID = 254  # 255 is void in index masks
 
 
 def numbered(text: str, counts: Sequence[int]) -> tuple[int, int, list[float]]:
-    """Split 'ID[@FRAME]:n,n,...' into (frame, id, numbers); `counts` are the allowed counts of numbers."""
+    """Split 'ID[@FRAME]:n,n,...' into (frame, id, numbers), as many numbers as `counts` allows."""
     match = re.fullmatch(r"(\d+)(?:@(\d+))?:([\d.,-]+)", text)
     values = [float(number) for number in match[3].split(",")] if match else []
     if not match or len(values) not in counts or not 0 < int(match[1]) <= MAX_ID:
@@ -43,15 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="weights of the tracker, written by `pe-spatial train`")
     parser.add_argument("--out", type=Path, required=True, help="mp4 to write")
     parser.add_argument("--masks", type=Path, help="also write the masks into this folder, as palette PNGs")
-    parser.add_argument(
-        "--points",
-        nargs="+",
-        type=lambda text: numbered(text, (2, 3)),
-        metavar="ID[@FRAME]:X,Y[,LABEL]",
-        help="clicks in pixels; label 1 (on the object, default) or 0 (beside it)",
-    )
-    form = "ID[@FRAME]:X0,Y0,X1,Y1"
-    parser.add_argument("--box", nargs="+", type=lambda box: numbered(box, (4,)), metavar=form, help="boxes in pixels")
+    point, box = "ID[@FRAME]:X,Y[,LABEL]", "ID[@FRAME]:X0,Y0,X1,Y1"
+    clicks = "clicks in pixels; label 1 (on the object, default) or 0 (beside it)"
+    parser.add_argument("--points", nargs="+", type=lambda text: numbered(text, (2, 3)), metavar=point, help=clicks)
+    parser.add_argument("--box", nargs="+", type=lambda text: numbered(text, (4,)), metavar=box, help="boxes in pixels")
     parser.add_argument("--mask", nargs="+", metavar="[FRAME:]PNG", help="index masks: each id in them is an object")
     parser.add_argument("--device", help="default: the GPU if there is one")
 

@@ -7,12 +7,11 @@ pe-spatial track_zero_shot --variant pe_spatial_b16_512 --checkpoint released --
 pe-spatial track_zero_shot --variant timm:vit_base_patch14_dinov2.lvd142m --checkpoint released --davis DAVIS \
     --protocol aligned --size 420 --out dinov2
 
-Writes OUT/<sequence>/<frame>.png, palette masks in DAVIS' format, and scores the sequences of which every frame has a
-mask in --davis. With --layers it writes OUT/layer_<n>/<sequence>/<frame>.png, and the score of each layer to
-OUT/layers.json and layers.png. The folder of a sequence appears when it is complete; a second call continues with the
-next sequence.
-Objects that appear after the first frame are not tracked. The id 255 of a first mask counts as background, or as
-object 1 if the mask holds 0 and 255 alone.
+Writes OUT/<sequence>/<frame>.png, palette masks in DAVIS' format, and scores the sequences of --davis that have a mask
+for every frame. With --layers it writes OUT/layer_<n>/<sequence>/<frame>.png, and the score of each layer to
+OUT/layers.json and layers.png. The folder of a sequence appears when it is complete; a second call continues there.
+Objects that appear after the first frame are not tracked. The id 255 of a first mask is background, or object 1 if the
+mask contains only 0 and 255.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import VARIANT_HELP, comma_separated, variant
+from pe_spatial.cli.arguments import VARIANT_HELP, layers, variant
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,10 +38,6 @@ def size(text: str) -> int | list[int]:
     return [int(side) for side in text.split("x")] if "x" in text else int(text)
 
 
-def layers(text: str) -> str | list[int]:
-    return text if text == "all" else comma_separated(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", type=variant, required=True, help=VARIANT_HELP)
     parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (release)")
@@ -51,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--davis", type=Path, help="root of a dataset in DAVIS' layout")
     source.add_argument("--video", type=Path, help="one video: a file or a folder of frames")
     parser.add_argument("--mask", type=Path, help="index mask of the first frame of --video")
-    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="some of --davis, or a .txt file of names (val)")
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="sequences of --davis, or a .txt file of names")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--overlay", action="store_true", help="also write the masks over the frames as mp4")
     which = parser.add_mutually_exclusive_group()
@@ -106,7 +101,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
-    """Return the tracker with its weights."""
     import torch
     from mmengine.device import get_device
 
@@ -115,9 +109,8 @@ def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
 
     torch.manual_seed(0)  # a run with random weights continues with the same ones
     weights = None if args.checkpoint == "none" else dict(type="Pretrained", checkpoint=args.checkpoint)
-    encoder = dict(type="PerceptionEncoder", variant=args.variant, init_cfg=weights)
-    if args.geometry:
-        encoder["geometry"] = args.geometry
+    geometry = dict(geometry=args.geometry) if args.geometry else {}
+    encoder = dict(type="PerceptionEncoder", variant=args.variant, init_cfg=weights, **geometry)
     try:
         blocks = args.layers or [args.layer]
         if blocks == "all":
@@ -144,7 +137,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(results: ZeroShotRun, args: argparse.Namespace, clips: Sequence[Clip]) -> None:
-    """Print the score of each layer, and which rules the metric applied."""
     evaluations = results.score(args.davis, clips, workers=args.workers)
     scored = len(next(iter(evaluations.values())).per_sequence) if evaluations else 0
     print(f"{scored} of {len(clips)} sequences have masks of all frames and are scored")

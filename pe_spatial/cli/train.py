@@ -10,69 +10,40 @@ The console shows a summary and the progress. The log file in the work dir has e
 
 import argparse
 
-from pe_spatial.cli.arguments import (
-    SWAP_OPTIONS,
-    VARIANT_HELP,
-    add_config_arguments,
-    add_swap_arguments,
-    add_verbose,
-    load_config,
-    quiet_start,
-    swap_options,
-    variant,
-)
+from pe_spatial.cli import arguments
 from pe_spatial.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="resume from a checkpoint (default: the latest one of the work dir)",
-    )
+    arguments.add_config_arguments(parser)
+    latest = "resume from a checkpoint (default: the latest one of the work dir)"
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=latest)
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--seed", type=int, help="random seed")
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same seed (default 0) gives the same losses to the last bit, also after resuming",
-    )
-    parser.add_argument(
-        "--non-finite-steps",
-        type=int,
-        default=1,
-        metavar="K",
-        help="stop after K steps in a row whose loss is not finite (default 1); 0: skip and count them",
-    )
+    repeatable = "the same seed (default 0) gives the same losses to the last bit, also after resuming"
+    parser.add_argument("--deterministic", action="store_true", help=repeatable)
+    stop = "stop after K steps in a row with a loss that is not finite (default 1); 0: skip and count them"
+    parser.add_argument("--non-finite-steps", type=int, default=1, metavar="K", help=stop)
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
-    add_verbose(parser)
-    parser.add_argument("--swap", type=variant, metavar="VARIANT", help=f"replace the backbone by an {VARIANT_HELP}")
-    add_swap_arguments(parser)
+    arguments.add_verbose(parser)
+    swap = f"replace the backbone by an {arguments.VARIANT_HELP}"
+    parser.add_argument("--swap", type=arguments.variant, metavar="VARIANT", help=swap)
+    arguments.add_swap_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    with quiet_start(args):
+    with arguments.quiet_start(args):
         from pe_spatial.engine.training import prepare_training, train
 
-        cfg = None
+        cfg, options = None, arguments.swap_options(args)
         if args.swap:
             from pe_spatial.engine.configs import read_config
             from pe_spatial.integrations.swap.policy import swap_backbone
 
-            cfg = swap_backbone(read_config(args.config), args.swap, **swap_options(args))
-        elif swap_options(args):
-            raise ConfigError(f"--{', --'.join(SWAP_OPTIONS)} belong to --swap VARIANT, which is missing")
-        cfg = load_config(args, cfg)
-        prepare_training(
-            cfg,
-            resume=args.resume,
-            bfloat16=args.amp,
-            scale_lr=args.auto_scale_lr,
-            seed=args.seed,
-            deterministic=args.deterministic,
-            non_finite_steps=args.non_finite_steps,
-        )
+            cfg = swap_backbone(read_config(args.config), args.swap, **options)
+        elif options:
+            raise ConfigError(f"--{', --'.join(arguments.SWAP_OPTIONS)} belong to --swap VARIANT, which is missing")
+        cfg = arguments.load_config(args, cfg)
+        rules = {name: getattr(args, name) for name in ("resume", "seed", "deterministic", "non_finite_steps")}
+        prepare_training(cfg, bfloat16=args.amp, scale_lr=args.auto_scale_lr, **rules)
         train(cfg)
