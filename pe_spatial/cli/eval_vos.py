@@ -5,7 +5,7 @@ pe-spatial eval_vos sav_val predictions --protocol vos-benchmark --workers 8
 
 GT_DIR is the root of DAVIS 2016 or 2017, YouTube-VOS (one split), MOSE (one split) or SA-V, or a folder of sequences.
 PRED_DIR holds <sequence>/<frame>.png with object ids as pixels; for SA-V <video>/<object>/<frame>.png, binary.
-Scores are fractions. Nothing is cached between calls.
+Scores are between 0 and 1. Nothing is cached between calls.
 """
 
 import argparse
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gt_dir", metavar="GT_DIR", help="ground truth")
     parser.add_argument("pred_dir", metavar="PRED_DIR", help="predicted masks")
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="sequences to score, or a .txt file of names")
-    parser.add_argument("--protocol", default="davis", metavar="davis|vos-benchmark", help="rules (default: davis)")
+    parser.add_argument(
+        "--protocol", default="davis", metavar="davis|vos-benchmark", help="scoring rules (default: davis)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write scores: global, per sequence, object, frame")
     parser.add_argument("--csv", type=Path, metavar="OUT", help="write the scores per object")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")

@@ -5,8 +5,7 @@ pe-spatial infer_depth IMAGES --checkpoint CKPT --write png color ply --intrinsi
 pe-spatial infer_depth IMAGES --checkpoint CKPT --gt pairs.csv          # rgb,depth,units_per_meter
 
 Writes into --out: NAME.npy (float32, meters) for every image, the files that --write names, and metadata.json, which
-describes them. A stopped run can be started again: images that have their .npy are not predicted again, unless
---overwrite is given.
+describes them. A second call skips images that have their .npy, unless --overwrite is given.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="predict larger images in square tiles, blended")
     parser.add_argument("--overlap", type=int, default=64, metavar="PIXELS", help="overlap of neighboring tiles (64)")
     group = parser.add_argument_group("files")
-    group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="units of a PNG per meter")
+    group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="PNG units per meter")
     group.add_argument("--colors", default="Spectral", help="a matplotlib colormap (Spectral: near is red)")
     group.add_argument("--range", nargs=2, type=float, metavar=("NEAR", "FAR"), help="range of the colors, in meters")
     span = "without --range: the colors span these percentiles of each image (2 98)"
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
     group.add_argument("--gt-scale", type=float, default=1000, help="units per meter of the maps in a folder (1000)")
     group.add_argument("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="camera, in pixels")
-    group.add_argument("--fov", type=float, default=60, help="field of view in degrees, without EXIF (60)")
+    group.add_argument("--fov", type=float, default=60, help="field of view in degrees, if EXIF has none (60)")
     group.add_argument("--drop-edges", type=float, metavar="RATIO", help="omit points at edges in depth, such as 1.05")
 
 

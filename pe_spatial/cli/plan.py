@@ -13,7 +13,7 @@ import json
 
 from pe_spatial.cli.arguments import add_cfg_options
 
-# Packages that know plain models of a framework; other configs import what they need (custom_imports).
+# Packages with the examples of a framework's own models; other configs import what they need (custom_imports).
 _PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"}
 
 
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})
     rows = [
         dict(variant=variant, **row)
-        for variant, one in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()
-        for row in plan(one, hardware, images=args.images, batch_size=args.batch_size, size=args.size)
+        for variant, changed in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()
+        for row in plan(changed, hardware, images=args.images, batch_size=args.batch_size, size=args.size)
     ]
     print(describe(rows[0], hardware, config=args.config, images=args.images))
     print(format_table(rows, hardware))

@@ -28,7 +28,7 @@ SHOWN = 10  # problems that are printed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", type=Path, help="folder of the download")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="decode every Nth pair only (default: all)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="decode only every Nth pair (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:

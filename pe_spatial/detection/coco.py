@@ -25,13 +25,11 @@ _ROUNDING = 0.5  # pixels by which a box may leave its image without being count
 class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
     """COCO instances, checked once when they are loaded.
 
-    Boxes that leave their image are clipped; boxes outside it, smaller than a pixel, or with numbers that are not
-    finite are skipped; one log line counts them. Files that are not COCO, classes that the file does not have, and
-    missing images raise DatasetError.
+    Boxes are clipped to their image; boxes outside it, smaller than a pixel or with numbers that are not finite are
+    skipped and counted in the log. Files that are not COCO, unknown classes and missing images raise DatasetError.
 
     Args:
-        skip_missing: omit and count missing images instead of raising; only in training, because an evaluation would
-            count their objects as missed.
+        skip_missing: omit and count missing images in training; an evaluation would count their objects as missed.
         options: options of mmdet's `CocoDataset`.
     """
 
@@ -57,7 +55,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         coco.dataset = content
         coco.createIndex()
         coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs
-        self.COCOAPI = _LoadedCoco(coco)  # mmdet calls it with the path of the file
+        self.COCOAPI = lambda _: coco  # mmdet calls it with the path of the file
         try:
             data_list = super().load_data_list()
         finally:
@@ -66,7 +64,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         return data_list
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file and check its structure; subclasses convert other formats to COCO's here."""
+        """Read the annotation file; subclasses convert other formats to COCO's here."""
         return read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
 
     def filter_data(self) -> list[dict[str, Any]]:
@@ -151,54 +149,36 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         )
 
 
-class _LoadedCoco:
-    """Takes the place of the COCO class: calling it returns the annotations that are already read and cleaned."""
-
-    def __init__(self, coco: Any) -> None:
-        self.coco = coco
-
-    def __call__(self, _: str) -> Any:
-        return self.coco
+def is_string(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def is_id(value: Any) -> bool:
-    """Return whether `value` can identify an entry."""
     return isinstance(value, int | str)
 
 
 def is_size(value: Any) -> bool:
-    """Return whether `value` can be a height or width in pixels."""
     return _is_number(value) and value > 0
 
 
-def is_name(value: Any) -> bool:
-    """Return whether `value` is a string that is not empty."""
-    return isinstance(value, str) and bool(value)
-
-
-COCO_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
-    "images": {"id": is_id, "file_name": is_name, "height": is_size, "width": is_size},
-    "categories": {"id": is_id, "name": lambda value: isinstance(value, str)},
-    "annotations": {"id": is_id, "image_id": is_id, "category_id": is_id, "bbox": lambda _: True},  # clean_coco judges
+Fields = Mapping[str, Mapping[str, Callable[[Any], object]]]
+COCO_FIELDS: Fields = {
+    "images": {"id": is_id, "file_name": lambda x: is_string(x) and x, "height": is_size, "width": is_size},
+    "categories": {"id": is_id, "name": is_string},
+    "annotations": {"id": is_id, "image_id": is_id, "category_id": is_id, "bbox": lambda _: True},  # see clean_coco
 }
 
 
 def read_coco(
-    path: str,
-    *,
-    annotated: bool,
-    backend_args: Mapping[str, Any] | None = None,
-    fields: Mapping[str, Mapping[str, Callable[[Any], bool]]] = COCO_FIELDS,
+    path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None, fields: Fields = COCO_FIELDS
 ) -> dict[str, Any]:
-    """Read a COCO json and check its structure.
+    """Read a COCO json and check its structure; DatasetError if the file is missing or is not COCO json.
 
     Args:
         path: a file, or an address of mmengine's file backends.
-        annotated: whether it must hold annotations (a test set need not).
+        annotated: whether it must contain annotations (a test set need not).
         backend_args: options of mmengine's file backend.
-        fields: the lists that the file must hold, and for each key of their entries a check of its value.
-
-    Raises DatasetError if the file is missing or is not COCO json.
+        fields: the lists that the file must contain, and a check for each key of their entries.
     """
     try:
         content = json.loads(fileio.get_text(path, backend_args=backend_args))
@@ -220,7 +200,6 @@ def read_coco(
             absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if absent:
                 raise DatasetError(f"{path}: {name}[{i}] has no {', '.join(absent)}; fix or remove it")
-        for i, entry in enumerate(content[name]):
             wrong = [key for key, holds in keys.items() if not holds(entry[key])]
             if wrong:
                 raise DatasetError(f"{path}: {name}[{i}] has {wrong[0]} {entry[wrong[0]]!r}; fix or remove it")
@@ -262,8 +241,7 @@ def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
         counts[kind] += 1
         if box is None:
             continue
-        annotation["bbox"] = box
-        area = annotation.get("area")
+        annotation["bbox"], area = box, annotation.get("area")
         annotation["area"] = area if _is_number(area) and area > 0 else box[2] * box[3]
         annotation.setdefault("iscrowd", 0)
         kept.append(annotation)

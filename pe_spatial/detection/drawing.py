@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def draw_sheet(runner: Runner, path: Path, count: int) -> None:
-    """Write one image of `count` validation images in two columns: ground truth beside predictions, each."""
+    """Draw ground truth beside predictions for `count` validation images, two images in a row, into one file."""
     dataset = runner.val_dataloader.dataset
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="demo"))
     visualizer.dataset_meta = dataset.metainfo

@@ -29,7 +29,6 @@ class Float32Linear(nn.Linear):
     """A linear layer in float32 under autocast, for `cls_predictor_cfg` and `reg_predictor_cfg` of box heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), float32."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
@@ -136,9 +135,7 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
 
     def probabilities(self, cls_score: Tensor) -> Tensor:
         """Logits (N, C + 1) -> probabilities in [0, 1], the background in the last column."""
-        if self.custom_activation:
-            return self.loss_cls.get_activation(cls_score)
-        return cls_score.softmax(-1)
+        return self.loss_cls.get_activation(cls_score) if self.custom_activation else cls_score.softmax(-1)
 
     def _predict_by_feat_single(
         self,
@@ -158,8 +155,7 @@ class Detectron2BBoxHead(Shared4Conv1FCBBoxHead):
 
         Args:
             roi: (N, 5) as (image, x1, y1, x2, y2), in pixels of the input.
-            scores: probabilities (N, C + 1).
-            bbox_pred: deltas (N, 4 C) or (N, 4).
+            scores, bbox_pred: probabilities (N, C + 1), and deltas (N, 4 C) or (N, 4).
             img_meta: img_shape (h, w) and scale_factor (w, h) of the image.
             rescale: return boxes in pixels of the original image.
             cfg: score_thr, nms and max_per_img.
@@ -201,7 +197,6 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
             raise ConfigError(f"{type(self).__name__} needs box heads Detectron2BBoxHead(reg_class_agnostic=True)")
 
     def init_mask_head(self, mask_roi_extractor: Mapping[str, Any], mask_head: Mapping[str, Any]) -> None:
-        """Build the one mask head and its extractor."""
         self.share_roi_extractor = False
         self.mask_roi_extractor = MODELS.build(mask_roi_extractor)
         self.mask_head = MODELS.build(mask_head)
@@ -233,7 +228,6 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
     def mask_loss(
         self, x: tuple[Tensor, ...], samples: list[SamplingResult], gt_instances: list[InstanceData]
     ) -> dict[str, Tensor]:
-        """Return the loss of the mask head on the positives of `samples`."""
         preds = self._mask_forward(x, bbox2roi([s.pos_priors for s in samples]))["mask_preds"]
         return self.mask_head.loss_and_target(preds, samples, gt_instances, self.train_cfg[0])["loss_mask"]
 
@@ -287,9 +281,7 @@ class Detectron2CascadeRoIHead(CascadeRoIHead):
         mean = torch.stack(probabilities).mean(0)
         return rois.split(sizes), mean.split(sizes), out["bbox_pred"].split(sizes)
 
-    def _refine(
-        self, stage: int, boxes: list[Tensor], deltas: Tensor, metas: list[dict[str, Any]]
-    ) -> list[Tensor]:
+    def _refine(self, stage: int, boxes: list[Tensor], deltas: Tensor, metas: list[dict[str, Any]]) -> list[Tensor]:
         decode = self.bbox_head[stage].bbox_coder.decode
         return [
             decode(box, delta, max_shape=meta["img_shape"])

@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 
@@ -32,16 +30,12 @@ def limit_test(cfg: Config, number: int) -> None:
             "set ann_file of test_evaluator to the same file to limit both"
         )
     part = Path(cfg.work_dir).resolve() / f"first_{number}_{Path(full).name}"
-    write_first(read_coco(full, annotated=False), number, part)
+    content = read_coco(full, annotated=False)
+    content["images"] = content["images"][:number]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content.get("annotations", ()) if entry["image_id"] in ids]
+    with atomic_write(part) as unfinished:  # every rank writes the file
+        unfinished.write_text(json.dumps(content))
     dataset.ann_file = str(part)
     for metric in metrics:
         metric.ann_file = str(part)
-
-
-def write_first(content: Mapping[str, Any], number: int, path: Path) -> None:
-    """Write the first `number` images of COCO's `content`, with their annotations and all categories, to `path`."""
-    images = content["images"][:number]
-    ids = {image["id"] for image in images}
-    annotations = [entry for entry in content.get("annotations", ()) if entry["image_id"] in ids]
-    with atomic_write(path) as unfinished:  # every rank writes the file
-        unfinished.write_text(json.dumps({**content, "images": images, "annotations": annotations}))

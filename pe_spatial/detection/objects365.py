@@ -12,13 +12,12 @@ from pe_spatial.errors import DatasetError
 class CheckedObjects365Dataset(CheckedCocoDataset):
     """Objects365 v2 instances; args as in `CheckedCocoDataset`, but the classes are those of the file.
 
-    There are files with the published names of the classes and with corrected ones; the ids 1 to 365 are the same.
-    Images are expected where the archives unpack to, `patch8/objects365_v1_00420917.jpg`, though some files say
+    Some files have the published names of the classes and some corrected ones; the ids 1 to 365 are the same. Images
+    are expected where the archives unpack: `patch8/objects365_v1_00420917.jpg`, even if a file has
     `images/v1/patch8/...`.
     """
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file, adopt its class names, and shorten its paths."""
         content = super().read_annotations()
         if [category["id"] for category in content["categories"]] != list(range(1, 366)):
             raise DatasetError(

@@ -1,4 +1,4 @@
-"""What the planner must know of detectors: example batches, and what stands for operations that need values."""
+"""What the planner must know about detectors: example batches, and replacements of operations that need values."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -61,9 +61,9 @@ def _keep_proposals(self: nn.Module, results: Any, cfg: Any, *_: Any, **__: Any)
 
 def _sample_each_once(self: Any, assigned: Any, predicted: Any, objects: Any, **_: Any) -> Any:  # noqa: ARG001
     boxes = predicted.priors
-    every = torch.arange(len(boxes), device=boxes.device)
+    indices = torch.arange(len(boxes), device=boxes.device)
     flags = boxes.new_zeros(len(boxes), dtype=torch.uint8)
-    return SamplingResult(every, every[:0], boxes, objects.bboxes, assigned, flags, avg_factor_with_neg=False)
+    return SamplingResult(indices, indices[:0], boxes, objects.bboxes, assigned, flags, avg_factor_with_neg=False)
 
 
 def _keep_boxes(self: nn.Module, sampling_results: Sequence[Any], *_: Any) -> list[Any]:  # noqa: ARG001
@@ -79,7 +79,7 @@ def _pool_regions(self: Any, levels: Sequence[Tensor], rois: Tensor) -> Tensor:
 
 
 class _RoIAlign(torch.autograd.Function):
-    """RoIAlign without values: it keeps the boxes alone, and its gradient is one tensor for each level."""
+    """RoIAlign without values: it keeps only the boxes, and its gradient is one tensor for each level."""
 
     @staticmethod
     def forward(ctx: Any, number: int, size: tuple[int, int], *levels: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class _DeformableAttention(torch.autograd.Function):
 
 @register_example(deta.DETA, counted="backbone, neck, transformer, heads and focal losses")
 def _deta_loss(model: deta.DETA, images: Tensor, objects: int, replaced: ExitStack) -> Tensor:  # noqa: ARG001
-    """Call the transformer with shapes made here: on the meta device no level's size can be read from a tensor."""
+    """Call the transformer with shapes made here, because the sizes of levels cannot be read on the meta device."""
     with torch.autocast("meta"):
         maps = model.backbone(images)
     levels = model.neck(tuple(x.float() for x in maps))
@@ -132,7 +132,7 @@ def _deta_loss(model: deta.DETA, images: Tensor, objects: int, replaced: ExitSta
     queries, head = model.pre_decoder(**encoded)
     outputs = model.forward_decoder(memory_mask=mask, **geometry, **queries)
     logits, boxes = model.bbox_head(outputs["hidden_states"], outputs["references"])
-    # The focal loss keeps the logits, and makes as many values forwards and backwards; few boxes have a loss.
+    # The focal loss keeps the logits and makes as many values forward and backward; few boxes have a loss.
     proposals = head["proposals"]
     return sum(x.square().sum() for x in (logits, proposals["enc_logits"])) + boxes.sum() + proposals["enc_boxes"].sum()
 

@@ -20,10 +20,8 @@ METHODS: dict[str, dict[str, float]] = {
     "hard": {"iou_threshold": 0.7},
 }
 """The options of each method, with the values of the released evaluation."""
-
 PRUNE = 0.001
 """A box is dropped as soon as its score is not above this; only the best box of all is exempt."""
-
 _BLOCK = 2**22  # IoUs computed at once
 
 
@@ -36,8 +34,7 @@ def soft_nms(
     label 90 in 640 pixels, which can lift an IoU over the threshold; the rounding depends on the label.
 
     Args:
-        boxes: (N, 4) as x1, y1, x2, y2; computed in float32.
-        scores: (N,).
+        boxes, scores: (N, 4) as x1, y1, x2, y2, and (N,); computed in float32.
         labels: (N,), integers >= 0.
         method: the factor of an overlapping box's score: 'quad' (1 - IoU)^quad_scale and 'linear' 1 - IoU, both where
             IoU is above iou_threshold; 'hard' 0 where it is not below; 'gaussian' exp(-IoU^2 / sigma) everywhere.

@@ -12,7 +12,6 @@ class BoxTTA(DetTTAModel):
     """Merge the boxes of several views of an image. Masks are not predicted, because mmdet cannot merge them."""
 
     def test_step(self, data: Any) -> list[DetDataSample]:
-        """Predict the boxes of all views and merge them."""
         roi_head: Any = getattr(self.module, "roi_head", None)
         mask_head = getattr(roi_head, "mask_head", None)
         if mask_head is None:

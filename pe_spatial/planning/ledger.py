@@ -77,20 +77,16 @@ class Ledger(TorchDispatchMode):
         self._kinds[key] = "activation"
         self._refs[key] = weakref.ref(storage, lambda _: self._free(key, size))
         self.alive["activation"] += size
-        now = self.alive
-        for name, value in (
-            ("activations", now["activation"] + now["copy"]),
-            ("activations_without_copies", now["activation"]),
-            ("peak", now.total()),
-        ):
-            self.highest[name] = max(self.highest[name], value)
+        activations, copies = self.alive["activation"], self.alive["copy"]
+        now = dict(activations=activations + copies, activations_without_copies=activations, peak=self.alive.total())
+        self.highest |= Counter(now)  # the maximum of each
 
     def _free(self, key: int, size: int) -> None:
         self.alive[self._kinds.pop(key)] -= size
         del self._refs[key]
 
 
-# Those functions that CUDA's autocast casts and these models call
+# The functions of these models that CUDA's autocast casts
 # (docs.pytorch.org/docs/stable/amp.html#autocast-op-reference).
 _TO_BFLOAT16 = {
     F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.einsum,
@@ -102,8 +98,8 @@ _TO_FLOAT32 = {
     F.binary_cross_entropy_with_logits,
 }  # fmt: skip
 
-# What code gets when it reads values that are not there: MMCV asserts that shapes agree, averages are divided by a
-# number, DETA reads the sizes of levels, and samplers call `unique` on indices without duplicates.
+# Results of functions that read values: MMCV asserts that shapes agree, averages are divided by a number, DETA reads
+# the sizes of levels, and samplers call `unique` on indices without duplicates.
 _ASSUMED_VALUES = {
     Tensor.__bool__: lambda _: True,
     Tensor.__int__: lambda _: 1,
@@ -116,12 +112,8 @@ _ASSUMED_VALUES = {
 class EmulateCuda(TorchFunctionMode):
     """Run tensors without values as CUDA would: with its attention kernels and its autocast.
 
-    Under it torch.autocast accepts the device type 'meta'.
-
-    Args:
-        model: the model that runs.
-        ledger: counts the bfloat16 copies of the weights of blocks apart.
-        bfloat16: whether the training runs under autocast; if not, autocast does nothing.
+    torch.autocast then accepts the device type 'meta'; it does nothing unless `bfloat16`. The ledger counts the
+    bfloat16 copies of the weights of the model's blocks apart.
     """
 
     def __init__(self, model: nn.Module, ledger: Ledger, bfloat16: bool) -> None:
@@ -214,5 +206,4 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of every encoder in `model`."""
     return [block for x in model.modules() if isinstance(x, PerceptionEncoder) for block in x.blocks]

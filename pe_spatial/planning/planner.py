@@ -3,8 +3,8 @@
 Every operation of a forward and a backward pass runs on tensors without values, and a ledger tracks the storages that
 are alive, as they would be on a GPU: attention keeps what the fused kernels keep, autocast casts what it casts on CUDA,
 and checkpointed blocks run again. The losses are the models' own, on an example batch. Where the number of operations
-depends on values, the plan assumes the maximum: every proposal, samplers with full quotas, every pixel valid. What is
-particular to a class of models is registered by its package (see registry.py).
+depends on values, the plan assumes the maximum: every proposal, samplers with full quotas, every pixel valid. The
+package of a class of models registers its peculiarities (see registry.py).
 
 Not measured: what kernels allocate inside, the CUDA context, buffers of cuBLAS and NCCL, and allocator fragmentation.
 """
@@ -27,8 +27,7 @@ from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.planning.ledger import EmulateCuda, Ledger, encoder_blocks
 from pe_spatial.planning.registry import find_example, sum_outputs
 
-OBJECTS = 20
-"""Annotated objects in an image, unless told otherwise; COCO images have 7 on average."""
+OBJECTS = 20  # annotated objects in an image by default; COCO images have 7 on average
 
 
 def build_on_meta(cfg: Any) -> tuple[nn.Module, Optimizer]:
@@ -51,24 +50,16 @@ def set_checkpointing(model: nn.Module, enabled: bool) -> None:
 class Step:
     """Memory in bytes and operations of one forward and backward pass on one GPU, weights excluded.
 
-    Args:
-        saved: memory in use between forward and backward pass.
-        activations: peak memory without gradients of parameters, but with the bfloat16 copies that autocast makes of
-            the weights of blocks.
-        activations_without_copies: the same without these copies.
-        peak: peak memory with gradients of parameters.
-        forward_flops: multiplications and additions of matrix products, convolutions and attention, by data type.
-        step_flops: the same for forward and backward pass, recomputation included.
-        counted: the parts of the model that these numbers cover.
+    Operations are the multiplications and additions of matrix products, convolutions and attention, by data type.
     """
 
-    saved: int
-    activations: int
+    saved: int  # in use between forward and backward pass
+    activations: int  # peak without gradients of parameters, with autocast's bfloat16 copies of the weights of blocks
     activations_without_copies: int
-    peak: int
+    peak: int  # with gradients of parameters
     forward_flops: Mapping[torch.dtype, int]
-    step_flops: Mapping[torch.dtype, int]
-    counted: str
+    step_flops: Mapping[torch.dtype, int]  # forward and backward, recomputation included
+    counted: str  # the parts of the model that these numbers cover
 
 
 def measure_step(
@@ -84,11 +75,10 @@ def measure_step(
 
     Args:
         model: a model; if its package registered no example, the heads are not counted.
-        batch_size: images or clips.
+        batch_size, objects: number of images or clips, and of annotated objects in each.
         size: (H, W) of the images when they reach the model, in pixels.
         bfloat16: whether the training runs under autocast; parts that disable autocast stay in float32.
         frames: frames of a clip, for models that train on clips.
-        objects: annotated objects in each image or clip.
 
     Raises RuntimeError or TypeError for models whose losses do not run without values.
     """
@@ -124,23 +114,19 @@ def _compute_loss(model: Any, images: Tensor, objects: int, replaced: ExitStack)
 class Weights:
     """Memory in bytes that weights and what belongs to them take on one GPU during the complete training.
 
-    Args:
-        parameters, gradients, states: of the model and the optimizer.
-        extra: under DDP the buckets in which gradients are averaged; under FSDP what is gathered at the same time: the
-            root unit and its gradients, the parameters of three blocks (in use, prefetched, and in transfer) and the
-            gradients of one, as computed and in float32 for the reduction.
-        update: temporary memory of the optimizer's step, when no activations are alive.
+    `extra` is under DDP the buckets in which gradients are averaged; under FSDP what is gathered at the same time: the
+    root unit and its gradients, the parameters of three blocks (in use, prefetched, and in transfer) and the gradients
+    of one, as computed and in float32 for the reduction.
     """
 
     parameters: int
     gradients: int
     states: int
     extra: int
-    update: int
+    update: int  # temporary memory of the optimizer's step, when no activations are alive
 
     @property
     def kept(self) -> int:
-        """Return the sum of all but `update`."""
         return self.parameters + self.gradients + self.states + self.extra
 
 
@@ -150,8 +136,7 @@ def measure_weights(
     """Run a step of `optimizer` on `model`, both on the meta device, and return what weights and states take.
 
     Args:
-        model: the model.
-        optimizer: the optimizer of its parameters.
+        model, optimizer: the model, and the optimizer of its parameters.
         shards: number of GPUs over which parameters, gradients and states are sharded along their first dimension
             (FSDP), with one unit for each block of an encoder; None for DDP. The numbers are those of the first GPU,
             whose shard is the largest.

@@ -1,4 +1,4 @@
-"""What the planner must know of models and pipelines. The task packages register it here when they are imported."""
+"""What the planner must know about models and pipelines. The task packages register it when they are imported."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -20,10 +20,7 @@ def register_example(model_class: type, *, counted: str) -> Callable[[Example], 
     The decorated function gets the model, images (B, 3, H, W) or clips (B, T, 3, H, W) on the meta device, a number of
     objects and an ExitStack, and returns the loss. Functions that need values are replaced in the ExitStack: it is
     closed after the backward pass, in which checkpointed blocks run again. `torch.autocast('meta')` acts as on CUDA.
-
-    Args:
-        model_class: a class of models.
-        counted: what the loss covers, for the report; `{objects}` becomes the number of objects.
+    `counted` tells the report what the loss covers; its `{objects}` becomes the number of objects.
     """
 
     def register(example: Example) -> Example:
@@ -50,17 +47,15 @@ def sum_outputs(outputs: Any) -> Tensor:
 
 
 def register_step(name: str, shape: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
-    """Register a step of training pipelines that decides the shape of a batch.
+    """Register a type of steps of training pipelines that decide the shape of a batch.
 
-    Args:
-        name: the step's type.
-        shape: from the step's config to any of size (h, w in pixels), frames and objects (in a clip).
+    `shape` returns, for the config of a step, any of size (h, w in pixels), frames and objects (in a clip).
     """
     _steps[name] = shape
 
 
 def read_shape(pipeline: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the steps of a pipeline say about the shape of a batch; of several the last one counts."""
+    """Return the shape of a batch from the steps of a pipeline; of several the last one counts."""
     shape: dict[str, Any] = {}
     for step in pipeline:
         if step["type"] in _steps:

@@ -13,7 +13,6 @@ _MEMORY = ("parameters", "gradients", "optimizer", "extra", "activations", "tota
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
-    """Return the rows of plans as a table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in rows:
         cells = [
@@ -27,14 +26,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
 
 
 def describe(row: Mapping[str, Any], hardware: Hardware, *, config: str, images: int) -> str:
-    """Return what the columns mean, and what the plan assumes.
-
-    Args:
-        row: any row of the plan.
-        hardware: the GPUs.
-        config: name of the config.
-        images: number of images or clips in an epoch.
-    """
+    """Explain the columns and assumptions of a plan, from any of its rows; an epoch has `images` images or clips."""
     (h, w), batch_size = row["size"], row["batch"]
     precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
     unit = f"clips of {row['frames']} frames" if "frames" in row else "images"

@@ -1,4 +1,4 @@
-"""Plans for training runs: every way to hold weights and activations of a config, for several variants and batches."""
+"""Plans for training runs: every way to keep weights and activations of a config, for several variants and batches."""
 
 import copy
 from collections.abc import Sequence
@@ -18,22 +18,14 @@ GB, TERA = 1e9, 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """The GPUs of a training run.
+    """The GPUs of a training run."""
 
-    Args:
-        gpus: number of GPUs in all nodes together.
-        gpu_memory: memory of one GPU, in GB (1e9 bytes).
-        reserve: memory to leave free on each, in GB.
-        bfloat16_rate, float32_rate: peak rates of one GPU, in TFLOP/s.
-        efficiency: fraction of the peak rates that a training reaches.
-    """
-
-    gpus: int = 8
-    gpu_memory: float = 80
-    reserve: float = 4
-    bfloat16_rate: float = 989
+    gpus: int = 8  # in all nodes together
+    gpu_memory: float = 80  # of one GPU, in GB (1e9 bytes)
+    reserve: float = 4  # memory to leave free on each, in GB
+    bfloat16_rate: float = 989  # peak rate of one GPU, in TFLOP/s
     float32_rate: float = 67
-    efficiency: float = 0.4
+    efficiency: float = 0.4  # fraction of the peak rates that a training reaches
 
     @property
     def usable(self) -> float:
@@ -47,30 +39,28 @@ class Hardware:
 
 
 def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
-    """Return a config for each variant, by the variant's name.
+    """Return a config for each variant, by its name; `keys` are names, or sizes of PE-Spatial such as 't16'.
 
-    Args:
-        cfg: the config of a training.
-        keys: names, or sizes of PE-Spatial such as 't16'; by default the variant of `cfg` alone.
+    Without keys only the variant of `cfg` is planned.
     """
     result = {}
     for key in keys or (None,):
-        one = copy.deepcopy(cfg)
+        changed = copy.deepcopy(cfg)
         if key is not None:
             names = [name for name in VARIANTS if name == key or name.startswith(f"pe_spatial_{key}_")]
             if len(names) != 1:
                 raise ConfigError(f"unknown variant {key!r}; use one of t16, s16, b16, l14, g14, {', '.join(VARIANTS)}")
-            one.merge_from_dict({f"model.{'tracker' if 'tracker' in cfg.model else 'backbone'}.variant": names[0]})
-        encoder = one.model.get("tracker") or one.model.backbone
+            changed.merge_from_dict({f"model.{'tracker' if 'tracker' in cfg.model else 'backbone'}.variant": names[0]})
+        encoder = changed.model.get("tracker") or changed.model.backbone
         variant = encoder.get("variant", encoder.get("type"))
-        result[variant if isinstance(variant, str) else "own"] = one
+        result[variant if isinstance(variant, str) else "own"] = changed
     return result
 
 
 def batch_shape(cfg: Config) -> dict[str, Any]:
     """Return the size (h, w) of the images when they reach the model, in pixels, and frames and objects of clips.
 
-    The size is omitted where neither the preprocessor nor the training pipeline says it.
+    The size is omitted if neither the preprocessor nor the training pipeline determines it.
     """
     dataset = cfg.train_dataloader.dataset
     while "pipeline" not in dataset:
@@ -83,21 +73,14 @@ def batch_shape(cfg: Config) -> dict[str, Any]:
 
 
 def plan(
-    cfg: Config,
-    hardware: Hardware,
-    *,
-    images: int,
-    batch_size: int | None = None,
-    size: Sequence[int] | None = None,
+    cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
     """Plan one config: a row for each of DDP and FSDP, activations kept and recomputed, in bytes and operations.
 
     Args:
-        cfg: the config of a training.
-        hardware: the GPUs.
+        cfg, hardware: the config of a training, and the GPUs.
         images: number of images or clips in an epoch.
-        batch_size: images or clips on one GPU; by default the config's.
-        size: (h, w) of the images in pixels; by default the config's.
+        batch_size, size: images or clips on one GPU, and (h, w) of the images in pixels; by default the config's.
 
     Raises ConfigError for configs that do not train, cannot be built, or whose losses need values.
     """
@@ -129,9 +112,9 @@ def plan(
                 f"({' '.join(str(error).split())[:200]})"
             ) from error
         hours = images / hardware.gpus * hardware.seconds(step) / batch_size / 3600
-        for way in weights:
-            row = _row(weights[way], step, larger, hardware, batch_size, copies=way == "DDP" or not bfloat16)
-            rows.append({**common, "weights": way, "recomputed": recomputed, **row, "hours": hours})
+        for kind, kept in weights.items():
+            row = _row(kept, step, larger, hardware, batch_size, copies=kind == "DDP" or not bfloat16)
+            rows.append({**common, "weights": kind, "recomputed": recomputed, **row, "hours": hours})
     return rows
 
 
@@ -139,11 +122,9 @@ def _row(
     weights: Weights, step: Step, larger: Step, hardware: Hardware, batch_size: int, *, copies: bool
 ) -> dict[str, Any]:
     """Return the memory and arithmetic of a step, and from one with another image the largest batch that fits."""
-    activations, next_activations = (
-        x.activations if copies else x.activations_without_copies for x in (step, larger)
-    )
-    room = hardware.usable - weights.kept
-    fitting = batch_size + (room - activations) // (next_activations - activations)
+    activations, next_activations = (x.activations if copies else x.activations_without_copies for x in (step, larger))
+    free = hardware.usable - weights.kept
+    fitting = batch_size + (free - activations) // (next_activations - activations)
     return dict(
         counted=step.counted,
         parameters=weights.parameters,
@@ -154,7 +135,7 @@ def _row(
         saved=step.saved,
         activations=activations,
         total=weights.kept + max(activations, weights.update),
-        largest_batch=max(int(fitting), 0) if room >= weights.update else 0,
+        largest_batch=max(int(fitting), 0) if free >= weights.update else 0,
         forward_flops=sum(step.forward_flops.values()) / batch_size,
         step_flops=sum(step.step_flops.values()) / batch_size,
     )

@@ -30,8 +30,8 @@ from pe_spatial.planning.registry import register_example, total_loss
 class LinearProbe(EncoderDecoder):
     """A frozen encoder and a head on one of its layers; the width of the head follows from the encoder.
 
-    The encoder runs in evaluation mode and without autograd. If the sides of an image are not multiples of its patch,
-    the image is padded with zeros on all sides, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches of 14.
+    The encoder runs in evaluation mode and without autograd. Images are padded with zeros on all sides to multiples of
+    the patch size, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches of 14.
     Its options are those of `EncoderDecoder`; `backbone.out_indices` has one block, `decode_head` no `in_channels`.
     """
 

@@ -165,11 +165,9 @@ def _annotate(frame: Frame, category_ids: Mapping[int, int]) -> list[dict[str, A
         if area < max(1, MIN_VISIBLE * mask.size):
             continue
         code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-        annotation: dict[str, Any] = {"object_id": object_id, "category_id": category_id}
-        annotation["bbox"] = [int(x) for x in rle.toBbox(code)]
-        annotation |= {"area": area, "iscrowd": 0}
-        annotation["segmentation"] = {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
-        annotations.append(annotation)
+        ids = {"object_id": object_id, "category_id": category_id, "bbox": [int(x) for x in rle.toBbox(code)]}
+        segmentation = {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
+        annotations.append({**ids, "area": area, "iscrowd": 0, "segmentation": segmentation})
     return annotations
 
 

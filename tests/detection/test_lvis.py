@@ -24,15 +24,10 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from PIL import Image
 
-from pe_spatial.detection.lvis import (
-    CheckedLVISDataset,
-    FastLVISMetric,
-    FederatedLoss,
-    RepeatFactorSampler,
-    SetClassWeights,
-)
-from pe_spatial.detection.lvis.dataset import CLASSES
-from pe_spatial.detection.lvis.sampler import repeat_factors
+from pe_spatial.detection.lvis.dataset import CLASSES, CheckedLVISDataset
+from pe_spatial.detection.lvis.federated_loss import FederatedLoss, SetClassWeights
+from pe_spatial.detection.lvis.metric import FastLVISMetric
+from pe_spatial.detection.lvis.sampler import RepeatFactorSampler, repeat_factors
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet

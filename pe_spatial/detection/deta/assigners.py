@@ -17,9 +17,9 @@ Match = tuple[Tensor, Tensor]  # indices (M,) of boxes, and (M,) of the object t
 class DETAAssigner:
     """Match each object with the boxes of highest IoU, as many as a random choice of positives gives it.
 
-    A box is positive if it overlaps an object enough, or if it overlaps an object most; it counts for the object that
-    it overlaps most. Only the number c of an object's chosen positives matters: the min(c, topk) boxes of highest IoU
-    are matched, whichever object they count for, so one box may predict two objects.
+    A box is positive if its IoU with an object is high enough, or the highest of that object; it counts for the object
+    that it overlaps most. An object with c chosen positives is matched with the min(c, topk) boxes of highest IoU,
+    whichever object they count for, so one box may predict two objects.
 
     Args:
         pos_iou: least IoU of a positive box, in (0, 1].
@@ -84,7 +84,6 @@ class DETAFirstStageAssigner(DETAAssigner):
         self.num_positives = num_positives
 
     def max_positives(self, num_boxes: int) -> int:  # noqa: ARG002  (the second stage needs it)
-        """Return the number of positives, which does not depend on the number of anchors."""
         return self.num_positives
 
 
@@ -102,5 +101,4 @@ class DETASecondStageAssigner(DETAAssigner):
         self.pos_fraction = pos_fraction
 
     def max_positives(self, num_boxes: int) -> int:
-        """Return the fraction of the proposals, rounded down."""
         return int(num_boxes * self.pos_fraction)

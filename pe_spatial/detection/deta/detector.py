@@ -26,13 +26,13 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 @MODELS.register_module()
 class CanvasPreprocessor(DetDataPreprocessor):
-    """DetDataPreprocessor with one square canvas, whose side in pixels is `pad_size_divisor`.
+    """DetDataPreprocessor with one square canvas; `pad_size_divisor` is its side in pixels.
 
     Raises DatasetError for a larger image, which MMDetection would put on a canvas of twice the side.
     """
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Normalize the images and pad them with zeros on the right and at the bottom to the canvas."""
+        """Normalize the images and pad them with zeros on the right and at the bottom."""
         side = self.pad_size_divisor
         for index, image in enumerate(data["inputs"]):
             h, w = image.shape[-2:]
@@ -100,7 +100,6 @@ class DETA(DeformableDETR):
         self.pix_trans_norm = nn.LayerNorm(self.embed_dims)
 
     def init_weights(self) -> None:
-        """Initialize as the released training does."""
         super().init_weights()
         nn.init.xavier_uniform_(self.pix_trans_fc.weight)
 
@@ -137,35 +136,27 @@ class DETA(DeformableDETR):
             return self.neck(tuple(x.to(self.level_embed.dtype) for x in maps))
 
     def forward_encoder(
-        self,
-        feat: Tensor,
-        feat_mask: Tensor | None,
-        feat_pos: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
-        valid_ratios: Tensor,
+        self, feat: Tensor, feat_mask: Tensor | None, feat_pos: Tensor, **levels: Tensor
     ) -> dict[str, Any]:
-        """Tokens (B, N, C) -> `memory` of the same shape, and what `pre_decoder` needs besides it."""
-        options: dict[str, Any] = dict(
-            spatial_shapes=spatial_shapes, level_start_index=level_start_index, valid_ratios=valid_ratios
-        )
+        """Tokens (B, N, C) -> `memory` of the same shape, and what `pre_decoder` needs besides it.
+
+        `levels` are spatial_shapes (L, 2), level_start_index (L,) and valid_ratios (B, L, 2).
+        """
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return super().forward_encoder(feat, feat_mask, feat_pos, **options)
-        points = self.encoder.get_encoder_reference_points(spatial_shapes, valid_ratios, device=feat.device)
-        options.update(query_pos=feat_pos, key_padding_mask=feat_mask, reference_points=points)
+            return super().forward_encoder(feat, feat_mask, feat_pos, **levels)
+        shapes, ratios = levels["spatial_shapes"], levels["valid_ratios"]
+        points = self.encoder.get_encoder_reference_points(shapes, ratios, device=feat.device)
+        options = dict(levels, query_pos=feat_pos, key_padding_mask=feat_mask, reference_points=points)
         for layer in self.encoder.layers:
             feat = checkpoint(layer, feat, use_reentrant=False, **options)
-        return dict(memory=feat, memory_mask=feat_mask, spatial_shapes=spatial_shapes)
+        return dict(memory=feat, memory_mask=feat_mask, spatial_shapes=shapes)
 
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Choose the proposals and make queries from them.
 
-        Args:
-            memory: output of the encoder (B, N, C).
-            memory_mask: True on padding (B, N); None without padding.
-            spatial_shapes: (h, w) of each level (L, 2).
+        Takes the encoder's output (B, N, C), a mask (B, N), True on padding, or None, and (h, w) of the levels (L, 2).
         """
         states, anchors = self.gen_encoder_output_proposals(memory, memory_mask, spatial_shapes)
         stage = self.decoder.num_layers
@@ -173,32 +164,22 @@ class DETA(DeformableDETR):
         unbounded = self.bbox_head.reg_branches[stage](states) + anchors  # infinite where the token is invalid
         boxes = unbounded.sigmoid()
         sizes = spatial_shapes.prod(1).tolist()
-        chosen = torch.stack([
-            select_proposals(
-                *image, sizes, number=self.num_queries, nms_pre=self.nms_pre, iou_threshold=self.nms_iou_threshold
-            )
-            for image in zip(boxes.detach(), logits[..., 0].detach(), strict=True)
-        ])[..., None]  # (B, Q, 1)
+        rules: dict[str, Any] = dict(nms_pre=self.nms_pre, iou_threshold=self.nms_iou_threshold)
+        images = zip(boxes.detach(), logits[..., 0].detach(), strict=True)
+        chosen = torch.stack([select_proposals(*image, sizes, number=self.num_queries, **rules) for image in images])
+        chosen = chosen[..., None]  # (B, Q, 1)
         unbounded, tokens = (x.detach().take_along_dim(chosen, dim=1) for x in (unbounded, states))
         position = self.get_proposal_pos_embed(unbounded, num_pos_feats=self.embed_dims // 2)  # (B, Q, 2 C)
         query_pos, query = self.pos_trans_norm(self.pos_trans_fc(position)).chunk(2, dim=-1)
         query = query + self.pix_trans_norm(self.pix_trans_fc(tokens))
         reference = unbounded.sigmoid()
         proposals = dict(anchors=anchors.sigmoid(), init_reference=reference, enc_logits=logits, enc_boxes=boxes)
-        return (
-            dict(query=query, query_pos=query_pos, memory=memory, reference_points=reference),
-            dict(proposals=proposals),
-        )
+        queries = dict(query=query, query_pos=query_pos, memory=memory, reference_points=reference)
+        return queries, dict(proposals=proposals)
 
 
 def select_proposals(
-    boxes: Tensor,
-    logits: Tensor,
-    sizes: Sequence[int],
-    *,
-    number: int,
-    nms_pre: int = 1000,
-    iou_threshold: float = 0.9,
+    boxes: Tensor, logits: Tensor, sizes: Sequence[int], *, number: int, nms_pre: int = 1000, iou_threshold: float = 0.9
 ) -> Tensor:
     """Return the tokens (number,) whose proposals become queries, best first.
 
@@ -209,12 +190,10 @@ def select_proposals(
     levels, which only matters where fewer than `number` better ones survive.
 
     Args:
-        boxes: boxes of all tokens of an image (N, 4).
-        logits: their objectness (N,).
+        boxes, logits: boxes (N, 4) and objectness (N,) of all tokens of an image.
         sizes: number of tokens in each level.
         number: number of queries; ConfigError if there are fewer tokens.
-        nms_pre: as in `DETA`.
-        iou_threshold: as `nms_iou_threshold` in `DETA`.
+        nms_pre, iou_threshold: as `nms_pre` and `nms_iou_threshold` in `DETA`.
     """
     if len(logits) < number:
         raise ConfigError(
@@ -224,10 +203,8 @@ def select_proposals(
     level_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(logits.device)
     scores = logits.sigmoid()
     starts = [sum(sizes[:level]) for level in range(len(sizes))]
-    best = torch.cat([
-        start + scores[start : start + size].topk(min(nms_pre, size)).indices
-        for start, size in zip(starts, sizes, strict=True)
-    ])
+    levels = zip(starts, scores.split(list(sizes)), strict=True)
+    best = torch.cat([start + level.topk(min(nms_pre, len(level))).indices for start, level in levels])
     corners = bbox_cxcywh_to_xyxy(boxes[best].float()).clamp(0, 1)
     kept = best[batched_nms(corners, logits[best].float(), level_of[best], iou_threshold)]
     if len(kept) < number:
@@ -240,4 +217,4 @@ def select_proposals(
 
 def _float32(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast: neither deformable attention's kernel nor NMS on CPUs supports bfloat16."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # which has no autocast
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # 'meta' has no autocast

@@ -59,7 +59,7 @@ class DETAHead(DeformableDETRHead):
         proposals: Mapping[str, Tensor],
         batch_data_samples: Sequence[Any],
     ) -> dict[str, Tensor]:
-        """Return the losses of all layers, weighted.
+        """Return the weighted losses of all layers.
 
         Args:
             hidden_states: outputs of the decoder layers (L, B, Q, dim).
@@ -114,11 +114,8 @@ class DETAHead(DeformableDETRHead):
         """Return the losses of classes, of boxes and of GIoU of one layer.
 
         Args:
-            cls_scores: logits (B, N, C).
-            bbox_preds: (B, N, 4).
-            matches: matches of each image.
-            objects: boxes (G, 4) of each image.
-            labels: classes (G,) of each image.
+            cls_scores, bbox_preds: logits (B, N, C) and boxes (B, N, 4).
+            matches, objects, labels: matches, boxes (G, 4) and classes (G,) of the objects, for each image.
             sizes: (w, h, w, h) of each image, in pixels.
             divisor: divisor of all three losses.
         """

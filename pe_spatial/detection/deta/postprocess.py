@@ -32,12 +32,10 @@ def postprocess(
     deformable_detr.py). Plain NMS is torchvision's, which treats classes differently on CPUs and GPUs.
 
     Args:
-        logits: (Q, C), before the sigmoid.
-        boxes: (Q, 4) as cx, cy, w, h, relative to the image.
+        logits, boxes: (Q, C), before the sigmoid, and (Q, 4) as cx, cy, w, h, relative to the image.
         size: height and width of the original image.
         method: 'nms', a method of `soft_nms`, or None for no suppression.
-        candidates: number of best candidates that enter the suppression; None for the released 10000 ('nms') or 2000
-            (soft).
+        candidates: how many of the best enter the suppression; None for the released 10000 ('nms') or 2000 (soft).
         max_per_img: number of detections to return; None for all. The released code cuts to 100, but not after
             soft-NMS.
         class_ids: (C,), numbers that separate the classes during suppression, COCO category ids in the released

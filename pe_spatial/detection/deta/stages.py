@@ -1,4 +1,4 @@
-"""How a stage of DETA starts from the one before it: strictly, and with new class heads where the release has them."""
+"""Start a stage of DETA from the one before it: strictly, and with new class heads where the release has them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ class LoadPreviousStage(Hook):
             )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Remove the weights to skip from a checkpoint; CheckpointError if the others are not those of the model."""
+        """Remove the weights to skip from a checkpoint; CheckpointError unless the others fit the model."""
         if not _starts_training(runner):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

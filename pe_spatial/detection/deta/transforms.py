@@ -43,12 +43,10 @@ class ShortSideResize(Resize):
         self.max_long_side = max_long_side
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize image, boxes and masks; DatasetError if the image is so thin that its short side would vanish."""
+        """Resize image, boxes and masks; DatasetError if the short side of a thin image would vanish."""
         height, width = results["img"].shape[:2]
         short_side = int(np.random.choice(self.short_sides))
-        new_height, new_width = short_side_size(
-            height, width, short_side=short_side, max_long_side=self.max_long_side
-        )
+        new_height, new_width = short_side_size(height, width, short_side=short_side, max_long_side=self.max_long_side)
         if not min(new_height, new_width):
             raise DatasetError(
                 f"{results.get('img_path', 'an image')} is {width} x {height} px: resized to a long side of "
@@ -74,13 +72,9 @@ class DETAJitter(RandomChoice):
 
     def __init__(self, *, canvas: int, min_short_side: int = 480) -> None:
         if canvas <= min_short_side:
-            raise ConfigError(
-                f"canvas={canvas} is not above min_short_side={min_short_side}; lower min_short_side"
-            )
+            raise ConfigError(f"canvas={canvas} is not above min_short_side={min_short_side}; lower min_short_side")
         side = canvas - 32
-        near = ShortSideResize(short_sides=[side], max_long_side=side)
+        full_size = ShortSideResize(short_sides=[side], max_long_side=side)
         crop = RandomCrop(crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
-        super().__init__([
-            [ShortSideResize(short_sides=range(min_short_side, canvas, 32), max_long_side=side)],
-            [ShortSideResize(short_sides=[400, 500, 600]), crop, near],
-        ])
+        plain = [ShortSideResize(short_sides=range(min_short_side, canvas, 32), max_long_side=side)]
+        super().__init__([plain, [ShortSideResize(short_sides=[400, 500, 600]), crop, full_size]])

@@ -56,11 +56,10 @@ def detect_in_view(
     size_range: tuple[float, float],
     **options: Any,
 ) -> InstanceData:
-    """Return those detections of one view that have a size which its scale may detect.
+    """Return the detections of one view with a size that its scale may detect.
 
     Args:
-        logits: (Q, C), before the sigmoid.
-        boxes: (Q, 4) as cx, cy, w, h, relative to the view.
+        logits, boxes: (Q, C), before the sigmoid, and (Q, 4) as cx, cy, w, h, relative to the view.
         size: height and width of the original image.
         mirrored: whether the view is mirrored.
         size_range: limits of the square root of a box's area, in pixels of the original image.
@@ -198,22 +197,13 @@ class DETATTA(BaseTTAModel):
         for start in range(0, len(views), self.views_at_once):
             logits, boxes = self._outputs(views[start : start + self.views_at_once], sample)
             for i, (logit, box) in enumerate(zip(logits, boxes, strict=True), start):
-                detected.append(
-                    detect_in_view(
-                        logit,
-                        box,
-                        size=sample.ori_shape[:2],
-                        mirrored=i % 2 == 1,
-                        size_range=self.size_ranges[i // 2],
-                        class_ids=self.class_ids,
-                        **self.view_suppression,
-                    )
-                )
+                view: dict[str, Any] = dict(mirrored=i % 2 == 1, size_range=self.size_ranges[i // 2])
+                view.update(size=sample.ori_shape[:2], class_ids=self.class_ids)
+                detected.append(detect_in_view(logit, box, **view, **self.view_suppression))
         return merge_views(detected, max_per_class=self.max_per_class, class_ids=self.class_ids, **self.suppression)
 
     def merge_preds(self, data_samples_list: Any) -> Any:
-        """Not used: views are merged by `detect`, from the detector's raw outputs."""
-        raise NotImplementedError("call test_step")
+        raise NotImplementedError("call test_step: it merges the detector's raw outputs")
 
     def _outputs(self, views: Sequence[Tensor], sample: DetDataSample) -> tuple[Tensor, Tensor]:
         """Return logits (V, Q, C) and boxes (V, Q, 4) of the last decoder layer."""
@@ -231,7 +221,7 @@ class DETATTA(BaseTTAModel):
         if self.resume_dir is None:
             return None
         self._compare_settings(self.resume_dir)
-        path = self._path(sample)
+        path = self.resume_dir / f"{sample.img_id}.pt"
         if not path.is_file():
             return None
         kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -244,12 +234,8 @@ class DETATTA(BaseTTAModel):
     def _save(self, sample: DetDataSample, instances: InstanceData) -> None:
         if self.resume_dir is not None:
             values = {name: value.cpu() for name, value in instances.items()}
-            path = self._path(sample)
-            with atomic_write(path) as unfinished:
+            with atomic_write(self.resume_dir / f"{sample.img_id}.pt") as unfinished:
                 torch.save({**values, "image": _image(sample)}, unfinished)
-
-    def _path(self, sample: DetDataSample) -> Path:
-        return self.resume_dir / f"{sample.img_id}.pt"  # type: ignore[operator]
 
     def _compare_settings(self, folder: Path) -> None:
         if self._settings is not None:
@@ -272,10 +258,10 @@ class DETATTA(BaseTTAModel):
         for name, value in self.module.state_dict().items():
             sample = value.detach().flatten()[:: max(1, value.numel() // 16)]
             digest.update(f"{name} {tuple(value.shape)} {sample.double().tolist()}".encode())
-        own = ("canvas", "long_sides", "size_ranges", "antialias", "suppression", "view_suppression", "class_ids")
+        names = ("canvas", "long_sides", "size_ranges", "antialias", "suppression", "view_suppression", "class_ids")
+        own = {name: getattr(self, name) for name in (*names, "max_per_class")}
         detector = {k: v for k, v in vars(self.module).items() if k[0] != "_" and isinstance(v, int | float | str)}
-        own_values = {name: getattr(self, name) for name in (*own, "max_per_class")}
-        return {**own_values, "detector": detector, "weights": digest.hexdigest()}
+        return {**own, "detector": detector, "weights": digest.hexdigest()}
 
 
 def _image(sample: DetDataSample) -> str:

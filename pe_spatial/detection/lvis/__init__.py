@@ -4,17 +4,6 @@ LVIS annotates each image for some classes only: those that have objects there, 
 (`neg_category_ids`). The metric ignores the others; the loss trains a few classes at a time.
 """
 
-from pe_spatial.detection.lvis.dataset import CheckedLVISDataset, read_lvis
-from pe_spatial.detection.lvis.federated_loss import FederatedLoss, SetClassWeights
-from pe_spatial.detection.lvis.metric import FastLVISMetric
-from pe_spatial.detection.lvis.sampler import RepeatFactorSampler, repeat_factors
+from pe_spatial.detection.lvis import dataset, federated_loss, metric, sampler
 
-__all__ = [
-    "CheckedLVISDataset",
-    "FastLVISMetric",
-    "FederatedLoss",
-    "RepeatFactorSampler",
-    "SetClassWeights",
-    "read_lvis",
-    "repeat_factors",
-]
+__all__ = ["dataset", "federated_loss", "metric", "sampler"]

@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 from mmdet.datasets import LVISV1Dataset
 from mmengine.registry import DATASETS
 
-from pe_spatial.detection.coco import COCO_FIELDS, CheckedCocoDataset, is_size, read_coco
+from pe_spatial.detection.coco import COCO_FIELDS, CheckedCocoDataset, Fields, is_size, is_string, read_coco
 
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in 1 to 10, 11 to 100, or more training images
 # As the files spell them; mmdet corrects one.
 CLASSES = tuple(name.replace("stereo_equipment", "stero_equipment") for name in LVISV1Dataset.METAINFO["classes"])
-LVIS_FIELDS = {
+LVIS_FIELDS: Fields = {
     "images": {
         "id": lambda value: isinstance(value, int),
-        "coco_url": lambda value: isinstance(value, str) and value.count("/") > 0,
+        "coco_url": lambda value: is_string(value) and "/" in value,
         "height": is_size,
         "width": is_size,
         "neg_category_ids": lambda value: isinstance(value, list),
@@ -53,7 +53,6 @@ class CheckedLVISDataset(CheckedCocoDataset):
     METAINFO: ClassVar[dict[str, Any]] = {**LVISV1Dataset.METAINFO, "classes": CLASSES}
 
     def read_annotations(self) -> dict[str, Any]:
-        """Read the annotation file, and keep its numbers of images."""
         content = read_lvis(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
         classes = set(self.metainfo["classes"])
         counts = tuple(c.get("image_count") for c in content["categories"] if c["name"] in classes)

@@ -52,7 +52,7 @@ class FederatedLoss(nn.Module):
         return num_classes + 1
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
-        """Logits (N, C + 1) -> scores (N, C + 1) in [0, 1]; the last column has no meaning."""
+        """Logits -> scores in [0, 1], both (N, C + 1); the last column has no meaning."""
         return cls_score.sigmoid()
 
     def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> dict[str, Tensor]:

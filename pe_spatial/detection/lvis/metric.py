@@ -74,22 +74,16 @@ class FastLVISMetric(BaseMetric):
             kept = best[torch.from_numpy(counts)].to(detections["scores"].device)
             boxes = detections["bboxes"][kept].cpu().double().numpy()
             boxes[:, 2:] -= boxes[:, :2]
-            result = {
-                "image": image_id,
-                "categories": categories[counts].tolist(),
-                "scores": detections["scores"][kept].tolist(),
-                "bbox": boxes.tolist(),
-            }
+            result = dict(image=image_id, categories=categories[counts].tolist(), bbox=boxes.tolist())
+            result["scores"] = detections["scores"][kept].tolist()
             if "segm" in self.metrics:
                 result["segm"] = encode_mask_results(detections["masks"][kept].cpu().numpy())
             self.results.append(result)
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        """Return the results of all metrics, from the detections of all images."""
         out = {}
         for metric in self.metrics:
-            # without a box, the area is that of the mask
-            key = "bbox" if metric == "bbox" else "segmentation"
+            key = "bbox" if metric == "bbox" else "segmentation"  # without a box, the area is that of the mask
             detections = [
                 {"image_id": r["image"], "category_id": category, "score": score, key: shape}
                 for r in results
