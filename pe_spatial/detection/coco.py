@@ -68,7 +68,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         return read_coco(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
 
     def filter_data(self) -> list[dict[str, Any]]:
-        """Filter as mmdet does; DatasetError if nothing is left."""
+        """Filter as mmdet does; DatasetError if no image remains."""
         kept = super().filter_data()
         if not kept:
             raise DatasetError(
@@ -78,7 +78,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         return kept
 
     def _check_classes(self, content: Mapping[str, Any]) -> None:
-        # mmdet would drop unknown classes, and thereby silently renumber the others.
+        # mmdet would drop unknown classes and silently renumber the others.
         classes = list(self.metainfo["classes"])
         names = [category["name"] for category in content["categories"]]
         absent = [name for name in classes if name not in names]
@@ -103,7 +103,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         backend_args = (steps and steps[0].backend_args) or self.backend_args
         if not isinstance(fileio.get_file_backend(folder, backend_args=backend_args), LocalBackend):
             return 0
-        listed: dict[str, set[str]] = {}  # to list each folder once is far cheaper than to look for each image
+        listed: dict[str, set[str]] = {}  # listing each folder once is far cheaper than looking for each image
 
         def exists(image: Mapping[str, Any]) -> bool:
             parent, name = os.path.split(os.path.join(folder, image["file_name"]))
@@ -218,7 +218,7 @@ _SKIPPED = ("outside", "smaller than a pixel", "not finite", "of unknown images"
 def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
     """Clip boxes to their images and remove unusable ones, in place.
 
-    Returns the numbers of boxes 'clipped' (by more than rounding) and skipped, by reason. Raises DatasetError for
+    Returns how many boxes were 'clipped' (by more than rounding), and skipped for each reason. Raises DatasetError for
     category ids that the file does not define.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
@@ -251,7 +251,7 @@ def clean_coco(content: dict[str, Any], path: str) -> Counter[str]:
 
 
 def _clip(box: Any, width: float, height: float) -> tuple[list[float] | None, str]:
-    """Return the part of `box` (x, y, w, h) inside the image, None if unusable, and the reason to count it under."""
+    """Return the part of `box` (x, y, w, h) inside the image, or None if unusable, and how to count it."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return None, "not finite"
     x, y, w, h = box

@@ -35,7 +35,7 @@ class Float32Linear(nn.Linear):
 
 @TASK_UTILS.register_module()
 class Detectron2BoxCoder(DeltaXYWHBBoxCoder):
-    """DeltaXYWHBBoxCoder whose logarithm of a size is clamped from above only (box_regression.py).
+    """DeltaXYWHBBoxCoder that clamps the logarithm of a size only from above (box_regression.py).
 
     MMDetection clamps it from below too, unless it also clamps centers: here to infinity.
 
@@ -51,7 +51,7 @@ class Detectron2BoxCoder(DeltaXYWHBBoxCoder):
 class Detectron2MaxIoUAssigner(MaxIoUAssigner):
     """MaxIoUAssigner in which a low-quality match makes an anchor positive, for the object that it overlaps most.
 
-    MMDetection gives the anchor to the object that has no better anchor (matcher.py).
+    MMDetection instead assigns it to the object that has no better anchor (matcher.py).
     """
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:

@@ -23,8 +23,8 @@ _TORUS_STEPS = 96
 class Frame:
     """One image and its ground truth, all of size (H, W), rows from the top.
 
-    Depth and instances belong to the ray through the pixel's center; rgb is antialiased. The pixel in column u and row
-    v covers [u, u + 1] x [v, v + 1] and has its center at (u + 0.5, v + 0.5), in `intrinsics` and boxes alike.
+    Depth and instances are those of the pixel's center; rgb is antialiased. The pixel in column u and row v covers
+    [u, u + 1] x [v, v + 1], so its center is (u + 0.5, v + 0.5), in `intrinsics` and in boxes.
     """
 
     rgb: np.ndarray  # (H, W, 3) uint8
@@ -84,8 +84,7 @@ def render_frame(scene: Scene, time: float, size: tuple[int, int] = (256, 256)) 
 
 def _contrast(rgb: np.ndarray) -> np.ndarray:
     """Return which pixels (H, W) differ visibly from a neighbor; rgb is (3, H, W)."""
-    rows = np.abs(np.diff(rgb, axis=1)).max(0) > _EDGE
-    columns = np.abs(np.diff(rgb, axis=2)).max(0) > _EDGE
+    rows, columns = (np.abs(np.diff(rgb, axis=axis)).max(0) > _EDGE for axis in (1, 2))
     vertical = np.pad(rows, ((1, 0), (0, 0))) | np.pad(rows, ((0, 1), (0, 0)))
     return vertical | np.pad(columns, ((0, 0), (1, 0))) | np.pad(columns, ((0, 0), (0, 1)))
 
@@ -106,8 +105,7 @@ def _trace(room: Room, posed: list[_Posed], origin: np.ndarray, rays: np.ndarray
         hit, t = _cast(item, origin, rays)
         nearer = t < distance[hit]
         hit = hit[nearer]
-        distance[hit] = t[nearer]
-        owner[hit] = index + 1
+        distance[hit], owner[hit] = t[nearer], index + 1
     return distance, owner
 
 
@@ -189,10 +187,10 @@ def _torus(o: np.ndarray, d: np.ndarray, half: tuple) -> np.ndarray:
         gap = np.sqrt(radial * radial + z * z) - tube  # three times as fast as hypot
         crossed = gap <= 0
         best[live[crossed]] = (t + step * np.minimum(gap / (outside - gap), 0))[crossed]
-        going = ~crossed & (t < end)
-        live, o, d, end, outside = live[going], o[:, going], d[:, going], end[going], gap[going]
+        active = ~crossed & (t < end)
+        live, o, d, end, outside = live[active], o[:, active], d[:, active], end[active], gap[active]
         step = np.maximum(outside, shortest)
-        t = t[going] + step
+        t = t[active] + step
     return best
 
 

@@ -125,11 +125,11 @@ class Scene:
 def sample_scene(seed: int | Sequence[int], *, num_solids: tuple[int, int] = (2, 6), duration: float = 2.0) -> Scene:
     """Return a random scene; the same seed gives the same scene.
 
-    Solids never touch one another, the room, the lamp or the camera during [0, duration] (checked on bounding
+    Solids do not touch one another, the room, the lamp or the camera during [0, duration] (checked with bounding
     spheres along the paths), and at least two of them are in view at the start, in the middle and at the end.
 
     Args:
-        seed: a non-negative integer, or several, as numpy.random.default_rng takes them.
+        seed: a non-negative integer, or several, as in numpy.random.default_rng.
         num_solids: smallest and largest number of solids, from 2 to 8 (else ConfigError).
         duration: length of the video in seconds, above 0 (else ConfigError).
     """

@@ -83,7 +83,7 @@ def write_dataset(
 
 
 def _is_complete(root: Path, world: dict[str, Any]) -> bool:
-    """Return whether `root` is the dataset `world`; False if it is empty or absent, DatasetError if it is another."""
+    """Return whether `root` contains the dataset `world`, False if it is empty or absent; else raise DatasetError."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     path = root / "world.json"
@@ -113,8 +113,8 @@ def _write_split(build: Path, split: str, world: dict[str, Any], workers: int) -
     coco: dict[str, Any] = {"info": info, "licenses": [], "categories": categories}
     coco |= {"videos": [], "images": [], "annotations": []}
     tracks: dict[tuple[int, int], int] = {}
+    height, width = world["size"]
     for video_id, frames in enumerate(videos, 1):
-        height, width = world["size"]
         coco["videos"].append({"id": video_id, "name": _scene_name(video_id - 1), "height": height, "width": width})
         for image, annotations in frames:
             image_id = len(coco["images"]) + 1

@@ -25,7 +25,9 @@ def test_overview_lists_every_command_and_the_missing_extras(capsys, monkeypatch
 
 
 def test_every_command_has_a_tool():
-    assert {path.stem for path in (REPO / "tools").glob("*.py")} == set(COMMANDS)
+    tools = {path.stem: path.read_text() for path in (REPO / "tools").glob("*.py")}
+    assert tools.keys() == COMMANDS.keys()
+    assert all(f'main(command="{name}")' in text for name, text in tools.items())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -121,8 +121,8 @@ class DETATTA(BaseTTAModel):
         class_ids: as in `postprocess`.
         max_per_class: as in `merge_views`.
         views_at_once: number of views in one forward pass; memory grows with it.
-        resume_dir: folder that keeps the detections of each image; a test that is run again, on any number of ranks,
-            reads them. ConfigError if they belong to another model, other options or other images.
+        resume_dir: folder for the detections of each image; a repeated test, on any number of ranks, reads them.
+            ConfigError if they belong to another model, other options or other images.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class DETATTA(BaseTTAModel):
         self.max_per_class = max_per_class
         self.views_at_once = views_at_once
         self.resume_dir = None if resume_dir is None else Path(resume_dir)
-        self._settings: str | None = None  # those of the results in resume_dir, once compared
+        self._settings: str | None = None  # the settings of the results in resume_dir, once compared
 
     def test_step(self, data: Mapping[str, Any]) -> list[DetDataSample]:
         """Return the samples with the merged `pred_instances`, in pixels of the original images."""
