@@ -97,11 +97,8 @@ def _pairs(boxes: Tensor, method: str, options: Mapping[str, float]) -> tuple[Te
         overlap = sides[..., 0] * sides[..., 1]  # (R, M)
         union = areas[start : start + rows, None] + areas[start:] - overlap
         iou = overlap / union  # NaN for two empty boxes, which then do not touch
-        if "iou_threshold" in options:
-            threshold = options["iou_threshold"]
-            touching = iou >= threshold if method == "hard" else iou > threshold
-        else:
-            touching = iou > 0
+        threshold = options.get("iou_threshold", 0)
+        touching = iou >= threshold if method == "hard" else iou > threshold
         i, j = touching.triu_(1).nonzero(as_tuple=True)
         parts.append((i + start, j + start, _decay(iou[i, j], method, options)))
     first, second, decay = map(torch.cat, zip(*parts, strict=True))

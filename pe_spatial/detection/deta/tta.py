@@ -7,6 +7,7 @@ image, on its device, all sizes from the largest one. Each mirrored view follows
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,6 @@ class DETATTA(BaseTTAModel):
         self.max_per_class = max_per_class
         self.views_at_once = views_at_once
         self.resume_dir = None if resume_dir is None else Path(resume_dir)
-        self._settings: str | None = None  # the settings of the results in resume_dir, once compared
 
     def test_step(self, data: Mapping[str, Any]) -> list[DetDataSample]:
         """Return the samples with the merged `pred_instances`, in pixels of the original images."""
@@ -218,11 +218,7 @@ class DETATTA(BaseTTAModel):
 
     def _load(self, sample: DetDataSample) -> InstanceData | None:
         """Return the detections that an earlier run saved for this image."""
-        if self.resume_dir is None:
-            return None
-        self._compare_settings(self.resume_dir)
-        path = self.resume_dir / f"{sample.img_id}.pt"
-        if not path.is_file():
+        if self._results is None or not (path := self._results / f"{sample.img_id}.pt").is_file():
             return None
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept.pop("image") != _image(sample):
@@ -232,25 +228,27 @@ class DETATTA(BaseTTAModel):
         return InstanceData(**kept)
 
     def _save(self, sample: DetDataSample, instances: InstanceData) -> None:
-        if self.resume_dir is not None:
+        if self._results is not None:
             values = {name: value.cpu() for name, value in instances.items()}
-            with atomic_write(self.resume_dir / f"{sample.img_id}.pt") as unfinished:
+            with atomic_write(self._results / f"{sample.img_id}.pt") as unfinished:
                 torch.save({**values, "image": _image(sample)}, unfinished)
 
-    def _compare_settings(self, folder: Path) -> None:
-        if self._settings is not None:
-            return
+    @cached_property
+    def _results(self) -> Path | None:
+        """Return resume_dir; ConfigError if it has results of other settings."""
+        if self.resume_dir is None:
+            return None
         settings = json.dumps(self._describe(), indent=1)
-        path = folder / "settings.json"
+        path = self.resume_dir / "settings.json"
         if not path.is_file():
             with atomic_write(path) as unfinished:
                 unfinished.write_text(settings)
         if path.read_text() != settings:
             raise ConfigError(
-                f"{folder} contains detections of another checkpoint or of other options (see its {path.name}); "
-                "give resume_dir another folder, or remove this one"
+                f"{self.resume_dir} contains detections of another checkpoint or of other options (see its "
+                f"{path.name}); give resume_dir another folder, or remove this one"
             )
-        self._settings = settings
+        return self.resume_dir
 
     def _describe(self) -> dict[str, Any]:
         """Return what detections depend on: options, and a digest of some values of each weight."""
