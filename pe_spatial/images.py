@@ -1,13 +1,41 @@
 """Reading of images of any mode and orientation, with errors that name the file."""
 
+import importlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from pe_spatial.errors import DatasetError
+
+MAX_PIXELS = 2**30
+"""The largest image that is decoded, as in OpenCV."""
+
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_OTHER_FILES = (  # first bytes, what the file is, what to do
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image", "Convert it to JPEG or PNG"),
+    (b"\xff\x0a", "a JPEG XL image", "Convert it to JPEG or PNG"),
+    (b"%PDF", "a PDF document", "Convert it to JPEG or PNG"),
+    (b"<svg", "an SVG drawing", "Convert it to PNG"),
+    (b"<!doctype html", "an HTML page instead of an image", "The download failed; download it again"),
+    (b"<html", "an HTML page instead of an image", "The download failed; download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of an image", "Run git lfs pull in its repository"),
+)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -30,26 +58,74 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
     and it is not rotated. If it matches both, the image is rotated, as in MMDetection.
     """
     try:
-        image: Any = Image.open(io.BytesIO(data))
-        image.load()
-        stored, image = image, ImageOps.exif_transpose(image)
-        if size is not None and image.size != size[::-1] == stored.size:
-            image = stored
-        if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
-            if image.getextrema()[1] > 65535:
-                raise ValueError("pixels of 32 bits have no defined range")
-            gray = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(gray)
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        return np.array(image.convert("RGB"))  # a copy: asarray would be read-only
+        with open_image(data) as stored:
+            stored.load()
+            image: Any = turn_upright(stored)
+            if size is not None and image.size != size[::-1] == stored.size:
+                image = stored
+            if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
+                if image.getextrema()[1] > 65535:
+                    raise ValueError("pixels of 32 bits have no defined range")
+                gray = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+                image = Image.fromarray(gray)
+            elif image.mode == "F":
+                raise ValueError("floating-point pixels have no defined range")
+            return np.array(image.convert("RGB"))  # a copy: asarray would be read-only
     except MemoryError:
         raise  # not the image's fault
     except UnidentifiedImageError as error:
-        raise DatasetError(
-            f"{path} is not a readable image ({len(data)} bytes). Replace it or remove it from the dataset"
-        ) from error
+        raise DatasetError(f"{path} is {_describe(data)}") from error
     except Exception as error:
         # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"{path} cannot be decoded ({reason}). Replace it or remove it from the dataset") from error
+
+
+@contextmanager
+def open_image(source: bytes | str | Path, **options: Any) -> Iterator[Image.Image]:
+    """Open an image as PIL does, but up to `MAX_PIXELS`: PIL itself refuses aerial images of 179 megapixels.
+
+    HEIC is read where pillow-heif is installed. `options` are those of `Image.open`.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        if isinstance(source, bytes) and source[8:12] in _HEIC:
+            with suppress(ImportError):
+                importlib.import_module("pillow_heif").register_heif_opener()
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, **options) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels, and at most {MAX_PIXELS} are read; cut it into parts"
+                )
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Rotate or mirror an image as EXIF's orientation says; all other tags are ignored, malformed ones too."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # PIL raises almost anything on broken tags
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Return whether a path below `folder` is hidden: ._a.jpg of macOS, .ipynb_checkpoints/a.jpg."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _describe(data: bytes) -> str:
+    """Say what a file is that PIL does not read, and what to do about it."""
+    if data[4:8] == b"ftyp":
+        if b"avif" in data[8:64]:
+            return "an AVIF image. Install a Pillow that reads AVIF (11.3 or later), or convert it to JPEG or PNG"
+        if data[8:12] in _HEIC:
+            return "a HEIC image. Install pillow-heif, with which it is read, or convert it to JPEG or PNG"
+        return "a video instead of an image. Extract its frames, or remove it from the dataset"
+    start = data[:64].lstrip().lower()
+    for first_bytes, kind, remedy in _OTHER_FILES:
+        if start.startswith(first_bytes.lower()):
+            return f"{kind}. {remedy}"
+    return f"not a readable image ({len(data)} bytes). Replace it or remove it from the dataset"
