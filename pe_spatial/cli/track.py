@@ -107,11 +107,12 @@ def read_prompts(args: argparse.Namespace) -> dict[int, dict[int, Prompt]]:
 
 def masks(paths: Iterable[str]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (frame, id, mask) of every object in index masks '[FRAME:]PNG'."""
-    from pe_spatial.tracking.vos.masks import read_mask, split_masks
+    from pe_spatial.tracking.vos.masks import is_binary, read_prompt_mask, split_masks
 
     for text in paths:
         frame, _, path = text.partition(":") if re.match(r"\d+:", text) else ("0", "", text)
-        objects = split_masks(read_mask(path))
+        mask = read_prompt_mask(path)
+        objects = split_masks(mask, binary=is_binary(mask))
         if not objects:
-            raise DatasetError(f"{path} shows no object; its pixels must be object ids from 1 to {MAX_ID}")
+            raise DatasetError(f"{path} shows no object; its pixels must be object ids (1 to {MAX_ID}), or 0 and 255")
         yield from ((int(frame), i, mask) for i, mask in objects.items())

@@ -144,6 +144,49 @@ def test_prompts_that_contradict_or_lack(tmp_path):
         track.read_prompts(Namespace(points=None, box=None, mask=[str(tmp_path / "none.png")]))
 
 
+@pytest.mark.parametrize("mode", ["P", "L", "1"])
+def test_a_mask_of_0_and_255_is_object_1(tmp_path, mode):
+    white = np.zeros((48, 64), np.uint8)
+    white[10:30, 10:30] = 255
+    image = Image.fromarray(white)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+    (image.convert("1") if mode == "1" else image).save(tmp_path / "m.png")
+    prompts = track.read_prompts(Namespace(points=None, box=None, mask=[str(tmp_path / "m.png")]))
+    assert np.array_equal(prompts[0][1].mask, white > 0)
+    assert list(prompts[0]) == [1]
+
+
+def test_a_smoothed_mask_is_refused(tmp_path):
+    white = np.zeros((48, 64), np.uint8)
+    white[10:30, 10:30] = 255
+    Image.fromarray(cv2.GaussianBlur(white, (0, 0), 2)).save(tmp_path / "m.png")
+    with pytest.raises(DatasetError, match=r"m\.png has \d+ gray values .* smoothed"):
+        track.read_prompts(Namespace(points=None, box=None, mask=[str(tmp_path / "m.png")]))
+
+
+def test_a_container_longer_than_its_frames_leaves_the_result(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pe_spatial.tracking.vos.clip.count_frames", lambda _: 12)
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(
+        "pe_spatial.video.cv2.VideoCapture",
+        lambda path: Announcing(capture(path)) if path.endswith("clip.mp4") else capture(path),
+    )
+    out = tmp_path / "out.mp4"
+    track.run(arguments(folder, "clip.mp4", out, points=[(0, 1, [20, 20]), (9, 1, [20, 20])]))
+    assert len(frames_of(out)[0]) == 4
+    assert any("announces 12" in message for message in caplog.messages)
+    assert any("no frame 9" in message for message in caplog.messages)
+
+
+class Announcing:
+    """A video whose container announces 12 frames."""
+
+    def __init__(self, capture):
+        self.isOpened, self.read = capture.isOpened, capture.read
+        self.get = lambda name: 12 if name == cv2.CAP_PROP_FRAME_COUNT else capture.get(name)
+
+
 def test_a_config_without_a_tracker(tmp_path):
     (tmp_path / "config.py").write_text("model = dict()\n")
     args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, config=str(tmp_path / "config.py"))

@@ -51,12 +51,11 @@ class PngMasks:
 
     @cached_property
     def _indexed(self) -> bool:
-        return any(self.folder.glob("*.png"))
+        return any(self.folder.glob("[!.]*.png"))
 
     @cached_property
     def frames(self) -> list[str]:
-        files = self.folder.glob("*.png" if self._indexed else "*/*.png")
-        stems = sorted({path.stem for path in files if not path.name.startswith(".")})
+        stems = sorted({path.stem for path in self.folder.glob("[!.]*.png" if self._indexed else "[!.]*/[!.]*.png")})
         if not stems:
             raise DatasetError(f"{self.folder} holds no mask; expected <frame>.png, or <object>/<frame>.png as in SA-V")
         return stems

@@ -1,5 +1,6 @@
 """SAM 2 on a Perception Encoder as an mmengine model: trained on clips, evaluated on videos."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,8 @@ from pe_spatial.tracking.sam2.streaming import StreamingTracker
 from pe_spatial.tracking.sam2.training import Prompting, predict_clip
 from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.masks import join_masks
+
+_log = logging.getLogger(__name__)
 
 PROMPTS = ("mask", "box", "click")
 
@@ -161,16 +164,17 @@ def track_clip(
     """Yield the name, the image (H, W, 3) uint8 RGB and the index mask (H, W) uint8 of each frame.
 
     The masks of `tracker` must not overlap; those of `clip` are not read. `prompts` are frame number -> object id ->
-    `Prompt`; DatasetError for a frame that does not exist.
+    `Prompt`; DatasetError for a frame that does not exist, or a warning where only the end of a video file shows it.
     """
-    count = 0
+    last, count = max(prompts, default=0), 0
+    if last >= len(clip) > 0:
+        raise DatasetError(f"{clip.name} has {len(clip)} frames, so there is no frame {last} to prompt on")
     for name, rgb in clip.read():
         masks = tracker.step(rgb, prompts.get(count))
         count += 1
         yield name, rgb, join_masks({i: mask.cpu().numpy() for i, mask in masks.items()}, rgb.shape[:2])
-    beyond = [frame for frame in prompts if frame >= count]
-    if beyond:
-        raise DatasetError(f"{clip.name} has {count} frames, so there is no frame {min(beyond)} to prompt on")
+    if last >= count:
+        _log.warning("%s has %d frames, so there is no frame %d to prompt on", clip.name, count, last)
 
 
 def _click(truth: np.ndarray, predicted: np.ndarray | None = None) -> Prompt:

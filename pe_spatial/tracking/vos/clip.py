@@ -11,7 +11,15 @@ import numpy as np
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb
-from pe_spatial.tracking.vos.masks import PALETTE, VOID, join_masks, read_mask, read_object_masks, split_masks
+from pe_spatial.tracking.vos.masks import (
+    PALETTE,
+    is_binary,
+    join_masks,
+    read_mask,
+    read_object_masks,
+    read_prompt_mask,
+    split_masks,
+)
 from pe_spatial.video import count_frames, decode_video, frame_rate, list_frames, mp4_writer
 
 DEFAULT_FPS = 24.0
@@ -52,9 +60,9 @@ class Clip:
     def prompts(self) -> dict[str, dict[int, np.ndarray]]:
         """Read where objects begin: frame name -> object id -> (H, W) bool mask, in the order of the frames.
 
-        The id 255 in an index mask is void and becomes background; if the mask of a first frame holds 0 and 255 alone,
+        The id 255 in an index mask is void and becomes background; if the first mask with any id holds 0 and 255 alone,
         as in DAVIS 2016, it is object 1. Objects in folders have the folders' numbers, which may be 0. Raises
-        DatasetError if no object begins, and for annotations of several sizes or without a frame.
+        DatasetError if no object begins, for smoothed masks, and for annotations of several sizes or without a frame.
         """
         prompts: dict[str, dict[int, np.ndarray]] = {}
         seen: set[int] = set()
@@ -94,8 +102,8 @@ class Clip:
 
     def annotated(self) -> dict[str, Path]:
         """Return frame name -> mask file of a folder of annotations (the file of one object if there are several)."""
-        paths = self.mask.glob("*/*.png" if self.overlapping else "*.png") if self.mask else ()
-        return {path.stem: path for path in sorted(paths) if not path.name.startswith(".")}
+        paths = self.mask.glob("[!.]*/[!.]*.png" if self.overlapping else "[!.]*.png") if self.mask else ()
+        return {path.stem: path for path in sorted(paths)}
 
     @property
     def _first(self) -> str:
@@ -106,17 +114,24 @@ class Clip:
         if self.mask is None:
             raise DatasetError(f"{self.name} has no mask, so there is no object to track")
         if not self.mask.is_dir():
-            mask = read_mask(self.mask)
-            yield self._first, split_masks(mask) or ({1: mask == VOID} if mask.any() else {})
+            mask = read_prompt_mask(self.mask)
+            yield self._first, split_masks(mask, binary=is_binary(mask))
             return
-        paths = self.frames if isinstance(self.frames, tuple) else None
         annotated = self.annotated()
-        for name in [path.stem for path in paths] if paths else map(_NAME.format, range(len(self))):
+        if isinstance(self.frames, tuple):
+            names = [path.stem for path in self.frames]
+        else:  # a file that does not announce its length may be of any
+            names = [_NAME.format(i) for i in range(len(self))] or list(annotated)
+        binary = None  # until a mask shows anything
+        for name in names:
             path = annotated.pop(name, None)
             if path and self.overlapping:
                 yield name, {i: mask for i, mask in read_object_masks(self.mask, name).items() if mask.any()}
             elif path:
-                yield name, split_masks(read_mask(path))
+                mask = read_prompt_mask(path)
+                if binary is None and mask.any():
+                    binary = is_binary(mask)
+                yield name, split_masks(mask, binary=bool(binary))
         for path in annotated.values():
             raise DatasetError(f"{path} matches no frame of {self.name}; give frames and masks the same names")
 

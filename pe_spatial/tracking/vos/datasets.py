@@ -114,4 +114,4 @@ def _folder(path: Path, layout: str) -> Path:
 
 
 def _choose(images: Path, sequences: Sequence[str] | None) -> list[str]:
-    return choose_sequences((path.name for path in images.iterdir() if path.is_dir()), sequences, images)
+    return choose_sequences((path.name for path in images.glob("[!.]*") if path.is_dir()), sequences, images)

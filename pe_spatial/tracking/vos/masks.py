@@ -52,8 +52,38 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
         raise DatasetError(f"{path} cannot be decoded ({reason}); write or download it again") from error
 
 
-def split_masks(index: np.ndarray) -> dict[int, np.ndarray]:
-    """Split an index mask (H, W) uint8 into object id -> (H, W) bool, without background and void."""
+def read_prompt_mask(path: str | Path) -> np.ndarray:
+    """Read an index mask (H, W) uint8 in which objects begin; DatasetError for a gray mask with smooth edges.
+
+    Each gray value of such an edge would be an object. They are told by 255 in most of the mask, or by many values that
+    have hardly a pixel between pixels of the same value.
+    """
+    mask, has_palette = read_mask_and_kind(path)
+    ids = split_masks(mask)
+    if not has_palette and ids:
+        inner = mask[1:-1, 1:-1]
+        flat = np.all([inner == x for x in (mask[2:, 1:-1], mask[:-2, 1:-1], mask[1:-1, 2:], mask[1:-1, :-2])], axis=0)
+        thin = len(ids.keys() - set(np.unique(inner[flat]).tolist()))
+        if (len(ids) > 8 and 2 * thin > len(ids)) or 2 * np.sum(mask == VOID) > np.count_nonzero(mask):
+            raise DatasetError(
+                f"{path} has {len(ids)} gray values between 0 and 255, so it looks like a smoothed (anti-aliased) mask "
+                "of one object; threshold it to 0 and 255, or write object ids with a palette"
+            )
+    return mask
+
+
+def is_binary(index: np.ndarray) -> bool:
+    """Return whether a mask holds 0 and 255 alone, as in DAVIS 2016: then 255 is an object and not void."""
+    return np.unique(index).tolist() == [0, VOID]
+
+
+def split_masks(index: np.ndarray, *, binary: bool = False) -> dict[int, np.ndarray]:
+    """Split an index mask (H, W) uint8 into object id -> (H, W) bool, without background and void.
+
+    In a `binary` mask 255 is object 1.
+    """
+    if binary:
+        return {1: index == VOID} if VOID in index else {}
     ids = np.flatnonzero(np.bincount(index.ravel(), minlength=VOID + 1)).tolist()
     return {i: index == i for i in ids if 0 < i < VOID}
 
@@ -89,7 +119,7 @@ def read_object_masks(video: str | Path, frame: str) -> dict[int, np.ndarray]:
 
     The masks may overlap. Objects without a file for this frame are omitted.
     """
-    return {object_id(path.parent): read_binary_mask(path) for path in sorted(Path(video).glob(f"*/{frame}.png"))}
+    return {object_id(path.parent): read_binary_mask(path) for path in sorted(Path(video).glob(f"[!.]*/{frame}.png"))}
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:

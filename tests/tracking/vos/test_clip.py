@@ -233,3 +233,63 @@ def test_an_overlay_that_fails_leaves_nothing(tmp_path, mask):
     with pytest.raises(DatasetError, match=r"cannot open .*00001\.png"):
         write_overlay(Clip("cat", list_frames(folder), mask), tmp_path / "masks", tmp_path / "out" / "cat.mp4")
     assert not list((tmp_path / "out").iterdir())
+
+
+def disc(blur=0, scale=1):
+    """A filled circle of 255 on 0, blurred or with anti-aliased edges."""
+    big = np.zeros((SIZE[0] * scale, SIZE[1] * scale), np.uint8)
+    cv2.circle(big, (32 * scale, 24 * scale), 15 * scale, 255, -1)
+    big = cv2.GaussianBlur(big, (0, 0), blur) if blur else big
+    return cv2.resize(big, SIZE[::-1], interpolation=cv2.INTER_AREA)
+
+
+@pytest.mark.parametrize(
+    "soft",
+    [disc(blur=3), disc(blur=1), disc(scale=4), disc(blur=9), disc()],
+    ids=["blurred", "slightly blurred", "anti-aliased", "heavily blurred", "hard"],
+)
+def test_smoothed_masks_are_refused_and_hard_ones_are_one_object(tmp_path, soft):
+    Image.fromarray(soft).save(tmp_path / "m.png")
+    clip = Clip("cat", (Path("0.jpg"),), tmp_path / "m.png")
+    if set(np.unique(soft)) == {0, 255}:
+        assert list(clip.prompts()["0"]) == [1]
+        return
+    with pytest.raises(DatasetError, match=r"m\.png has \d+ gray values .* smoothed"):
+        clip.prompts()
+
+
+def test_masks_with_many_objects_or_some_void_are_not_smoothed(tmp_path):
+    many = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) // 16 % 200
+    write_mask(tmp_path / "palette.png", many.astype(np.uint8))
+    assert len(Clip("cat", (Path("0.jpg"),), tmp_path / "palette.png").prompts()["0"]) == 191
+    gray = squares(1, 2, 3)
+    gray[20:22] = 255
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert list(Clip("cat", (Path("0.jpg"),), tmp_path / "gray.png").prompts()["0"]) == [1, 2, 3]
+
+
+def test_a_folder_of_binary_masks_holds_object_1(tmp_path):
+    """DAVIS 2016 with objects that may begin later; a later mask of void alone in an index set stays void."""
+    frames = list_frames(save_frames(tmp_path / "cat", ["0.png", "1.png"]))
+    white = (squares(1) > 0).astype(np.uint8) * 255
+    for name in ("0", "1"):
+        write_mask(tmp_path / f"masks/{name}.png", white)
+    same(Clip("cat", frames, tmp_path / "masks").prompts(), {"0": {1: white > 0}})
+    write_mask(tmp_path / "masks/0.png", squares(2))
+    same(Clip("cat", frames, tmp_path / "masks").prompts(), {"0": {2: squares(2) > 0}})
+
+
+def test_hidden_folders_beside_masks_are_skipped(tmp_path):
+    frames = list_frames(save_frames(tmp_path / "cat", ["00000.png"]))
+    write_mask(tmp_path / "masks/001/00000.png", squares(1))
+    write_mask(tmp_path / "masks/.ipynb_checkpoints/00000.png", squares(1))
+    write_mask(tmp_path / "masks/.ipynb_checkpoints/00000-checkpoint.png", squares(1))
+    clip = Clip("cat", frames, tmp_path / "masks", overlapping=True)
+    assert list(clip.prompts()["00000"]) == [1]
+
+
+def test_masks_of_a_video_that_does_not_say_its_length_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("pe_spatial.tracking.vos.clip.count_frames", lambda _: 0)
+    write_mask(tmp_path / "masks/00001.png", squares(5))
+    film = Clip("cat", save_video(tmp_path / "cat.mp4", 3), tmp_path / "masks")
+    same(film.prompts(), {"00001": {5: squares(5) == 5}})

@@ -102,3 +102,17 @@ def test_what_lacks_is_named(davis, sav):
         sav_clips(sav)
     with pytest.raises(ConfigError, match="layout is 'lvos'; choose davis or sa-v"):
         VideoDataset(str(davis), layout="lvos")
+
+
+def test_hidden_folders_are_no_sequences(davis):
+    for name in ("JPEGImages/480p", "Annotations/480p"):
+        (davis / name / ".ipynb_checkpoints").mkdir(parents=True, exist_ok=True)
+    (davis / "ImageSets" / "2017" / "val.txt").unlink(missing_ok=True)
+    assert not [clip.name for clip in davis_clips(davis) if clip.name.startswith(".")]
+
+
+def test_masks_numbered_otherwise_than_the_frames_are_named(davis):
+    folder = next(path for path in sorted((davis / "Annotations").rglob("*")) if (path / "00000.png").is_file())
+    (folder / "00000.png").rename(folder / "0.png")
+    with pytest.raises(DatasetError, match=r"first frame of .* has no mask .*00000\.png"):
+        davis_clips(davis, [folder.name])
