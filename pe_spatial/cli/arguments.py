@@ -16,20 +16,21 @@ SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "geometry", "checkpo
 
 
 class _Options(argparse.Action):
-    """KEY=VALUE pairs as mmengine reads them. If the option is given twice, both count: a script's and its user's."""
+    """KEY=VALUE pairs. If the option is given twice, both count: a launch script's and its user's."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        from mmengine.config import DictAction
-
-        given = argparse.Namespace()
-        DictAction(self.option_strings, self.dest, nargs="+")(parser, given, values, option_string)
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **getattr(given, self.dest)})
+        for text in values:
+            if "=" not in text:
+                parser.error(f"{text!r} is not KEY=VALUE; positional arguments go before {option_string}")
+        pairs = dict(text.split("=", 1) for text in values)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **pairs})
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     replaced = (
-        "options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512; a list is KEY=1,2,3 "
-        "or KEY=[1,2,3], without spaces"
+        "options of the config to replace, for instance model.backbone.variant=pe_spatial_s16_512. Lists are KEY=1,2,3 "
+        "or 'KEY=[1, 2, 3]'; text may have blanks: 'KEY=my data/a.json'; a key into a list of groups sets all of them, "
+        "and with an index (bbox_head.0.num_classes) one"
     )
     parser.add_argument("--cfg-options", nargs="+", action=_Options, default={}, metavar="KEY=VALUE", help=replaced)
 
@@ -60,13 +61,14 @@ def quiet_start(args: argparse.Namespace) -> AbstractContextManager[Any]:
 def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:
     """Read the config of `add_config_arguments`, or take `cfg` in its place, and apply the other arguments."""
     from pe_spatial.engine.configs import as_config_error, move_data_root, read_config
+    from pe_spatial.engine.options import set_options
 
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     with as_config_error(args.config):
         cfg = cfg or read_config(args.config)
         if args.data_root is not None:
             move_data_root(cfg, args.data_root)
-        cfg.merge_from_dict(args.cfg_options)
+        set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     name = Path(args.config.rpartition("::")[2]).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / name)

@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
     from pe_spatial.depth.inference import DepthPredictor, Sources
     from pe_spatial.engine.configs import config_in, read_config
+    from pe_spatial.engine.options import set_options
     from pe_spatial.errors import ConfigError
 
     files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)
     limits: dict[str, Any] = dict(color_range=args.range and tuple(args.range), percentiles=tuple(args.percentiles))
     options = OutputOptions(**files, **limits, colors=args.colors, edge_ratio=args.drop_edges)
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
-    cfg.merge_from_dict(args.cfg_options)
+    set_options(cfg, args.cfg_options)
     sources = Sources(args.images, exclude=args.out)
     predictor = DepthPredictor(cfg, args.checkpoint, device=args.device or get_device())
     if predictor.quantity != "meter" and (args.gt or "ply" in args.write):

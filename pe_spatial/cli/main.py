@@ -83,10 +83,22 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
         sys.exit(f"error: {sentence}")
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says where arguments belong which a list option took."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if action.option_strings and action.nargs in ("+", "*"):
+                error.message += f"; positional arguments go before {action.option_strings[0]}"
+            raise
+
+
 def build_parser(name: str) -> argparse.ArgumentParser:
     module = _module(name)
     verbatim = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=f"pe-spatial {name}", description=module.__doc__, formatter_class=verbatim)
+    parser = Parser(prog=f"pe-spatial {name}", description=module.__doc__, formatter_class=verbatim)
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     from pe_spatial.atomic import atomic_write
     from pe_spatial.engine.configs import read_config
+    from pe_spatial.engine.options import set_options
     from pe_spatial.errors import ConfigError
     from pe_spatial.planning.report import describe, format_table
     from pe_spatial.planning.search import Hardware, plan, with_variants
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    set_options(cfg, args.cfg_options)
     if cfg.get("default_scope") in _PACKAGES:
         importlib.import_module(_PACKAGES[cfg.default_scope])
     hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})

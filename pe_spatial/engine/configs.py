@@ -1,7 +1,9 @@
 """Reading of configs: files, configs of installed packages, configs in checkpoints."""
 
+import ast
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +11,18 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
+from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, some
+from pe_spatial.engine.options import RUN_KEYS, places_of
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
 
 def read_config(name: str) -> Config:
     """Read a config file, or a config of an installed package such as mmdet::detr/detr_r50_8xb2-150e_coco.py."""
     with as_config_error(name):
-        return Config.fromfile(installed_config(name))
+        path = installed_config(name)
+        if path == name:  # a config of one's own
+            check_overrides(path)
+        return Config.fromfile(path)
 
 
 def config_in(checkpoint: str) -> Config:
@@ -46,20 +52,51 @@ def installed_config(name: str) -> str:
 
 
 def move_data_root(cfg: Config, root: str) -> None:
-    """Replace the config's `data_root` with `root` in every path that starts with it."""
+    """Replace the config's `data_root` with `root` in every path that lies in it."""
     old = cfg.get("data_root")
     if not old:
         raise ConfigError("the config has no data_root at its top level that --data-root could replace; set the paths")
-    new = root.rstrip("/") + "/"
+    if not root:
+        raise ConfigError("--data-root is empty; give a folder, such as . for the current one")
+    old, new = old.rstrip("/") + "/", os.path.expanduser(root).rstrip("/") + "/"
 
     def move(node: Any) -> Any:
         if isinstance(node, Mapping):
             return {key: move(value) for key, value in node.items()}
         if isinstance(node, list | tuple):
             return type(node)(map(move, node))
-        return new + node[len(old) :] if isinstance(node, str) and node.startswith(old) else node
+        if not isinstance(node, str) or not f"{node}/".startswith(old):
+            return node
+        return new + node[len(old) :] if node.startswith(old) else new.rstrip("/")
 
     cfg.merge_from_dict(move(cfg.to_dict()))
+
+
+def check_overrides(path: str) -> None:
+    """Refuse a config file that sets a variable of its bases which nothing reads any more: it would change nothing."""
+    try:
+        body = ast.parse(Path(path).read_text(encoding="utf-8")).body
+        targets = [(target, node.value) for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        assigned = {target.id: value for target, value in targets if isinstance(target, ast.Name)}
+        bases = ast.literal_eval(assigned["_base_"])
+    except (KeyError, SyntaxError, ValueError, OSError):
+        return
+    names = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    unread = assigned.keys() - {node.id for node in names if isinstance(node.ctx, ast.Load)} - RUN_KEYS - {"_base_"}
+    for base in [bases] if isinstance(bases, str) else bases:
+        packaged = "::" in base
+        base = installed_config(base) if packaged else str(Path(path).parent / base)
+        if not packaged:
+            check_overrides(base)
+        inherited = Config.fromfile(base, import_custom_modules=False) if unread else {}
+        for name in unread & set(inherited):
+            cfg = Config.fromfile(path, import_custom_modules=False)
+            used = list(places_of({key: value for key, value in cfg.items() if key != name}, inherited[name]))
+            if inherited[name] != cfg[name] and used:
+                raise ConfigError(
+                    f"{path} sets {name}, which {base} has used already: this changes nothing in {some(used)}. Set "
+                    f"those, or repeat in {Path(path).name} what uses {name}"
+                )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pe_spatial.errors import TrainingError
 def test_options_given_twice_all_count():
     """A launch script sets some, its user others; of the same option the later one holds."""
     args = build_parser("train").parse_args(["c.py", "--cfg-options", "a=1", "b.c=2", "--cfg-options", "b.c=3", "d=x"])
-    assert args.cfg_options == {"a": 1, "b.c": 3, "d": "x"}
+    assert args.cfg_options == {"a": "1", "b.c": "3", "d": "x"}
     assert build_parser("train").parse_args(["c.py"]).cfg_options == {}
 
 
