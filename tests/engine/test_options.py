@@ -6,7 +6,8 @@ import string
 import pytest
 
 pytest.importorskip("mmengine")
-hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("hypothesis")
+import hypothesis
 from helpers.repository import CONFIGS
 from hypothesis import strategies as st
 from mmengine.config import Config
