@@ -4,11 +4,13 @@ import importlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from PIL.Image import Transpose
 
 from pe_spatial.errors import DatasetError
@@ -81,6 +83,16 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
         raise DatasetError(f"{path} cannot be decoded ({reason}). Replace it or remove it from the dataset") from error
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of an image, upright, from its header; DatasetError if it cannot be opened."""
+    try:
+        with open_image(path) as image:
+            turned = exif_turn(image) in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
+            return image.size if turned else image.size[::-1]
+    except Exception as error:
+        raise DatasetError(f"cannot open {path}: {error}") from error
+
+
 @contextmanager
 def open_image(source: bytes | str | Path, **options: Any) -> Iterator[Image.Image]:
     """Open an image as PIL does, but up to `MAX_PIXELS`: PIL itself refuses aerial images of 179 megapixels.
@@ -103,12 +115,25 @@ def open_image(source: bytes | str | Path, **options: Any) -> Iterator[Image.Ima
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Rotate or mirror an image as EXIF's orientation says; all other tags are ignored, malformed ones too."""
-    try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # PIL raises almost anything on broken tags
-        return image
+    """Rotate or mirror an image as EXIF's orientation says."""
+    turn = exif_turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def exif_turn(image: Image.Image) -> Transpose | None:
+    """Return what EXIF's orientation asks for; all other tags are ignored, malformed ones too."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # PIL raises almost anything on broken tags
+        return None
+
+
+@cache
+def image_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of images that are read here, by what Pillow was built with."""
+    suffixes = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".tga")
+    heic = (".heic", ".heif") if find_spec("pillow_heif") else ()
+    return (*suffixes, ".jp2", *((".avif",) if features.check("avif") else ()), *heic)
 
 
 def is_hidden(path: Path, folder: Path) -> bool:

@@ -8,13 +8,27 @@ Writes into --out: NAME.npy (float32, meters) for every image, the files that --
 describes them. A second call skips images that have their .npy, unless --overwrite is given.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pe_spatial.cli.arguments import add_cfg_options
+
+if TYPE_CHECKING:
+    from pe_spatial.depth.inference import Sources
+
+
+def side(text: str) -> int:
+    """Parse a side in pixels; 'full' is 0."""
+    if text == "full":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor 'full'")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="predict images again that have their .npy")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass (1)")
-    parser.add_argument("--tile", type=int, metavar="PIXELS", help="predict larger images in square tiles, blended")
+    size_help = "short side in pixels that the model gets; 'full': unchanged (default: that of the training images)"
+    parser.add_argument("--size", type=side, metavar="PIXELS", help=size_help)
+    parser.add_argument("--tile", type=int, metavar="PIXELS", help="predict larger images in square tiles, unchanged")
     parser.add_argument("--overlap", type=int, default=64, metavar="PIXELS", help="overlap of neighboring tiles (64)")
     group = parser.add_argument_group("files")
     group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="PNG units per meter")
@@ -37,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     span = "without --range: the colors span these percentiles of each image (2 98)"
     group.add_argument("--percentiles", nargs=2, type=float, default=(2, 98), metavar=("LOW", "HIGH"), help=span)
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
-    group.add_argument("--gt-scale", type=float, default=1000, help="units per meter of the maps in a folder (1000)")
+    group.add_argument("--gt-scale", type=float, help="units per meter of the maps in a folder (1000)")
     group.add_argument("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="camera, in pixels")
     group.add_argument("--fov", type=float, default=60, help="field of view in degrees, if EXIF has none (60)")
     group.add_argument("--drop-edges", type=float, metavar="RATIO", help="omit points at edges in depth, such as 1.05")
 
 
 def run(args: argparse.Namespace) -> None:
+    from functools import partial
+
     from mmengine.device import get_device
     from tqdm import tqdm
 
@@ -56,20 +74,26 @@ def run(args: argparse.Namespace) -> None:
     files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)
     limits: dict[str, Any] = dict(color_range=args.range and tuple(args.range), percentiles=tuple(args.percentiles))
     options = OutputOptions(**files, **limits, colors=args.colors, edge_ratio=args.drop_edges)
+    sources = Sources(args.images, exclude=args.out)
+    truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
     set_options(cfg, args.cfg_options)
-    sources = Sources(args.images, exclude=args.out)
     predictor = DepthPredictor(cfg, args.checkpoint, device=args.device or get_device())
-    if predictor.quantity != "meter" and (args.gt or "ply" in args.write):
+    if predictor.quantity != "meter" and (truth or "ply" in args.write):
         raise ConfigError(f"this model predicts {predictor.quantity}; omit --gt and --write ply, which need meters")
-    truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
-    folder = DepthFolder(args.out, sources, progress=partial(tqdm, unit="image"))
-    model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile)
+    size = None if args.tile else predictor.training_size
+    if args.size is not None:
+        size = args.size or None
+    print(*introduction(sources, size, args), sep="\n")
+    progress = partial(tqdm, unit="image")
+    folder = DepthFolder(args.out, sources, options, quantity=predictor.quantity, truth=truth, progress=progress)
+    model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile, size=size)
     model["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
     folder.start(checkpoint=args.checkpoint, overwrite=args.overwrite, **model)
-    tiles = dict(tile=args.tile, overlap=args.overlap)
-    counts, unreadable = folder.predict(predictor, batch_size=args.batch, overwrite=args.overwrite, **tiles)
-    metadata = folder.derive(options, quantity=predictor.quantity, truth=truth)
+    counts, unreadable = folder.predict(
+        predictor, batch_size=args.batch, size=size, tile=args.tile, overlap=args.overlap, overwrite=args.overwrite
+    )
+    metadata = folder.finish()
     print(
         f"{counts['predicted']} predicted, {counts['kept']} kept, {len(unreadable)} unreadable; "
         f"unit: {predictor.quantity}, missing pixels are 0; see {args.out}/metadata.json"
@@ -78,3 +102,14 @@ def run(args: argparse.Namespace) -> None:
     if unreadable:
         print(*(f"unreadable: {message}" for message in unreadable), sep="\n", file=sys.stderr)
         sys.exit(f"error: {len(unreadable)} images could not be read (listed above); the others are finished")
+
+
+def introduction(sources: Sources, size: int | None, args: argparse.Namespace) -> Iterator[str]:
+    """Say what is omitted, and which size the model gets."""
+    if sources.omitted:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sources.omitted.items())
+        yield f"omitted, because they are not images that can be read: {counts}"
+    if size and args.size is None:
+        yield f"the model gets images with a short side of {size} px, as in its training; --size changes it"
+    elif args.size is None and not args.tile:
+        yield "the model gets images in full resolution, because the checkpoint names no size; --size changes it"

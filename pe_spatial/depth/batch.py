@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pe_spatial.depth import outputs, pointcloud
 from pe_spatial.depth.datasets import DepthPairDataset
 from pe_spatial.depth.inference import DepthPredictor, InputImage, Sources
 from pe_spatial.depth.outputs import is_valid
-from pe_spatial.depth.transforms import read_depth
+from pe_spatial.depth.transforms import FORMATS, SCALES, check_scale, fit_to_image, read_depth
 from pe_spatial.encoder.files import locate
 from pe_spatial.engine.checkpoints import AtomicLocalBackend
 from pe_spatial.errors import ConfigError, DatasetError
@@ -46,10 +46,11 @@ class OutputOptions:
 class GroundTruth:
     """Ground truth by image, from a table of pairs (.csv, see `DepthPairDataset`), or a folder with a map per name.
 
-    `scale` is in units per meter, for the maps in a folder; NPY and EXR files hold meters.
+    `scale` is in units per meter, for the maps in a folder; NPY and EXR files hold meters. None takes millimeters, but
+    refuses maps that agree with the predictions at another usual scale.
     """
 
-    def __init__(self, source: str | Path, *, scale: float) -> None:
+    def __init__(self, source: str | Path, *, scale: float | None) -> None:
         self.source, self.scale = Path(source), scale
         self.pairs = None
         if self.source.suffix == ".csv":
@@ -59,36 +60,55 @@ class GroundTruth:
         elif not self.source.is_dir():
             raise DatasetError(f"{source} is neither a folder nor a .csv file; give ground truth as one of them")
 
-    def read(self, image: InputImage, size: tuple[int, ...]) -> np.ndarray | None:
-        """Return the depth (H, W) of an image in meters, or None; DatasetError if it is not of `size`."""
+    def read(self, name: str, image: Path, prediction: np.ndarray) -> np.ndarray | None:
+        """Return the depth (H, W) of an image in meters, or None; DatasetError for another size or a wrong scale."""
         if self.pairs is not None:
-            pair = self.pairs.get(image.path.resolve())
-            path, scale = (pair["depth_path"], pair["depth_scale"]) if pair else (None, 1)
+            pair = self.pairs.get(image.resolve(), {})
+            path, scale, option = pair.get("depth_path"), pair.get("depth_scale"), "units_per_meter="
         else:
-            paths = [self.source / f"{image.name}{suffix}" for suffix in (".png", ".npy", ".tiff", ".pgm", ".exr")]
-            path = next((str(path) for path in paths if path.is_file()), None)
-            scale = 1 if path and path.endswith((".npy", ".exr")) else self.scale
+            paths = [self.source / f"{name}{suffix}" for suffix in FORMATS]
+            path, option = next((str(path) for path in paths if path.is_file()), None), "--gt-scale "
+            scale = 1 if path and path.endswith((".npy", ".npz", ".exr")) else self.scale or 1000
         if path is None:
             return None
-        depth = read_depth(path, scale=scale)
-        if depth.shape != size:
-            raise DatasetError(
-                f"{path} is {depth.shape[0]}x{depth.shape[1]} and the prediction of {image.path} is "
-                f"{size[0]}x{size[1]} (height x width); give ground truth of the same size"
-            )
+        depth = fit_to_image(read_depth(path, scale=scale), path, prediction.shape, image)
+        check_scale(depth, scale=scale, max_depth=None, path=path, option=option)
+        if self.pairs is None and self.scale is None and scale != 1:
+            _check_ratio(depth, prediction, path)
         return depth
+
+
+def _check_ratio(depth: np.ndarray, prediction: np.ndarray, path: str) -> None:
+    """Raise DatasetError for a depth map, read as millimeters, that agrees with the prediction at another scale."""
+    both = is_valid(depth) & is_valid(prediction)
+    ratio = float(np.median(prediction[both] / depth[both])) if both.any() else 1.0
+    for scale, name in SCALES.items():
+        if scale != 1000 and 0.8 < ratio * scale / 1000 < 1.25:
+            raise DatasetError(
+                f"the prediction is {ratio:.3g} times {path}, read as millimeters; give --gt-scale {scale} ({name}), "
+                "or --gt-scale 1000 if the prediction is that wrong"
+            )
 
 
 class DepthFolder:
     """A folder with NAME.npy, depth (H, W) float32, for each image of `sources`, and with files derived from them.
 
-    `progress` wraps an iteration and takes its description, such as `tqdm`.
+    Args:
+        options: which files to derive.
+        quantity: what is predicted, such as 'meter'.
+        truth: ground truth of some images, for maps of the error.
+        progress: wraps an iteration and takes its description, such as `tqdm`.
     """
 
     def __init__(
-        self, folder: Path, sources: Sources, *, progress: Callable[..., Iterable[Any]] = lambda images, _: images
-    ) -> None:
-        self.folder, self.sources, self.progress = folder, sources, progress
+        self, folder: Path, sources: Sources, options: OutputOptions, *, quantity: str,
+        truth: GroundTruth | None = None, progress: Callable[..., Iterable[Any]] = lambda images, _: images,
+    ) -> None:  # fmt: skip
+        self.folder, self.sources, self.options, self.progress = folder, sources, options, progress
+        self.quantity, self.truth = quantity, truth
+        self.images: dict[str, dict[str, Any]] = {}  # what metadata.json says about the images with all their files
+        self.ranges: list[tuple[float, float]] = []  # of their depth and ground truth
+        self.kept = 0  # images that were predicted before
 
     def start(self, *, checkpoint: str | Path, overwrite: bool, **model: Any) -> None:
         """Record in metadata.json what the predictions depend on: the checkpoint and the options in `model`.
@@ -108,24 +128,26 @@ class DepthFolder:
         _write(json.dumps({"model": model}).encode(), path)
 
     def predict(
-        self, predictor: DepthPredictor, *, batch_size: int = 1, tile: int | None = None, overlap: int = 64,
-        overwrite: bool = False,
+        self, predictor: DepthPredictor, *, batch_size: int = 1, size: int | None = None, tile: int | None = None,
+        overlap: int = 64, overwrite: bool = False,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-        """Write NAME.npy for every image that has none; return counts of images, and why some could not be read.
+        """Write all files of every image that has no NAME.npy; return counts, and why images could not be read.
 
-        `batch_size` counts images of one size, or tiles, per forward pass. Images larger than a `tile` (in pixels, as
-        `overlap`) are predicted as in `DepthPredictor.tiled`. `overwrite` predicts images again that have their file.
+        `batch_size` counts images of one size, or tiles, per forward pass; `size` is that of `DepthPredictor`. Images
+        larger than a `tile` (in pixels, as `overlap`) are predicted as in `DepthPredictor.tiled`. `overwrite` predicts
+        images again that have their file.
         """
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         counts: Counter[str] = Counter()
         unreadable: list[str] = []
-        waiting: list[tuple[str, np.ndarray]] = []
+        waiting: list[tuple[InputImage, np.ndarray]] = []
 
         def flush() -> None:
             if waiting:
-                for (name, _), depth in zip(waiting, predictor([image for _, image in waiting]), strict=True):
-                    self._save(name, depth)
+                depths = predictor([rgb for _, rgb in waiting], size=size)
+                for (image, _), depth in zip(waiting, depths, strict=True):
+                    self._save(image, depth)
             waiting.clear()
 
         for image in self.progress(self.sources, "depth"):
@@ -139,76 +161,80 @@ class DepthFolder:
                 continue
             counts["predicted"] += 1
             if tile and max(rgb.shape[:2]) > tile:
-                self._save(image.name, predictor.tiled(rgb, tile=tile, overlap=overlap, batch_size=batch_size))
+                self._save(image, predictor.tiled(rgb, tile=tile, overlap=overlap, batch_size=batch_size))
                 continue
             if waiting and (len(waiting) == batch_size or waiting[0][1].shape != rgb.shape):
                 flush()
-            waiting.append((image.name, rgb))
+            waiting.append((image, rgb))
+            if len(waiting) == batch_size:
+                flush()
         flush()
+        self.kept = counts["kept"]
         return counts, unreadable
 
-    def _save(self, name: str, depth: np.ndarray) -> None:
+    def _save(self, image: InputImage, depth: np.ndarray) -> None:
         file = io.BytesIO()
         np.save(file, depth)
-        _write(file.getvalue(), self.folder / f"{name}.npy")
+        _write(file.getvalue(), self.folder / f"{image.name}.npy")
+        self._derive(image, depth)
 
-    def predictions(self, description: str) -> Iterator[tuple[InputImage, np.ndarray]]:
-        """Yield each image that has a prediction, and its depth (H, W)."""
-        for image in self.progress(self.sources, description):
-            path = self.folder / f"{image.name}.npy"
-            if path.is_file():
-                yield image, np.load(path)
+    def finish(self) -> dict[str, Any]:
+        """Derive the files of images that were predicted before; return the complete metadata.json.
 
-    def color_range(self, options: OutputOptions, truth: GroundTruth | None) -> tuple[float, float]:
-        """Return the range of the colors, shared by all images and their ground truth."""
-        if options.color_range:
-            return options.color_range
-        ranges = []
-        for image, depth in self.predictions("color range"):
-            target = truth.read(image, depth.shape) if truth else None
-            ranges += [outputs.depth_range(x, options.percentiles) for x in (depth, target) if x is not None]
-        lows, highs = zip(*filter(None, ranges), strict=True) if any(ranges) else ((0.0,), (1.0,))
-        return min(lows), max(highs)
-
-    def derive(self, options: OutputOptions, *, quantity: str, truth: GroundTruth | None = None) -> dict[str, Any]:
-        """Write the files that `options` and the ground truth ask for; return the complete metadata.json.
-
-        `quantity` is that of the predictor, such as 'meter'; maps of the error need the `truth` of some images.
+        Without a given range, colors are drawn again, with one range for all images and their ground truth.
         """
-        limits = self.color_range(options, truth) if "color" in options.formats else None
-        images = {}
-        for image, depth in self.predictions("files"):
-            target = truth.read(image, depth.shape) if truth else None
-            images[image.name] = self._derive_image(image, depth, target, options, quantity, limits)
-        if truth and images and not any("abs_rel" in entry for entry in images.values()):
-            raise DatasetError(f"{truth.source} has a depth map for none of the {len(images)} images; check the names")
+        for image in self.progress(self.sources, "files") if self.kept else ():
+            path = self.folder / f"{image.name}.npy"
+            if image.name not in self.images and path.is_file():
+                self._derive(image, np.load(path))
+        if self.truth and self.images and not any("abs_rel" in entry for entry in self.images.values()):
+            count = len(self.images)
+            raise DatasetError(f"{self.truth.source} has a depth map for none of the {count} images; check the names")
+        limits = None
+        if "color" in self.options.formats:
+            limits = self._limits()
+            if not self.options.color_range and len(self.images) > 1:
+                for name in self.progress(self.images, "colors"):
+                    depth = np.load(self.folder / f"{name}.npy")
+                    self._color(name, depth, self._truth(name, depth, Path(self.images[name]["source"])), limits)
         path = self.folder / "metadata.json"
         metadata = {
             **json.loads(path.read_text()),
-            "unit": quantity,
-            "metric": quantity == "meter",
+            "unit": self.quantity,
+            "metric": self.quantity == "meter",
             "missing": 0,
-            "png_scale": options.png_scale,
-            "colors": {"name": options.colors, "range": limits} if limits else None,
-            "images": images,
+            "png_scale": self.options.png_scale,
+            "colors": {"name": self.options.colors, "range": limits} if limits else None,
+            "images": self.images,
         }
         _write(json.dumps(metadata, indent=1).encode(), path)
         return metadata
 
-    def _derive_image(
-        self, image: InputImage, depth: np.ndarray, target: np.ndarray | None, options: OutputOptions, quantity: str,
-        limits: tuple[float, float] | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        base, (height, width), values = self.folder / image.name, depth.shape, depth[is_valid(depth)]
+    def _truth(self, name: str, depth: np.ndarray, path: Path) -> np.ndarray | None:
+        return self.truth.read(name, path, depth) if self.truth else None
+
+    def _limits(self) -> tuple[float, float]:
+        """Return the range of the colors: the given one, or that of all images until now."""
+        if self.options.color_range:
+            return self.options.color_range
+        lows, highs = zip(*self.ranges, strict=True) if self.ranges else ((0.0,), (1.0,))
+        return min(lows), max(highs)
+
+    def _derive(self, image: InputImage, depth: np.ndarray) -> None:
+        """Write the files of one image."""
+        options, base = self.options, self.folder / image.name
+        target = self._truth(image.name, depth, image.path)
+        (height, width), values = depth.shape, depth[is_valid(depth)]
         entry = {"source": str(image.path), "height": height, "width": width, "missing": int(depth.size - values.size)}
         if values.size:
             entry |= {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
         if "png" in options.formats:
-            data, entry["saturated"] = outputs.encode_png16(depth, options.png_scale, {"depth_unit": quantity})
+            data, entry["saturated"] = outputs.encode_png16(depth, options.png_scale, {"depth_unit": self.quantity})
             _write(data, f"{base}_depth.png")
-        label = "depth [m]" if quantity == "meter" else quantity
-        if limits:
-            _write(outputs.encode_color(depth, limits, options.colors, label), f"{base}_color.png")
+        if "color" in options.formats:
+            ranges = [outputs.depth_range(x, options.percentiles) for x in (depth, target) if x is not None]
+            self.ranges += filter(None, ranges)
+            self._color(image.name, depth, target, self._limits())
         if "ply" in options.formats:
             points = pointcloud.without_edges(depth, options.edge_ratio) if options.edge_ratio else depth
             if options.intrinsics:
@@ -216,16 +242,21 @@ class DepthFolder:
             else:
                 exif = pointcloud.exif_camera(image.path, depth.shape)
                 camera = exif or pointcloud.guessed_camera(depth.shape, options.fov)
-            data, entry["points"] = pointcloud.encode_ply(points, image.read(), camera, [f"unit {quantity}"])
+            data, entry["points"] = pointcloud.encode_ply(points, image.read(), camera, [f"unit {self.quantity}"])
             entry["intrinsics"] = vars(camera).copy()
             _write(data, f"{base}.ply")
         if target is not None:
             both = is_valid(depth) & is_valid(target)
             entry["abs_rel"] = float((np.abs(depth - target)[both] / target[both]).mean()) if both.any() else None
             _write(outputs.encode_error(depth, target), f"{base}_error.png")
-            if limits:
-                _write(outputs.encode_color(target, limits, options.colors, label), f"{base}_truth.png")
-        return entry
+        self.images[image.name] = entry
+
+    def _color(self, name: str, depth: np.ndarray, truth: np.ndarray | None, limits: tuple[float, float]) -> None:
+        label = "depth [m]" if self.quantity == "meter" else self.quantity
+        for kind, values in (("color", depth), ("truth", truth)):
+            if values is not None:
+                data = outputs.encode_color(values, limits, self.options.colors, label)
+                _write(data, self.folder / f"{name}_{kind}.png")
 
 
 def summarize(metadata: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from mmengine.registry import DATASETS
 
 from pe_spatial.engine.loading import RefetchBrokenMixin
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import is_hidden, read_size
 
 _NAMED = 5  # number of files that an error names
 _CAMERA = ("fx", "fy", "cx", "cy")
@@ -22,6 +24,8 @@ _COLUMNS = ("rgb", "depth", "units_per_meter", *_CAMERA, "max_eval_depth_m", "no
 @DATASETS.register_module()
 class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
     """Pairs of an image and a depth map; missing files and malformed lines raise DatasetError.
+
+    `metainfo["image_size"]` is (height, width) of the first image; checkpoints hold it for inference.
 
     The pairs come from `ann_file`, or without one from two folders:
 
@@ -93,6 +97,8 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
                 f"{self._source()} contains {len(pairs)} pairs instead of {self.expected}; "
                 "complete the dataset, or set expected=None for another one"
             )
+        with suppress(DatasetError):  # reported when it is read
+            self._metainfo["image_size"] = read_size(pairs[0]["img_path"])
         MMLogger.get_current_instance().info(
             f"{self._source()}: {len(pairs)} pairs ({self.without_depth} more without depth, {missing} missing)"
         )
@@ -158,7 +164,7 @@ class DepthPairDataset(RefetchBrokenMixin, BaseDataset):
         if not root.is_dir():
             raise DatasetError(f"there is no folder {root}; check data_root (--data-root) and data_prefix")
         head, tail = image_name.split("{}")
-        for path in sorted(root.rglob(f"{head}*{tail}")):
+        for path in sorted(path for path in root.rglob(f"{head}*{tail}") if not is_hidden(path, root)):
             stem = path.name[len(head) : len(path.name) - len(tail)]
             image = path.relative_to(root)
             yield self._pair(str(image), str(image.with_name(depth_name.replace("{}", stem))), {})

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from pe_spatial.depth.outputs import is_valid
 from pe_spatial.errors import ConfigError
+from pe_spatial.images import open_image
 
 _EXIF, _FOCAL_LENGTH_35MM = 0x8769, 0xA405
 _FILM_DIAGONAL = math.hypot(36, 24)  # mm
@@ -48,7 +48,7 @@ def exif_camera(path: Path, size: tuple[int, int]) -> Intrinsics | None:
     The equivalence holds for diagonals (CIPA DCG-001), so orientation does not matter. It is wrong for cropped images.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             focal = float(image.getexif().get_ifd(_EXIF).get(_FOCAL_LENGTH_35MM, 0))
     except Exception:  # PIL raises almost anything on broken tags
         return None

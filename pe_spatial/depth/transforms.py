@@ -9,6 +9,8 @@ this module; after a rotation, or a flip or resize by another transform, it is d
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -25,46 +27,69 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import exif_turn, open_image, turn_upright
 from pe_spatial.planning.registry import register_step
 
 DEPTH = "gt_depth_map"
-_SCALES = {1000: "millimeters", 1: "meters", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimeters"}
+FORMATS = (".png", ".pgm", ".tif", ".tiff", ".pfm", ".npy", ".npz", ".exr")
+"""Files of depth maps."""
+
+SCALES = {1000: "millimeters", 1: "meters", 256: "KITTI's 1/256 m", 5000: "TUM's 1/5000 m", 100: "centimeters"}
+"""Units per meter of depth files, and what they are called."""
 
 
 def read_depth(path: str, *, scale: float) -> np.ndarray:
     """Read a depth map as (H, W) float32 meters; values that are not finite and positive are missing (0).
 
-    The file is a PNG, PGM or TIFF with 16 bits or floats, PFM, NPY, or EXR if OpenCV was told to read it, and has
-    `scale` units per meter: 1000 for millimeters, 256 for KITTI, 1 for meters. Raises DatasetError if it cannot be
-    read, or has 8 bits or several channels.
+    The file is one of `FORMATS`, with 16 bits or floats and `scale` units per meter: 1000 for millimeters, 256 for
+    KITTI, 1 for meters. Axes of one and equal channels are dropped, EXIF's orientation is applied; EXR needs an OpenCV
+    that was told to read it. Raises DatasetError if it cannot be read, or has 8 bits or several channels.
     """
     return _clean(_read(path, scale))[0]
 
 
 def _read(path: str, scale: float) -> np.ndarray:
     try:
-        if path.endswith(".npy"):
-            values = np.load(path, allow_pickle=False)
-        elif path.endswith(".exr"):
-            values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # its error names what to set
-            if values is None:
-                raise ValueError("not an EXR file")
-        else:
-            with Image.open(path) as image:
-                values = np.asarray(image)
+        values = _decode(path)
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise almost anything on broken data
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(path).suffix.lower() not in FORMATS:
+            reason = f"{reason}; the formats are {', '.join(FORMATS)}"
         raise DatasetError(f"{path} is not a readable depth map ({reason}). Replace it or remove the pair") from error
+    shape = values.shape
+    if values.ndim == 3 and values.dtype.itemsize > 1 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    while values.ndim > 2 and 1 in (values.shape[0], values.shape[-1]):
+        values = values.squeeze(0 if values.shape[0] == 1 else -1)
     if values.ndim != 2:
-        raise DatasetError(f"{path} has the shape {values.shape}; give a depth map with one channel, (height, width)")
+        raise DatasetError(f"{path} has the shape {shape}; give a depth map with one channel, (height, width)")
     if values.dtype.itemsize == 1:
         raise DatasetError(
             f"{path} contains {values.dtype} values, and 256 levels are too coarse for depth; "
             "give 16-bit depth, such as millimeters, or floats"
         )
     return values.astype(np.float32) / np.float32(scale)
+
+
+def _decode(path: str) -> np.ndarray:
+    suffix = Path(path).suffix.lower()
+    if suffix in (".npy", ".npz"):
+        values = np.load(path, allow_pickle=False)
+        if suffix == ".npz":
+            if len(values.files) != 1:
+                raise ValueError(f"it contains {', '.join(values.files)}, not one array")
+            values = values[values.files[0]]
+        return values
+    if suffix == ".exr":
+        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # its error names what to set
+        if values is None:
+            raise ValueError("not an EXR file")
+        return values
+    with open_image(path) as image:
+        image.load()
+        return np.asarray(turn_upright(image))
 
 
 def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
@@ -74,8 +99,12 @@ def _clean(depth: np.ndarray) -> tuple[np.ndarray, int]:
     return np.where(valid, depth, np.float32(0)), invalid
 
 
-def check_scale(depth: np.ndarray, *, scale: float, max_depth: float | None, path: str) -> None:
+def check_scale(
+    depth: np.ndarray, *, scale: float, max_depth: float | None, path: str, option: str = "scale="
+) -> None:
     """Raise DatasetError, naming likely scales, if the median of `depth` (meters, 0 = missing) is implausible.
+
+    `option` is what sets the scale.
 
     Plausible are 1/200 of `max_depth` to ten times `max_depth` (0.05 m to 100 m for 10 m), and without a `max_depth`
     0.05 m to 1000 m: confusing meters and millimeters is far outside.
@@ -87,11 +116,29 @@ def check_scale(depth: np.ndarray, *, scale: float, max_depth: float | None, pat
     low, high = (max_depth / 200, max_depth * 10) if max_depth else (0.05, 1000)
     if low <= median <= high:
         return
-    likely = [s for s in _SCALES if low <= median * scale / s <= (max_depth or 100)]
-    advice = " or ".join(f"scale={s} ({_SCALES[s]})" for s in likely) or "the scale of the file"
+    likely = [s for s in SCALES if low <= median * scale / s <= (max_depth or 100)]
+    advice = " or ".join(f"{option}{s} ({SCALES[s]})" for s in likely) or "the scale of the file"
     raise DatasetError(
         f"{path} has a median depth of {median:.4g} m at scale={scale:g} (units per meter), "
         f"which is implausible{f' for a max_depth of {max_depth:g} m' if max_depth else ''}; set {advice}"
+    )
+
+
+def fit_to_image(depth: np.ndarray, path: str, size: tuple[int, int], image_path: str | Path) -> np.ndarray:
+    """Return a depth map (H, W) of an upright image of `size` (H, W); DatasetError if it has another size.
+
+    Depth of the image's stored pixels is turned as EXIF turns the image.
+    """
+    if depth.shape == size[::-1]:
+        with suppress(OSError), open_image(image_path) as image:
+            turn = exif_turn(image)
+            if turn is not None:
+                depth = np.array(Image.fromarray(depth).transpose(turn))
+    if depth.shape == size:
+        return depth
+    raise DatasetError(
+        f"{path} is {depth.shape[0]}x{depth.shape[1]} (height x width) but {image_path} is {size[0]}x{size[1]}; give "
+        "maps of the same size and view, and place LoadDepth before transforms that crop the image"
     )
 
 
@@ -114,12 +161,7 @@ class LoadDepth(BaseTransform):
         depth, invalid = _clean(_read(path, results["depth_scale"]))
         if invalid:
             self._log("NaN, infinite or negative depth", path, f"{invalid} of {depth.size} pixels, set to missing")
-        (height, width), size = results["ori_shape"], depth.shape
-        if size != (height, width):
-            raise DatasetError(
-                f"{path} is {size[0]}x{size[1]} (height x width) but {results['img_path']} is {height}x{width}; give "
-                "maps of the same size and view, and place LoadDepth before transforms that crop the image"
-            )
+        depth = fit_to_image(depth, path, tuple(results["ori_shape"]), results["img_path"])
         check_scale(depth, scale=results["depth_scale"], max_depth=max_depth, path=path)
         depth[depth < results.get("min_depth", 0.0)] = 0
         if max_depth is not None:

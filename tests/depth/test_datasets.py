@@ -224,4 +224,14 @@ def test_wrong_options_are_refused(nyu, options, message):
 
 def test_registered(nyu):
     cfg = dict(type="DepthPairDataset", data_root=str(nyu), ann_file="train.txt", scale=1000, pipeline=[])
-    assert DATASETS.build(cfg).metainfo == {"classes": (), "palette": []}
+    assert DATASETS.build(cfg).metainfo == {"classes": (), "palette": [], "image_size": (24, 32)}
+
+
+def test_hidden_files_and_folders_are_no_pairs(nyu):
+    for name in ("kitchen_1/._rgb_00000.jpg", ".ipynb_checkpoints/rgb_00000.jpg", "kitchen_1/.trash/rgb_00001.jpg"):
+        (nyu / name).parent.mkdir(exist_ok=True)
+        (nyu / name).write_bytes(b"")
+    assert len(DepthPairDataset(data_root=str(nyu), names=NYU, scale=1000, pipeline=[])) == 3
+    dataset = DepthPairDataset(data_root=str(nyu), names=("{}.jpg", "{}.png"), scale=1000, pipeline=[], lazy_init=True)
+    images = [pair["img_path"] for pair in dataset._folder_pairs("{}.jpg", "{}.png")]
+    assert len(images) == 3

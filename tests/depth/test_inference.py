@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import shutil
 import struct
@@ -18,6 +19,7 @@ pytest.importorskip("mmseg")
 from helpers.repository import REPO, tool
 from mmengine.config import Config
 
+from pe_spatial.depth.estimator import DepthEstimator
 from pe_spatial.depth.inference import DepthPredictor, Sources, _starts
 from pe_spatial.depth.outputs import (
     GRAY,
@@ -29,6 +31,7 @@ from pe_spatial.depth.outputs import (
 )
 from pe_spatial.depth.pointcloud import encode_ply, exif_camera, given_camera, guessed_camera, without_edges
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.configs import config_in
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
 
@@ -214,16 +217,47 @@ def test_sources(tmp_path):
         Sources([tmp_path / "empty"], exclude=tmp_path)
 
 
-def test_a_video_that_breaks_off_says_so(tmp_path):
+def test_hidden_files_are_skipped_and_other_formats_are_counted(tmp_path):
+    names = ("a.jpg", "._a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "deep/.b.jpg", "deep/c.png", "d.tga", "e.jfif")
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name, format="TGA" if name.endswith("tga") else "PNG")
+    for name in ("f.heic", "deep/g.HEIC", "h.jxl", "notes.txt", ".DS_Store", "Thumbs.db"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    sources = Sources([tmp_path / "in"], exclude=tmp_path / "out")
+    assert [image.name for image in sources] == ["a", "d", "deep/c", "e"]
+    assert all(image.read().shape == (8, 8, 3) for image in sources)
+    assert sources.omitted == {".heic": 2, ".jxl": 1, ".txt": 1, ".db": 1}
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path):
+    (tmp_path / ".cache" / "x").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / ".cache" / "x" / "a.png")
+    assert [image.name for image in Sources([tmp_path / ".cache"], exclude=tmp_path / "out")] == ["x/a"]
+
+
+def test_a_video_that_breaks_off_keeps_its_frames(tmp_path, caplog):
     video(tmp_path / "whole.avi", frames=12, noise=255)
     content = (tmp_path / "whole.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
     (tmp_path / "none.mp4").write_bytes(b"no video")
     assert len(list(Sources([tmp_path / "whole.avi"], exclude=tmp_path / "out"))) == 12
-    for name, reason in (("cut.avi", "ends after [1-9] of 12 frames"), ("none.mp4", "cannot open the video")):
-        images = list(Sources([tmp_path / name], exclude=tmp_path / "out"))
-        with pytest.raises(DatasetError, match=reason):
-            images[-1].read()
+    assert not caplog.messages
+    images = list(Sources([tmp_path / "cut.avi"], exclude=tmp_path / "out"))
+    assert 0 < len(images) < 10
+    assert all(image.read().shape == (64, 96, 3) for image in images)
+    assert f"cut.avi has {len(images)} frames, and its container announces 12" in caplog.text
+    images = list(Sources([tmp_path / "none.mp4"], exclude=tmp_path / "out"))
+    with pytest.raises(DatasetError, match="cannot open the video"):
+        images[-1].read()
+
+
+def test_the_camera_of_a_large_image_is_read(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA405] = 50
+    Image.new("RGB", (360, 240)).save(tmp_path / "a.jpg", exif=exif)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert exif_camera(tmp_path / "a.jpg", (240, 360)).fx == pytest.approx(500)
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +448,126 @@ def test_tool_counts_saturated_pixels_and_takes_a_table_and_a_range(infer, proje
     assert "has a depth map for none of the 5 images" in end
     _, end = infer("--write", "ply", "--intrinsics", "90", "90", "900", "20")
     assert "do not fit an image" in end
+
+
+KNOWN = {256: "KITTI", 5000: "TUM", 100: "centimeters"}
+
+
+@pytest.mark.parametrize("scale", KNOWN)
+def test_ground_truth_of_another_scale_is_refused(infer, predictor, project, tmp_path, scale):
+    """16-bit maps of KITTI, with the scale of millimeters that is assumed."""
+    (tmp_path / "gt").mkdir()
+    (depth,) = predictor([read_rgb(project / "in" / "rgb.png")])
+    Image.fromarray(np.round(depth * scale).astype(np.uint16)).save(tmp_path / "gt" / "rgb.png")
+    _, end = infer("--gt", "gt", "--write")
+    assert re.search(rf"gt/rgb\.png.*--gt-scale {scale} .*{KNOWN[scale]}", end)
+    assert "--gt-scale 1000" in end
+    out, end = infer("--gt", "gt", "--write", "--gt-scale", scale)
+    assert end == ""
+    assert float(re.search(r"abs_rel ([\d.]+) on 1 images", out)[1]) < 0.01
+    out, end = infer("--gt", "gt", "--write", "--gt-scale", "1000")
+    assert end == ""
+    assert float(re.search(r"abs_rel ([\d.]+) on 1 images", out)[1]) > 0.5
+
+
+def test_implausible_ground_truth_is_refused_whatever_its_form(infer, tmp_path):
+    (tmp_path / "gt").mkdir()
+    np.save(tmp_path / "gt" / "rgb.npy", np.full((64, 96), 3000.0))
+    _, end = infer("--gt", "gt", "--write")
+    assert "median depth of 3000 m" in end
+    Image.fromarray(np.full((64, 96), 3000, np.uint16)).save(tmp_path / "d.png")
+    (tmp_path / "pairs.csv").write_text("rgb,depth,units_per_meter\nin/rgb.png,d.png,1\n")
+    _, end = infer("--gt", "pairs.csv", "--write")
+    assert "median depth of 3000 m" in end
+    assert "units_per_meter" in end
+
+
+def test_a_stopped_run_has_all_files_of_the_images_it_finished(infer, tmp_path, monkeypatch):
+    done = []
+    predict = DepthPredictor.__call__
+
+    def stop_at_the_third(self, images, **options):
+        if len(done) == 2:
+            raise DatasetError("stopped")
+        done.append(images)
+        return predict(self, images, **options)
+
+    monkeypatch.setattr(DepthPredictor, "__call__", stop_at_the_third)
+    _, end = infer("--write", "png", "color", "ply")
+    assert end == "error: stopped"
+    for name in ("alpha", "deep16"):
+        for suffix in (".npy", "_depth.png", "_color.png", ".ply"):
+            assert (tmp_path / "out" / f"{name}{suffix}").is_file()
+    monkeypatch.setattr(DepthPredictor, "__call__", predict)
+    out, _ = infer("--write", "png", "color", "ply")
+    assert "3 predicted, 2 kept" in out
+    assert set(json.loads((tmp_path / "out" / "metadata.json").read_text())["images"]) == {
+        "alpha", "deep16", "gray", "palette", "rgb"
+    }  # fmt: skip
+
+
+def with_training_size(project, path, size):
+    checkpoint = torch.load(project / "depth.pth")
+    checkpoint["meta"] = dict(dataset_meta=dict(image_size=size))
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The sizes of the images that reach the model."""
+    sizes = []
+    infer = DepthEstimator.infer
+    monkeypatch.setattr(
+        DepthEstimator, "infer", lambda self, x: sizes.append(tuple(x.shape[-2:])) or infer(self, x)
+    )
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), {(32, 48), (32, 45), (32, 32)}),  # of the training
+        (("--size", "48"), {(48, 72), (48, 67), (48, 48)}),
+        (("--size", "full"), {(64, 96), (50, 70), (40, 40)}),
+        (("--tile", "64", "--overlap", "16"), {(64, 64), (50, 64), (40, 40)}),
+    ],
+)
+def test_images_are_resized_to_the_size_of_the_training_and_back(infer, project, tmp_path, seen, options, expected):
+    checkpoint = with_training_size(project, tmp_path / "sized.pth", (32, 48))
+    out, end = infer("--write", "--checkpoint", checkpoint, *options)
+    assert end == ""
+    assert set(seen) == expected
+    assert np.load(tmp_path / "out" / "alpha.npy").shape == (50, 70)
+    assert ("short side of 32 px" in out) == (not options)
+
+
+def test_a_resized_prediction_is_that_of_the_small_image(predictor):
+    rgb = read_rgb_ramp(64, 96)
+    small = cv2.resize(rgb, (48, 32), interpolation=cv2.INTER_AREA)
+    expected = cv2.resize(predictor([small])[0], (96, 64), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(predictor([rgb], size=32)[0], expected, rtol=1e-4)
+
+
+def read_rgb_ramp(height, width):
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, rows + columns], -1).astype(np.uint8)
+
+
+def test_another_size_is_another_prediction(infer):
+    infer("--write", "--size", "32")
+    _, end = infer("--write", "--size", "48")
+    assert end == "error: out holds predictions with another size; choose another --out, or --overwrite"
+    for size in ("0", "-3", "big"):
+        _, end = infer("--write", "--size", size)
+        assert end == "2"
+
+
+def test_the_checkpoint_of_another_model_is_named(tmp_path):
+    cfg = Config.fromfile(REPO / "configs" / "pe_spatial_linear_ade20k.py")
+    torch.save(dict(state_dict=dict(a=torch.zeros(1)), meta=dict(cfg=cfg.pretty_text)), tmp_path / "detector.pth")
+    with pytest.raises(ConfigError, match=r"^the config in .*detector\.pth is .* PEDepthEstimator.* LinearProbe"):
+        DepthPredictor(config_in(str(tmp_path / "detector.pth")), tmp_path / "detector.pth")
 
 
 @pytest.mark.slow

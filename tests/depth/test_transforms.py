@@ -104,12 +104,73 @@ def test_exr_needs_opencv_to_be_told(tmp_path):
         ("d.npy", (METERS * 40).astype(np.uint8), "contains uint8 values"),
         ("d.npy", METERS > 3, "contains bool values"),
         ("d.png", np.zeros((24, 32, 3), np.uint8), r"has the shape \(24, 32, 3\); give a depth map with one channel"),
-        ("d.npy", METERS[None], r"has the shape \(1, 24, 32\)"),
+        ("d.npy", np.stack([METERS, METERS + 1]), r"has the shape \(2, 24, 32\)"),
+        ("d.npy", np.stack([METERS, METERS + 1, METERS], -1), r"has the shape \(24, 32, 3\)"),
     ],
 )
 def test_no_depth_map(tmp_path, name, values, message):
     with pytest.raises(DatasetError, match=message):
         read_depth(write(tmp_path / name, values), scale=1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [METERS[None], METERS[..., None], METERS[None, None], METERS[None, ..., None], np.stack([METERS] * 3, -1)],
+    ids=lambda values: "x".join(map(str, values.shape)),
+)
+def test_axes_of_one_and_equal_channels_are_one_map(tmp_path, values):
+    np.testing.assert_array_equal(read_depth(write(tmp_path / "d.npy", values), scale=1), METERS)
+
+
+def test_an_archive_of_one_array_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "d.npz", depth=METERS[None])
+    np.testing.assert_array_equal(read_depth(str(tmp_path / "d.npz"), scale=1), METERS)
+    np.savez(tmp_path / "two.npz", depth=METERS, mask=METERS > 1)
+    with pytest.raises(DatasetError, match=r"two\.npz .*depth, mask"):
+        read_depth(str(tmp_path / "two.npz"), scale=1)
+
+
+@pytest.mark.parametrize("name", ["d.h5", "d.mat", "d.dpt", "d.txt"])
+def test_formats_that_are_not_read_are_answered_with_those_that_are(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(DatasetError, match=rf"{name} .*\.png, .*\.npy, \.npz, .*\.exr"):
+        read_depth(str(tmp_path / name), scale=1)
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path):
+    np.save(tmp_path / "d.npy", METERS)
+    (tmp_path / "d.npy").rename(tmp_path / "d.NPY")
+    np.testing.assert_array_equal(read_depth(str(tmp_path / "d.NPY"), scale=1), METERS)
+
+
+def test_maps_above_the_limit_of_pil_are_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "d.png", np.round(METERS * 1000).astype(np.uint16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_depth(path, scale=1000).shape == METERS.shape
+
+
+def save_turned(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return str(path)
+
+
+@pytest.mark.parametrize(("own", "of_image", "stored"), [(1, 6, True), (1, 6, False), (6, 6, True), (1, 8, True)])
+def test_image_and_depth_are_turned_alike(tmp_path, own, of_image, stored):
+    """Depth of the stored pixels turns with its image, depth of the upright image stays, its own tag comes first."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:8, :8] = 255
+    depth = np.full((24, 32), 2000, np.uint16)
+    depth[:8, :8] = 4000
+    turns = {6: -1, 8: 1}[of_image]
+    if own == 1 and not stored:
+        depth = np.rot90(depth, turns)
+    results = LoadCheckedImage()(dict(img_path=save_turned(tmp_path / "a.png", image, of_image)))
+    results.update(depth_path=save_turned(tmp_path / "d.png", depth, own), depth_scale=1000)
+    loaded = LoadDepth()(results)
+    assert loaded["gt_depth_map"].shape == loaded["img"].shape[:2] == (32, 24)
+    assert np.array_equal(loaded["gt_depth_map"] > 3, loaded["img"][..., 0] > 100)
 
 
 def test_unreadable_files_are_named(tmp_path):
