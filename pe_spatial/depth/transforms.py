@@ -211,7 +211,8 @@ class DepthCrop(BaseTransform):
         if left < 0 or top < 0 or right > width or bottom > height:
             raise DatasetError(
                 f"{results['img_path']} is {height}x{width} (height x width) and does not contain the box "
-                f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); check the crop of the pipeline"
+                f"(left, top, right, bottom) = ({left}, {top}, {right}, {bottom}); set box of DepthCrop in the "
+                "dataset's pipeline, or remove it"
             )
         _crop(results, (left, top, right, bottom), {"img"} if self.image_only else {"img", DEPTH})
         results["ori_shape"] = results["img_shape"]

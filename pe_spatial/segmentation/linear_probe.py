@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.registry import DATASETS, MODELS
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import pe_spatial.engine
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import is_hidden, open_image, read_size
 from pe_spatial.planning.registry import register_example, total_loss
 
 
@@ -82,14 +84,30 @@ class LinearProbeHead(BaseDecodeHead):
 
 @DATASETS.register_module()
 class CheckedADE20KDataset(ADE20KDataset):
-    """MMSegmentation's ADE20K that raises DatasetError for missing folders, images or label maps."""
+    """MMSegmentation's ADE20K that raises DatasetError for missing folders, images or label maps, and wrong labels.
+
+    Each process checks a label map when it reads it for the first time. Hidden files are skipped.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._checked: set[str] = set()  # label maps, by this process
+        super().__init__(**options)
+
+    def prepare_data(self, idx: int) -> Any:
+        entry = self.get_data_info(idx)
+        path = entry["seg_map_path"]
+        if path not in self._checked:
+            classes = len(self.METAINFO["classes"])
+            check_labels(path, entry["img_path"], classes=classes, skip_zero=self.reduce_zero_label)
+            self._checked.add(path)
+        return super().prepare_data(idx)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         folders = [Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path")]
         for folder in folders:
             if not folder.is_dir():
                 raise DatasetError(f"there is no folder {folder}; check data_root (--data-root)")
-        data = super().load_data_list()
+        data = [one for one in super().load_data_list() if not is_hidden(Path(one["img_path"]), folders[0])]
         if not data:
             raise DatasetError(f"{folders[0]} contains no {self.img_suffix} images; check data_root (--data-root)")
         missing = [entry["seg_map_path"] for entry in data if not Path(entry["seg_map_path"]).is_file()]
@@ -99,6 +117,33 @@ class CheckedADE20KDataset(ADE20KDataset):
                 "unpack the annotations again"
             )
         return data
+
+
+def check_labels(path: str, image_path: str, *, classes: int, skip_zero: bool) -> None:
+    """Raise DatasetError for a label map that is not one channel of labels in the size of its image.
+
+    Labels are 0 to `classes` - 1, or with `skip_zero` 1 to `classes` and 0 for no label; 255 is no label.
+    """
+    try:
+        with open_image(path) as image:
+            labels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"the label map {path} cannot be decoded ({error}); unpack the annotations again") from error
+    if labels.ndim != 2:
+        raise DatasetError(f"{path} has {labels.shape[2]} channels; a label map has one, with labels instead of colors")
+    size = read_size(image_path)
+    if labels.shape != size:
+        raise DatasetError(
+            f"{path} is {labels.shape[0]}x{labels.shape[1]} (height x width) but {image_path} is {size[0]}x{size[1]}; "
+            "give label maps of the size of their images"
+        )
+    highest = classes if skip_zero else classes - 1
+    wrong = np.unique(labels[(labels > highest) & (labels != 255)])
+    if wrong.size:
+        raise DatasetError(
+            f"{path} has the label {wrong[0]} and {wrong.size - 1} more above {highest}, and the dataset has {classes} "
+            "classes; map them to these, or to 255 (no label)"
+        )
 
 
 @register_example(EncoderDecoder, counted="backbone, decode head and its loss")

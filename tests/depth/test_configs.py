@@ -15,6 +15,7 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 
 from pe_spatial import VARIANTS
+from pe_spatial.errors import DatasetError
 
 pytestmark = pytest.mark.mmseg
 SIZES = ["t16_512", "s16_512", "b16_512", "l14_448", "g14_448"]
@@ -158,3 +159,42 @@ def test_trains_resumes_and_tests(world, tmp_path):
     out = tool("test", config, tmp_path / "run/iter_4.pth", "--data-root", world, "--work-dir", tmp_path, cwd=tmp_path)
     assert "rmse" in out
     assert "depth of 4 images, from 0.001 m to 10 m, crop eigen" in out
+
+
+def test_own_data_with_a_shipped_config_is_a_matter_of_options(tmp_path):
+    """Ten pairs of 320 x 240; each error names the next option."""
+    from mmengine.registry import DATASETS
+
+    for i in range(10):
+        for folder, pixels in (("rgb", np.zeros((240, 320, 3), np.uint8)), ("z", np.full((240, 320), 2000, np.uint16))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    lines = [f"rgb/{i}.png z/{i}.png\n" for i in range(10)]
+    options = {"data_root": str(tmp_path)}
+    train = "train_dataloader.dataset"
+
+    def first():
+        cfg = load("dpt", **{f"{train}.{key}": value for key, value in options.items()})
+        return DATASETS.build(cfg.train_dataloader.dataset)[0]
+
+    with pytest.raises(DatasetError, match=r"there is no file .*nyu_train\.txt; check .*ann_file"):
+        first()
+    (tmp_path / "mine.txt").write_text("".join(lines))
+    options["ann_file"] = "mine.txt"
+    with pytest.raises(DatasetError, match=r"10 pairs instead of 24231; .* expected=None"):
+        first()
+    options["expected"] = None
+    with pytest.raises(DatasetError, match=r"240x320 .*; set box of DepthCrop .* or remove it"):
+        first()
+    cfg = load("dpt")
+    options["pipeline"] = [step for step in cfg.train_pipeline if step.type != "DepthCrop"]
+    with pytest.raises(DatasetError, match=r"240x320 .* smaller than the crop of 416x544; make the crop smaller, or"):
+        first()
+    options["pipeline"] = [dict(s, size=(224, 288)) if "size" in s else s for s in options["pipeline"]]
+    options["scale"] = 1
+    with pytest.raises(DatasetError, match=r"median depth of 2000 m .* set scale=1000"):
+        first()
+    options["scale"] = 1000
+    sample = first()
+    assert sample["inputs"].shape == (3, 224, 288)
+    assert sample["data_samples"].gt_depth_map.data.max() == 2

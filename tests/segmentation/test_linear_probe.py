@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_s
 
 import pe_spatial.segmentation  # noqa: F401  (registers)
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmseg
 CONFIG = REPO / "configs" / "pe_spatial_linear_ade20k.py"
@@ -247,3 +247,59 @@ def test_missing_data_are_one_sentence(project, tmp_path, monkeypatch, gone):
     assert end.value.code.startswith("error: ")
     assert gone.rpartition("*")[0].rstrip("/") in end.value.code
     assert "\n" not in end.value.code
+
+
+def damage(name):
+    """Return a function that writes a label map of a kind that cannot be trained on."""
+    labels = np.ones((64, 80), np.uint8)
+    if name == "value":
+        labels[5, 7] = 200
+    if name == "size":
+        labels = labels[:60]
+    image = Image.fromarray(labels)
+    if name == "colors":
+        image = image.convert("RGB")
+
+    def write(path):
+        image.save(path)
+        if name == "truncated":
+            path.write_bytes(path.read_bytes()[:60])
+
+    return write
+
+
+DAMAGED = {
+    "value": r"2\.png .* label 200.* 150 classes",
+    "size": r"2\.png is 60x80 .* 64x80",
+    "colors": r"2\.png has 3 channels",
+    "truncated": r"2\.png.* cannot be decoded",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_label_maps_that_cannot_be_used_are_named(project, tmp_path, kind, split):
+    root = tmp_path / "data"
+    shutil.copytree(project / "data", root)
+    damage(kind)(root / "annotations" / split / "2.png")
+    cfg = Config.fromfile(project / "tiny.py")
+    init_default_scope(cfg.default_scope)
+    loader = cfg.train_dataloader if split == "training" else cfg.val_dataloader
+    loader.dataset.data_root = str(root)
+    dataset = DATASETS.build(loader.dataset)
+    assert dataset[1] is not None
+    with pytest.raises(DatasetError, match=DAMAGED[kind]):
+        dataset[2]
+
+
+def test_hidden_images_are_skipped(project, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(project / "data", root)
+    for name in ("._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg"):
+        path = root / "images" / "validation" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    cfg = Config.fromfile(project / "tiny.py")
+    init_default_scope(cfg.default_scope)
+    cfg.val_dataloader.dataset.data_root = str(root)
+    assert len(DATASETS.build(cfg.val_dataloader.dataset)) == 4
