@@ -1,5 +1,8 @@
 """Errors that a user can fix. Commands print them as one sentence; `CheckpointError` belongs to the encoder."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be read or built; the message says what came and what is allowed."""
@@ -11,3 +14,10 @@ class DatasetError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot continue; the message names the step and what to change, on one line."""
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return `value`; ConfigError if it is not one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    return value

@@ -33,7 +33,7 @@ from pe_spatial.convert.layouts import (
 )
 from pe_spatial.convert.rope_tables import RopeTables, read_tables, recipe_tables, stored_tables
 from pe_spatial.encoder.checkpoint import OMITTED, rename
-from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, some
+from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, join_names
 from pe_spatial.encoder.resize import resize_patch_kernel
 
 TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
@@ -84,8 +84,8 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
     found = _find_layout(weights)
     if found is None:
         raise CheckpointError(
-            f"{file.path} holds no encoder or detector that is known here, but {some(file.state)}; known are encoders "
-            "of perception_models, timm and pe_spatial, and (Cascade) Mask R-CNN and DETA on one, the authors' and ours"
+            f"{file.path} holds no encoder or detector that is known here, but {join_names(file.state)}; known are "
+            "encoders of perception_models, timm and pe_spatial, and Meta's and our (Cascade) Mask R-CNN and DETA"
         )
     prefix, kind, layout = found
     target = _target(file.path, kind, to)
@@ -209,7 +209,7 @@ def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
     parts = [name for name in unused if "rope" not in name]
     if parts and not any(name.startswith("attn_pool.") for name in parts):
         raise CheckpointError(
-            f"{path} has {some(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
+            f"{path} has {join_names(parts)} but no attention pooling, like a CLIP and unlike any Perception Encoder; "
             "if it is one nevertheless, save its encoder alone"
         )
     for name in unused:
@@ -255,13 +255,13 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
     if extra or missing:
         raise CheckpointError(
-            f"{path} does not map one to one from {layout} to {target}; only in the file: {some(extra)}; "
-            f"missing in it: {some(missing)}; it is of another model, or only a part of this {kind}"
+            f"{path} does not map one to one from {layout} to {target}; only in the file: {join_names(extra)}; "
+            f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}"
         )
     homeless = [row.ours for row in table.values() if not _name(row, target)]
     if homeless:
         why = next(why for part, why in NO_PLACE.items() if part in homeless[0])
-        raise CheckpointError(f"{path} has no way to {target}: no place for {some(homeless)}, because {why}")
+        raise CheckpointError(f"{path} has no way to {target}: no place for {join_names(homeless)}, because {why}")
     return table
 
 

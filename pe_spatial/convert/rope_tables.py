@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pe_spatial.convert.layouts import ENCODERS, released_configs
-from pe_spatial.encoder.files import CheckpointError, CheckpointFile, some
+from pe_spatial.encoder.files import CheckpointError, CheckpointFile, join_names
 from pe_spatial.encoder.geometry import GLOBAL_BLOCKS, PRESETS, Geometry
 
 _DETA_RANGE = 16  # tokens: the rotary range of the released DETA, see PRESETS
@@ -99,9 +99,10 @@ def read_tables(
         dtype=str(images.dtype).removeprefix("torch."),
     )
     expected, deviation = tables.build(layout, sizes["e"], sizes["d"]), 0.0
-    odd = [name for name in expected.keys() | rope.keys() if _shape_of(rope, name) != _shape_of(expected, name)]
-    if odd:
-        raise CheckpointError(f"{path} has rotary tables that do not fit together ({some(sorted(odd))}) for {tables}")
+    shapes = [{(name, table.shape) for name, table in each.items()} for each in (rope, expected)]
+    odd = join_names(sorted({name for name, _ in shapes[0] ^ shapes[1]}))
+    if shapes[0] != shapes[1]:
+        raise CheckpointError(f"{path} has rotary tables that do not fit together ({odd}) for {tables}")
     for name, table in rope.items():
         difference = 0.0 if table.is_meta else float((table.float() - expected[name].float()).abs().max())
         if not difference <= 1e-5:  # nor nan
@@ -120,10 +121,6 @@ def _rope_range(cos: Tensor, sin: Tensor | None) -> int:
         return _DETA_RANGE
     first, second = torch.atan2(sin[:2, 0].double(), cos[:2, 0].double()).tolist()
     return round((second - first) % math.tau * side)
-
-
-def _shape_of(tables: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return tuple(tables[name].shape) if name in tables else ()
 
 
 def stored_tables(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeTables | None:

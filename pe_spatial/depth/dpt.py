@@ -12,9 +12,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, one_of
 
-from .heads import SPACINGS, WEIGHTINGS, Level, bin_depths, check_depth_range, expected_depth, one_of, resize
+from .heads import SPACINGS, WEIGHTINGS, Level, bin_depths, check_depth_range, expected_depth, resize
 
 
 class Reassemble(nn.Module):

@@ -17,10 +17,10 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.planning.registry import register_example, total_loss
 
-from .heads import one_of, resize
+from .heads import resize
 
 LAYERS = {"last": (1.0,), "even": (1 / 4, 2 / 4, 3 / 4, 1.0), "late": (5 / 8, 6 / 8, 7 / 8, 1.0)}
 """Name -> the blocks that a head reads, as fractions of the depth; 'even' is [12, 24, 37, 49] in PE-Spatial-G."""

@@ -9,7 +9,6 @@ Three protocols are called "linear depth probe" and give different results; each
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from pe_spatial.encoder.pyramid import ChannelLayerNorm
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, one_of
 
 SPACINGS = ("uniform", "log")
 WEIGHTINGS = ("linear", "softmax", "sigmoid")
@@ -47,13 +46,6 @@ def expected_depth(logits: Tensor, depths: Tensor, weighting: str) -> Tensor:
             return torch.einsum("bnhw,n->bhw", logits.softmax(1), depths)[:, None]
         weights = logits.relu() + 0.1 if weighting == "linear" else logits.sigmoid()
         return (torch.einsum("bnhw,n->bhw", weights, depths) / weights.sum(1))[:, None]
-
-
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """Return `value`; ConfigError if it is not one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-    return value
 
 
 class Level(nn.Module):

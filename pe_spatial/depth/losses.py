@@ -13,9 +13,7 @@ import torch.distributed.nn
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from pe_spatial.errors import ConfigError
-
-from .heads import one_of
+from pe_spatial.errors import ConfigError, one_of
 
 
 class _DepthLoss(nn.Module):

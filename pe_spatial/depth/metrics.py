@@ -19,9 +19,9 @@ from mmengine.registry import METRICS
 from torch import Tensor
 
 from pe_spatial.atomic import atomic_write
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError, DatasetError, one_of
 
-from .heads import check_depth_range, one_of, resize
+from .heads import check_depth_range, resize
 from .transforms import bottom_center_box
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")

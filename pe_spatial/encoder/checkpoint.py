@@ -1,4 +1,4 @@
-"""Released weights into `PerceptionEncoder`: names as a table, strict, one error that lists both sides."""
+"""Load released weights into `PerceptionEncoder`, strictly; one error lists the names of both sides."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import SUFFIXES, CheckpointError, locate, read_state_dict, some
+from .files import SUFFIXES, CheckpointError, join_names, locate, read_state_dict
 from .geometry import Geometry, get_geometry, preset_name
 from .resize import resize_patch_kernel, resize_pos_embed
 from .variants import DEMO_VARIANTS, RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
@@ -44,7 +44,7 @@ RELEASED_TO_OURS: dict[str, str] = {
 
 _KERNEL, _POSITIONS = "patch_embed.proj.weight", "pos_embed"
 
-# what a checkpoint may hold beyond the encoder, and why it is left out
+# what a checkpoint may contain beside the encoder, and why it is omitted
 OMITTED: dict[str, str] = {
     r"proj": "projection into the text space",
     r"ln_post\.(weight|bias)": "norm before the attention pooling",
@@ -63,13 +63,13 @@ class LoadReport:
     Args:
         path: the file that was read.
         layout: 'release' or 'timm' (which is ours).
-        left_out: tensors of the file that the encoder has no use for, each with the reason.
+        omitted: tensors of the file that the encoder does not need, each with the reason.
         resized: tensors that were resized, each with 'shape -> shape'.
     """
 
     path: str | Path
     layout: str
-    left_out: dict[str, str] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,12 +77,10 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
     """Load released (or timm's, or our own) weights into `model`, strictly.
 
     Args:
-        model: the encoder. Blocks that it did not build are left out; a patch kernel of the released size is resized to
+        model: the encoder. Blocks that it did not build are omitted; a patch kernel of the released size is resized to
             `model.patch_size`, learned positions of the released grid to `model.geometry.pos_grid`.
-        source: a local .pt, .pth or .safetensors file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it)
-            'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards; 'released', the
-            published weights of the variant (a demonstration's are in this package); or 'package://module/file', a file
-            that an installed package ships.
+        source: 'released' for the published weights of the variant (a demonstration's are in this package), or what
+            `files.locate` takes: a local .pt, .pth or .safetensors file, 'hf://owner/repo', ...
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
@@ -102,12 +100,12 @@ def from_pretrained(
 
     Args:
         source: a released name ('PE-Spatial-B16-512' or 'pe_spatial_b16_512': from the hub, through its cache); a local
-            folder that holds its weights; or what `load_checkpoint` takes. A detector's file gives its encoder.
+            folder that contains its weights; or what `load_checkpoint` takes. A detector's file gives its encoder.
         variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
-        geometry: as in `PerceptionEncoder`. Where it has no patch size or grid of learned positions of its own, those
-            of the file are kept.
-        dtype: of the weights; None keeps that of the file, from which tensors of the same dtype are mapped.
-        options: the others of `PerceptionEncoder`, such as `out_indices`.
+        geometry: as in `PerceptionEncoder`. Where it sets no patch size or grid of learned positions, those of the file
+            are kept.
+        dtype: dtype of the weights; None keeps that of the file, and such tensors are mapped from it.
+        options: the other options of `PerceptionEncoder`, such as `out_indices`.
 
     Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
     """
@@ -130,9 +128,7 @@ def from_pretrained(
     patch_size = None if kernel is None else kernel.shape[-1]  # the detectors' is 16, not 14
     overrides = {field.name: options.pop(field.name) for field in fields(Geometry) if field.name in options}
     geometry = get_geometry(geometry, **overrides)
-    geometry = replace(
-        geometry, patch_size=geometry.patch_size or patch_size, pos_grid=geometry.pos_grid or pos_grid
-    )
+    geometry = replace(geometry, patch_size=geometry.patch_size or patch_size, pos_grid=geometry.pos_grid or pos_grid)
     with torch.device("meta"):
         model = PerceptionEncoder(variant, geometry=geometry, **options)
     load_state(model, state, path=path)
@@ -155,29 +151,29 @@ def _weights_in(folder: Path, variant: object) -> Path:
         key = variant_key(variant)
         files = [path for path in files if path.stem == RELEASED_NAMES.get(key, key)] or files
     if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
-        raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {found}")
+        names = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {names}")
     return files[0]
 
 
 def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, int | None]:
-    """Return the variant, and the grid of learned positions where it is not the variant's own."""
-    named = {name: variant for variant, name in RELEASED_NAMES.items()} | {name: name for name in DEMO_VARIANTS}
-    if path.stem in named:
-        return named[path.stem], None
-    found = {name: value.shape for name, value in state.items() if name != _KERNEL}
-    positions = found.get(_POSITIONS)
-    others: dict[EncoderConfig, tuple[str, int]] = {}
+    """Return the variant, and the grid of learned positions where it differs from the variant's."""
+    by_name = {name: variant for variant, name in RELEASED_NAMES.items()} | {name: name for name in DEMO_VARIANTS}
+    if path.stem in by_name:
+        return by_name[path.stem], None
+    shapes = {name: value.shape for name, value in state.items() if name != _KERNEL}
+    positions = shapes.get(_POSITIONS)
+    other_grid: dict[EncoderConfig, tuple[str, int]] = {}
     with torch.device("meta"):
         for variant, config in VARIANTS.items():  # those of the same shapes have the same configuration
-            shapes = {name: value.shape for name, value in PerceptionEncoder(variant).state_dict().items()}
-            del shapes[_KERNEL]
-            if shapes == found:
+            expected = {name: value.shape for name, value in PerceptionEncoder(variant).state_dict().items()}
+            del expected[_KERNEL]
+            if expected == shapes:
                 return variant, None
-            if positions is not None and {**shapes, _POSITIONS: positions} == found:
-                others.setdefault(config, (variant, math.isqrt(positions[1] - config.class_token)))
-    if len(others) == 1:  # the grid tells a Core from a Spatial encoder, but where LayerScale or the width does, too
-        return others.popitem()[1]
+            if positions is not None and {**expected, _POSITIONS: positions} == shapes:
+                other_grid.setdefault(config, (variant, math.isqrt(positions[1] - config.class_token)))
+    if len(other_grid) == 1:  # a Core and a Spatial encoder may differ in the grid alone, and then it is ambiguous
+        return other_grid.popitem()[1]
     raise CheckpointError(f"{path} holds no released variant; give variant=dict(img_size=..., patch_size=..., ...)")
 
 
@@ -189,43 +185,49 @@ def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: s
         state: name -> tensor.
         path: where it came from, for errors and the report.
     """
-    state, layout, left_out = to_timm_names(state)
+    state, layout, omitted = to_timm_names(state)
     for name in list(state):
         block = re.match(r"blocks\.(\d+)\.", name)
         if block and model.depth <= int(block[1]) < model.config.depth:
             del state[name]
-            left_out[name] = f"block after the last of out_indices ({model.depth - 1})"
+            omitted[name] = f"block after the last of out_indices ({model.depth - 1})"
     resized = _resize_kernel(state, model) | _resize_positions(state, model)
-    _load_strictly(model, state, path)
+    problems = mismatch(state, model.state_dict())
+    if problems:
+        raise CheckpointError(
+            f"{path} does not hold the weights of this encoder ({model.config}). {problems}. "
+            "Build the variant that the file belongs to"
+        )
+    model.load_state_dict(state, assign=any(parameter.is_meta for parameter in model.parameters()))
     _log.info(
         "%s: %s layout, geometry %s, omitted %s",
-        path, layout, preset_name(model.geometry, model.config) or model.geometry, sorted(set(left_out.values())),
+        path, layout, preset_name(model.geometry, model.config) or model.geometry, sorted(set(omitted.values())),
     )  # fmt: skip
-    return LoadReport(path, layout, left_out, resized)
+    return LoadReport(path, layout, omitted, resized)
 
 
 def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     """Bring the encoder in a state dict of the released or timm's layout to our names.
 
-    The encoder may be a part of the model, such as a detector's backbone: the rest is left out. Returns the state dict,
-    the layout found ('release' or 'timm'), and what was left out with the reason.
+    The encoder may be a part of the model, such as a detector's backbone: the rest is omitted. Returns the state dict,
+    the layout of the file ('release' or 'timm'), and what was omitted with the reason.
     """
     prefix = _encoder_prefix(state)
     reason = "text tower" if prefix.endswith("visual.") else "not the encoder"
-    left_out = {name: reason for name in state if not name.startswith(prefix)}
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name not in left_out}
+    omitted = {name: reason for name in state if not name.startswith(prefix)}
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name not in omitted}
     layout = "release" if "conv1.weight" in state else "timm"
     out: dict[str, Tensor] = {}
     for name, value in state.items():
         why = next((why for pattern, why in OMITTED.items() if re.fullmatch(pattern, name)), None)
         if why:
-            left_out[name] = why
+            omitted[name] = why
         elif layout == "release":
             renamed = rename(name, RELEASED_TO_OURS)  # unknown names fail in the strict load
             out[renamed] = value.reshape(1, -1, value.shape[-1]) if renamed in ("cls_token", "pos_embed") else value
         else:
             out[name] = value
-    return out, layout, left_out
+    return out, layout, omitted
 
 
 def _encoder_prefix(state: Mapping[str, Tensor]) -> str:
@@ -237,12 +239,12 @@ def _encoder_prefix(state: Mapping[str, Tensor]) -> str:
         if name.endswith(stem) and name.removesuffix(stem) + block in state
     ]
     if len(prefixes) > 1:
-        raise CheckpointError(f"there are several encoders in this file, at {', '.join(prefixes)}; save one of them")
+        raise CheckpointError(f"this file has several encoders, at {', '.join(prefixes)}; save one of them")
     return prefixes[0] if prefixes else ""
 
 
 def rename(name: str, table: Mapping[str, str]) -> str:
-    """Return what `table`, whose `{}` is the number of the block, says for `name`; an unknown name stays as it is."""
+    """Look up `name` in `table`, where `{}` stands for the number of the block; unknown names stay as they are."""
     number = re.search(r"blocks\.(\d+)\.", name)
     general = name.replace(number[0], "blocks.{}.", 1) if number else name
     return table.get(general, name).replace("{}", number[1] if number else "")
@@ -269,7 +271,7 @@ def _resize_positions(state: dict[str, Tensor], model: PerceptionEncoder) -> dic
 
 
 def mismatch(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
-    """Say what keeps the tensors of a file from being those of a model: both sides and the shapes; '' for nothing."""
+    """Describe how the tensors of a file differ from a model's: names on both sides, shapes; '' if they do not."""
     problems = {
         "missing in the file": sorted(ours.keys() - state.keys()),
         "unknown to the model": sorted(state.keys() - ours.keys()),
@@ -279,15 +281,4 @@ def mismatch(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
             if state[name].shape != ours[name].shape
         ],
     }
-    return ". ".join(f"{title}: {some(names)}" for title, names in problems.items() if names)
-
-
-def _load_strictly(model: PerceptionEncoder, state: Mapping[str, Tensor], path: str | Path) -> None:
-    problems = mismatch(state, model.state_dict())
-    if problems:
-        raise CheckpointError(
-            f"{path} does not hold the weights of this encoder ({model.config}). {problems}. "
-            "Build the variant that the file belongs to"
-        )
-    assign = any(parameter.is_meta for parameter in model.parameters())
-    model.load_state_dict(dict(state), strict=True, assign=assign)
+    return ". ".join(f"{title}: {join_names(names)}" for title, names in problems.items() if names)

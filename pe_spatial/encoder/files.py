@@ -1,4 +1,4 @@
-"""Find checkpoint files (local, hub, package) and read them without running the code that a pickle may hold."""
+"""Find checkpoint files (local, hub, package) and read them without running the code that a pickle may contain."""
 
 import pickle
 import re
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
-
 _CONTAINERS = ("state_dict", "weights", "model")
 
 
@@ -22,19 +21,19 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read or mapped; its message says what came and what to do."""
 
 
-def some(names: Iterable[str]) -> str:
-    """Return the first eight of `names` for an error, and how many more there are."""
+def join_names(names: Iterable[str]) -> str:
+    """List the first eight of `names` for an error, and how many more there are."""
     names = list(names)
     return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint's weights and whatever stood beside them.
+    """The content of a checkpoint at `path`.
 
     Args:
         path: the file.
-        state: name -> tensor, mapped from the file rather than read where its format allows.
+        state: name -> tensor, mapped from the file rather than read where its format allows it.
         rest: the file's other entries ('optimizer', 'iteration', 'meta', ...), or the metadata of a safetensors file.
     """
 
@@ -44,7 +43,7 @@ class CheckpointFile:
 
 
 class _Inert:
-    """Stands for an object that trainers save beside weights: takes any state, does nothing, imports nothing."""
+    """Replaces an object that trainers save beside weights: takes any state, does nothing, imports nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -71,7 +70,7 @@ _INERT = [
 def read_checkpoint(path: str | Path) -> CheckpointFile:
     """Read a .pt, .pth or .safetensors file; pickled code never runs.
 
-    Raises CheckpointError for a file that is missing, truncated, holds objects that could run code, or no weights.
+    Raises CheckpointError for a file that is missing or truncated, contains objects that could run code, or no weights.
     """
     path = Path(path)
     content, rest = _read(path)
@@ -92,7 +91,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint alone; see `read_checkpoint`."""
+    """Read only the weights of a checkpoint; see `read_checkpoint`."""
     return read_checkpoint(path).state
 
 
@@ -108,7 +107,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         with torch.serialization.safe_globals(list(_INERT)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to read it nevertheless
+        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own message advises to read it nevertheless
         if code:
             raise CheckpointError(
                 f"{path} holds more than tensors and plain data ({code[1]}), so it is not read: it could run code. "
@@ -127,10 +126,11 @@ def locate(source: str | Path) -> Path:
     """Return the local path of a checkpoint.
 
     Args:
-        source: a file; 'hf://owner/repo[/file|:file]', through the hub's cache; 'https://...', through torch.hub's; or
-            'package://module/file', of an installed package.
+        source: a file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it) 'hf://owner/repo:file' for the
+            hub, through its cache, so that it works offline afterwards; 'https://...', through torch.hub's cache; or
+            'package://module/file', a file that an installed package ships.
 
-    Raises CheckpointError, which says what to download and where to put it, for what is not at hand.
+    Raises CheckpointError for a file that is not here and cannot be downloaded: what to download, and where to put it.
     """
     text = str(source)
     if text.startswith("package://"):
@@ -138,7 +138,7 @@ def locate(source: str | Path) -> Path:
         try:
             return Path(str(resources.files(module) / filename))
         except ModuleNotFoundError:
-            raise CheckpointError(f"{text!r} names no installed package; write package://module/file") from None
+            raise CheckpointError(f"{module} in {text!r} is not installed; write package://module/file") from None
     if text.startswith(("https://", "http://")):
         return _download(text)
     if not text.startswith("hf://"):
@@ -156,7 +156,7 @@ def locate(source: str | Path) -> Path:
         except LocalEntryNotFoundError:
             return Path(hf_hub_download(f"{owner}/{repo}", filename))
     except Exception as error:
-        # The hub client raises its own errors, the HTTP library's and OSError; all of them mean: not at hand.
+        # the hub client raises its own errors, the HTTP library's and OSError; all of them mean: no file
         raise CheckpointError(
             f"{filename} of {owner}/{repo} is not in the local cache, and the download failed "
             f"({type(error).__name__}; no network?); download "

@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import Tensor
+
+from pe_spatial.errors import ConfigError, one_of
+
 from .resize import POS_EMBED_MODES
 from .variants import EncoderConfig
 
@@ -28,20 +32,20 @@ class Geometry:
     """Positions, patches and attention windows of a Perception Encoder.
 
     Args:
-        patch_size: side of a patch, in pixels; None is that of the pretraining. `load_checkpoint` resizes the kernel.
+        patch_size: side of a patch, in pixels; None is the pretraining's. `load_checkpoint` resizes the kernel.
         pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
             'bicubic_antialias' (as timm) or 'tile'.
         pos_grid: side of the table of learned positions, in tokens; None is the pretraining grid. `load_checkpoint`
             resizes the released table.
-        rope_mode: rotary positions; 'extrapolate' counts tokens beyond the pretraining grid, 'interpolate' maps an axis
-            of n tokens to `i / n * rope_grid`, where n is the window in windowed blocks and the grid in global ones.
+        rope_mode: rotary positions; 'extrapolate' counts tokens beyond the pretraining grid, 'interpolate' gives token
+            i of an axis the position `i / n * rope_grid`, where n is the side of the window or, globally, the grid.
         rope_grid: side of the grid to which 'interpolate' maps, in tokens: one number, or (windows, global); None is
             the pretraining grid.
         window_size: side of the attention windows, in tokens; 'pretraining' is the pretraining grid, and None means
-            global attention in every block. A class token is copied into every window for a run of windowed blocks; at
-            the end of the run the copies are averaged.
-        global_attn_indexes: the blocks that keep global attention (with `window_size`), negatives count from the end;
-            None takes the published ones for the depth (`GLOBAL_BLOCKS`).
+            global attention in every block. A class token is copied into every window for a run of windowed blocks and
+            its copies are averaged at the end of the run.
+        global_attn_indexes: blocks that keep global attention (with `window_size`), negatives count from the end; None
+            takes the published ones for the depth (`GLOBAL_BLOCKS`).
         mask_window_padding: exclude the padding of windows that do not divide the grid from the attention. The released
             detectors let it take part as keys.
     """
@@ -69,9 +73,9 @@ class Geometry:
             )
         return ResolvedGeometry(
             patch_size=_at_least_one("patch_size", self.patch_size, config.patch_size, "pixels"),
-            pos_embed_mode=_one_of("pos_embed_mode", self.pos_embed_mode, POS_EMBED_MODES),
+            pos_embed_mode=one_of("pos_embed_mode", self.pos_embed_mode, POS_EMBED_MODES),
             pos_grid=_at_least_one("pos_grid", self.pos_grid, config.grid_size, "tokens"),
-            rope_mode=_one_of("rope_mode", self.rope_mode, ROPE_MODES),
+            rope_mode=one_of("rope_mode", self.rope_mode, ROPE_MODES),
             rope_grid=_rope_grid(self.rope_grid, self.rope_mode, config.grid_size),
             window_size=window,
             global_attn_indexes=() if window is None else _global_blocks(self.global_attn_indexes, config.depth),
@@ -114,7 +118,7 @@ def get_geometry(geometry: str | Geometry | Mapping[str, Any], **overrides: Any)
     Raises ValueError for an unknown preset, and TypeError for a field that `Geometry` does not have.
     """
     if isinstance(geometry, str):
-        geometry = PRESETS[_one_of("geometry", geometry, tuple(PRESETS))]
+        geometry = PRESETS[one_of("geometry", geometry, tuple(PRESETS))]
     elif isinstance(geometry, Mapping):
         overrides, geometry = {**geometry, **overrides}, Geometry()
     elif not isinstance(geometry, Geometry):
@@ -126,27 +130,49 @@ def get_geometry(geometry: str | Geometry | Mapping[str, Any], **overrides: Any)
 
 
 def preset_name(geometry: ResolvedGeometry, config: EncoderConfig) -> str | None:
-    """Return the preset that gives `geometry` for an encoder of `config`, whatever its patch size; None for none."""
+    """Return the preset that gives `geometry` for an encoder of `config`, whatever its patch size, or None."""
     for name, preset in PRESETS.items():
-        known = preset.window_size is None or preset.global_attn_indexes or config.depth in GLOBAL_BLOCKS
-        if known and replace(preset, patch_size=geometry.patch_size).resolve(config) == geometry:
+        resolvable = preset.window_size is None or preset.global_attn_indexes or config.depth in GLOBAL_BLOCKS
+        if resolvable and replace(preset, patch_size=geometry.patch_size).resolve(config) == geometry:
             return name
     return None
 
 
-def block_indices(name: str, indices: Iterable[int], depth: int) -> tuple[int, ...]:
-    """Return `indices` counted from 0; ValueError names the option where one is not a block of `depth`."""
+def block_indices(name: str, indices: Iterable[int], depth: int, *, allow_none: bool = True) -> tuple[int, ...]:
+    """Return `indices` counted from 0; ConfigError if one is not a block of `depth`, or for none unless allowed."""
     indices = tuple(indices)
+    if not (indices or allow_none):
+        raise ConfigError(f"{name} is empty; name at least one block, for instance (-1,) for the last")
     if any(not -depth <= i < depth for i in indices):
-        raise ValueError(f"{name} is {indices}, out of range for {depth} blocks; {-depth} to {depth - 1} are allowed")
+        raise ConfigError(f"{name} is {indices}, out of range for {depth} blocks; {-depth} to {depth - 1} are allowed")
     return tuple(i % depth for i in indices)
+
+
+def check_frozen_stages(frozen_stages: int, depth: int) -> int:
+    """Return `frozen_stages`; ConfigError unless it is -1 to `depth`."""
+    if not -1 <= frozen_stages <= depth:
+        raise ConfigError(f"frozen_stages is {frozen_stages}; -1 (none) to {depth} (all blocks) are allowed")
+    return frozen_stages
+
+
+def patch_grid(images: Tensor, patch_size: int, in_chans: int = 3) -> tuple[int, int]:
+    """Return (h, w), the grid of patches of `images` (B, in_chans, H, W); ValueError for other shapes and sizes."""
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise ValueError(f"images are {tuple(images.shape)}; expected (B, {in_chans}, H, W)")
+    (h, w), p = images.shape[2:], patch_size
+    if h % p or w % p or not h or not w:
+        raise ValueError(
+            f"image size {h}x{w} is not a multiple of patch_size {p}; "
+            f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
+        )
+    return h // p, w // p
 
 
 def _global_blocks(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     if indices is None and depth not in GLOBAL_BLOCKS:
         raise ValueError(
             f"no global blocks are published for {depth} blocks, only for {', '.join(map(str, GLOBAL_BLOCKS))}; give "
-            f"global_attn_indexes, for instance the last blocks of four equal parts, or [] for windows everywhere"
+            "global_attn_indexes, for instance the last blocks of four equal parts, or [] for windows everywhere"
         )
     return block_indices("global_attn_indexes", GLOBAL_BLOCKS[depth] if indices is None else indices, depth)
 
@@ -168,9 +194,3 @@ def _at_least_one(name: str, value: int | None, default: int, unit: str) -> int:
     if value is not None and value < 1:
         raise ValueError(f"{name} is {value}; give a number of {unit} from 1, or None for that of the pretraining")
     return default if value is None else value
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-    return value

@@ -16,11 +16,7 @@ _STEM = ("patch_embed.", "cls_token", "pos_embed", "norm_pre.")
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a parameter of the encoder: 0 for the stem, i + 1 for block i.
-
-    Args:
-        name: as `PerceptionEncoder.named_parameters` gives it.
-        depth: number of blocks built.
+    """Return the layer of a parameter of an encoder with `depth` blocks built: 0 for the stem, i + 1 for block i.
 
     Raises ValueError for a name that no encoder has.
     """
@@ -36,12 +32,12 @@ def layer_of(name: str, depth: int) -> int:
 def lr_factors(model: nn.Module, rate: float | str) -> dict[str, float]:
     """Return name -> factor on the learning rate, for the parameters of every encoder in `model`.
 
-    An encoder is a module with `layer_of(name)`, `depth` (blocks built) and `config.depth` (of all blocks), such as a
-    `PerceptionEncoder`. Layer i of it has the factor `rate ** (depth + 1 - i)`; what is not in an encoder has none.
+    An encoder is a module with `layer_of(name)`, `depth` (blocks built) and `config.depth` (all blocks), such as a
+    `PerceptionEncoder`. Its layer i has the factor `rate ** (depth + 1 - i)`; parameters outside of encoders have none.
 
     Args:
-        model: holds one encoder or several, at any place.
-        rate: from one layer to the one before it, or 'vitdet': the published rate for the encoder's depth.
+        model: contains one encoder or several, at any place.
+        rate: factor from one layer to the one before it, or 'vitdet': the published rate for the encoder's depth.
 
     Raises ConfigError if there is no encoder.
     """

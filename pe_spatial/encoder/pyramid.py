@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,32 @@ def _resample(channels: int, scale: float) -> tuple[list[nn.Module], int]:
     return layers, channels
 
 
-class SimpleFeaturePyramid(nn.Module):
+class _Pyramid(nn.Module):
+    """Levels at `strides`, of which the `unused` ones have no parameters and are views of one zero."""
+
+    def __init__(
+        self, out_channels: int | Sequence[int], strides: Sequence[int], in_stride: int, unused: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.strides, self.in_stride, self.unused = tuple(strides), in_stride, tuple(unused)
+        self.out_channels = (out_channels,) * len(strides) if isinstance(out_channels, int) else tuple(out_channels)
+        self.levels = nn.ModuleList()
+        if len(self.out_channels) != len(strides):
+            raise ValueError(f"out_channels {self.out_channels} and strides {self.strides} differ in length")
+        if any(s <= 0 or not math.log2(s / in_stride).is_integer() for s in strides):
+            raise ValueError(
+                f"strides {self.strides} must be in_stride {in_stride} times powers of two; "
+                "an encoder of patch 14 is brought to 16 with patch_size=16"
+            )
+        if any(not 0 <= i < len(strides) for i in unused) or len(set(unused)) == len(strides):
+            raise ValueError(f"unused is {self.unused}; places 0 to {len(strides) - 1} are allowed, not all of them")
+
+    def _zeros(self, i: int, like: Tensor) -> Tensor:
+        h, w = (round(side * self.in_stride / self.strides[i]) for side in like.shape[-2:])
+        return like.new_zeros(()).expand(like.shape[0], self.out_channels[i], h, w)
+
+
+class SimpleFeaturePyramid(_Pyramid):
     """ViTDet's pyramid: every level from the last map alone, by deconvolution or pooling.
 
     Equal to detectron2@02b5c4e:detectron2/modeling/backbone/vit.py (`SimpleFeaturePyramid`) with norm 'LN' and
@@ -43,10 +69,9 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         in_channels: channels of the map.
         out_channels: channels of every level, or one number for each of `strides`.
-        strides: of the levels, in pixels, in any order, repeated or not; `in_stride` times powers of two.
+        strides: strides of the levels, in pixels: `in_stride` times powers of two, in any order, repeated or not.
         in_stride: stride of the map: the encoder's patch size, in pixels.
-        unused: places in `strides` of levels that nobody reads. They own no parameters, and every value of them is one
-            and the same zero.
+        unused: places in `strides` of levels that nobody reads. They have no parameters and are views of one zero.
     """
 
     def __init__(
@@ -58,12 +83,7 @@ class SimpleFeaturePyramid(nn.Module):
         in_stride: int = 16,
         unused: Sequence[int] = (),
     ) -> None:
-        super().__init__()
-        self.strides = tuple(strides)
-        self.out_channels = _per_level(out_channels, self.strides)
-        self.in_stride = in_stride
-        self.unused = _check_levels(self.strides, in_stride, unused)
-        self.levels = nn.ModuleList()
+        super().__init__(out_channels, strides, in_stride, unused)
         before = (0, 0)
         for i, (stride, channels) in enumerate(zip(self.strides, self.out_channels, strict=True)):
             if i in self.unused:
@@ -90,7 +110,7 @@ class SimpleFeaturePyramid(nn.Module):
         levels: list[Tensor] = []
         for i, level in enumerate(self.levels):
             if i in self.unused:
-                levels.append(_nothing(maps, self.out_channels[i], self.in_stride / self.strides[i]))
+                levels.append(self._zeros(i, maps))
             else:
                 levels.append(level(levels[-1] if isinstance(level, nn.MaxPool2d) else maps))
         return tuple(levels)
@@ -105,46 +125,31 @@ class FusedFeaturePyramid(nn.Module):
 
     Args:
         in_channels: channels of each map, one entry for each of the encoder's `out_indices`.
-        out_channels: as in `SimpleFeaturePyramid`.
-        strides: as in `SimpleFeaturePyramid`.
-        in_stride: as in `SimpleFeaturePyramid`.
-        unused: as in `SimpleFeaturePyramid`.
+        options: the other options of `SimpleFeaturePyramid`.
     """
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        *,
-        out_channels: int | Sequence[int] = 256,
-        strides: Sequence[int] = (4, 8, 16, 32, 64),
-        in_stride: int = 16,
-        unused: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], **options: Any) -> None:
         super().__init__()
         width = in_channels[-1]
         self.norms = nn.ModuleList(ChannelLayerNorm(channels) for channels in in_channels)
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        self.pyramid = SimpleFeaturePyramid(
-            width, out_channels=out_channels, strides=strides, in_stride=in_stride, unused=unused
-        )
+        self.pyramid = SimpleFeaturePyramid(width, **options)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A sequence of (B, C_i, h, w), all of one size, -> one map for each of `strides`."""
         if len(maps) != len(self.lateral):
             raise ValueError(f"got {len(maps)} maps for in_channels of {len(self.lateral)}; out_indices must match it")
-        fused = torch.stack(
-            [lateral(norm(x)) for lateral, norm, x in zip(self.lateral, self.norms, maps, strict=True)]
-        ).sum(0)
-        return tuple(self.pyramid(F.gelu(fused)))
+        each = [lateral(norm(x)) for lateral, norm, x in zip(self.lateral, self.norms, maps, strict=True)]
+        return tuple(self.pyramid(F.gelu(torch.stack(each).sum(0))))
 
 
-class PlainFeaturePyramid(nn.Module):
+class PlainFeaturePyramid(_Pyramid):
     """The cheapest pyramid: each level is one map, resampled without parameters, and a 1x1 convolution with a norm.
 
     The levels may come from different layers: shallow ones for fine levels, as segmentation on ViTs usually has it.
 
     Args:
-        in_channels: channels of each map: of one for all levels, or of one for each of `strides`.
+        in_channels: channels of each map; one map for all levels, or one for each of `strides`.
         out_channels: as in `SimpleFeaturePyramid`.
         strides: as in `SimpleFeaturePyramid`.
         in_stride: as in `SimpleFeaturePyramid`.
@@ -160,16 +165,11 @@ class PlainFeaturePyramid(nn.Module):
         in_stride: int = 16,
         unused: Sequence[int] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(out_channels, strides, in_stride, unused)
         if len(in_channels) not in (1, len(strides)):
             raise ValueError(f"{len(in_channels)} maps for {len(strides)} levels; give one map, or one for each level")
-        self.strides = tuple(strides)
-        self.out_channels = _per_level(out_channels, self.strides)
-        self.in_stride = in_stride
-        self.unused = _check_levels(self.strides, in_stride, unused)
         widths = tuple(in_channels) * (1 if len(in_channels) == len(strides) else len(strides))
         self.maps = len(in_channels)
-        self.levels = nn.ModuleList()
         for i, (stride, width, channels) in enumerate(zip(self.strides, widths, self.out_channels, strict=True)):
             if i in self.unused:
                 self.levels.append(nn.Identity())
@@ -186,7 +186,7 @@ class PlainFeaturePyramid(nn.Module):
             raise ValueError(f"got {len(maps)} maps for in_channels of {self.maps}; out_indices must match it")
         each = list(maps) if self.maps > 1 else [maps[0]] * len(self.levels)
         return tuple(
-            _nothing(x, self.out_channels[i], self.in_stride / self.strides[i]) if i in self.unused else level(x)
+            self._zeros(i, x) if i in self.unused else level(x)
             for i, (level, x) in enumerate(zip(self.levels, each, strict=True))
         )
 
@@ -238,26 +238,3 @@ def _only_map(maps: Tensor | Sequence[Tensor], name: str) -> Tensor:
             "or use FusedFeaturePyramid for several"
         )
     return maps[0]
-
-
-def _nothing(like: Tensor, channels: int, scale: float) -> Tensor:
-    h, w = (round(side * scale) for side in like.shape[-2:])
-    return like.new_zeros(()).expand(like.shape[0], channels, h, w)
-
-
-def _per_level(channels: int | Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    per_level = (channels,) * len(strides) if isinstance(channels, int) else tuple(channels)
-    if len(per_level) != len(strides):
-        raise ValueError(f"out_channels {per_level} and strides {tuple(strides)} differ in length")
-    return per_level
-
-
-def _check_levels(strides: Sequence[int], in_stride: int, unused: Sequence[int]) -> tuple[int, ...]:
-    if any(s <= 0 or not math.log2(s / in_stride).is_integer() for s in strides):
-        raise ValueError(
-            f"strides {tuple(strides)} must be in_stride {in_stride} times powers of two; "
-            "an encoder of patch 14 is brought to 16 with patch_size=16"
-        )
-    if any(not 0 <= i < len(strides) for i in unused) or len(set(unused)) == len(strides):
-        raise ValueError(f"unused is {tuple(unused)}; some of the places 0 to {len(strides) - 1} are allowed, not all")
-    return tuple(unused)

@@ -23,14 +23,9 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> 
     if mode == "tile":
         repeats = [-(-n // side) for n in grid]
         return pos_embed.repeat(1, *repeats, 1)[:, : grid[0], : grid[1]]
-    antialias = mode == "bicubic_antialias"
-    resized = F.interpolate(
-        pos_embed.permute(0, 3, 1, 2).contiguous(),
-        size=grid,
-        mode="bilinear" if mode == "bilinear" else "bicubic",
-        align_corners=False,
-        antialias=antialias,
-    )
+    kernel, _, antialias = mode.partition("_")
+    maps = pos_embed.permute(0, 3, 1, 2).contiguous()
+    resized = F.interpolate(maps, size=grid, mode=kernel, align_corners=False, antialias=bool(antialias))
     return resized.permute(0, 2, 3, 1)
 
 

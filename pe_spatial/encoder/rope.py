@@ -23,15 +23,11 @@ def _build(
     pairs = head_dim // 4  # pairs for each axis
     freqs = _THETA ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
     rows, cols = (
-        (torch.arange(n, device=device, dtype=torch.float32) + offset) * s for n, s in zip(grid, scale, strict=True)
+        ((torch.arange(n, device=device, dtype=torch.float32) + offset) * s)[:, None] * freqs
+        for n, s in zip(grid, scale, strict=True)
     )
-    angles = torch.cat(
-        (
-            (cols[:, None] * freqs)[None].expand(grid[0], -1, -1),
-            (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1),
-        ),
-        dim=-1,
-    ).flatten(0, 1)  # (h * w, head_dim / 2)
+    cells = (cols.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1))
+    angles = torch.cat(cells, dim=-1).flatten(0, 1)  # (h * w, head_dim / 2)
     angles = torch.cat((angles.new_zeros(num_prefix_tokens, head_dim // 2), angles))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
@@ -47,24 +43,20 @@ def rope_table(
 ) -> Tensor:
     """Return cosines and sines, (num_prefix_tokens + h * w, head_dim / 2, 2) in float32, for tokens in row-major order.
 
-    Args:
-        grid: (h, w) in tokens.
-        head_dim: a multiple of 4.
-        scale: (y, x); token i of an axis has the position `(i + offset) * scale`.
-        offset: 1 where the encoder has a class token, else 0.
-        num_prefix_tokens: number of tokens before the grid; they are not rotated.
-        device: of the table.
+    `grid` is (h, w) in tokens and `head_dim` a multiple of 4. Token i of an axis has the position
+    `(i + offset) * scale`, with `scale` (y, x) and an `offset` of 1 where the encoder has a class token, else 0. The
+    `num_prefix_tokens` tokens before the grid are not rotated.
 
     A table depends on its arguments alone: it is computed once and cached outside of any module, so that it is never
     saved, copied or synchronized with a model.
     """
-    if torch.compiler.is_compiling():
-        return _build(grid, head_dim, scale, offset, num_prefix_tokens, device)
     key = (grid, head_dim, scale, offset, num_prefix_tokens, device)
+    if torch.compiler.is_compiling():
+        return _build(*key)
     table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False), torch.no_grad():
-            table = _build(grid, head_dim, scale, offset, num_prefix_tokens, device)
+            table = _build(*key)
         if type(table) is Tensor:  # a fake or otherwise wrapped tensor belongs to its tracer, not to us
             while len(_tables) >= _MAX_TABLES:
                 _tables.pop(next(iter(_tables)), None)

@@ -22,8 +22,8 @@ class EncoderConfig:
         in_chans: channels of the input images.
         class_token: whether token 0 is a learned class token.
         init_values: initial value of LayerScale; None means that the blocks have none.
-        mean: of the pixels of R, G, B, in the range 0 to 255, that the input is normalized with.
-        std: standard deviation of the pixels, likewise.
+        mean: mean of R, G and B, in 0 to 255, by which the input is normalized.
+        std: standard deviation of R, G and B, likewise.
     """
 
     img_size: int
@@ -137,12 +137,7 @@ Source: perception_models@3e352cc:apps/detection/detectron2_pe, the configs.
 
 
 def recipe_rate(name: str, rate: float | str, depth: int) -> float:
-    """Return `rate`, or for 'vitdet' what the published recipe has for an encoder of `depth` blocks.
-
-    Args:
-        name: 'drop_path_rate' or 'layer_decay_rate'.
-        rate: a number, or 'vitdet'.
-        depth: number of blocks.
+    """Return `rate`, or for 'vitdet' the published `name` (a field of `ViTDetRecipe`) for an encoder of `depth` blocks.
 
     Raises ValueError for another text, and for a depth without a published recipe.
     """

@@ -1,4 +1,4 @@
-"""PerceptionEncoder: images in, one feature map for each requested block out.
+"""PerceptionEncoder: an image encoder that returns one feature map for each requested block.
 
 Shapes: B images, h x w patches on the grid, N tokens in a sequence, C channels, H heads, D head dimension.
 Reference: facebookresearch/perception_models@3e352cc:core/vision_encoder/pe.py; windows and compressed rotary positions
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .geometry import Geometry, block_indices, get_geometry, preset_name
+from .geometry import Geometry, block_indices, check_frozen_stages, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
 from .resize import resize_pos_embed
 from .rope import apply_rope, rope_table
@@ -26,9 +26,9 @@ from .variants import EncoderConfig, get_config, recipe_rate, variant_key
 from .windows import valid_tokens, window_partition, window_unpartition
 
 _EPS = 1e-5  # of every LayerNorm in the encoder, whatever the released detection configs say
-# A side of the grid over that of the pretraining, above which the released geometry gets a warning. Published: tracking
-# with PE-Spatial-G holds or gains up to 1.9 (short side of 840 px) and loses 4 to 12 points of J&F at 2.8 (1260 px), on
-# each of DAVIS, YouTube-VOS and MOSE (DINOv3 paper, Tab. 5). Nothing is published for smaller images.
+# The released geometry warns above this ratio of the grid to the pretraining grid. Published: tracking with
+# PE-Spatial-G holds or gains up to 1.9 (short side of 840 px) and loses 4 to 12 points of J&F at 2.8 (1260 px), on each
+# of DAVIS, YouTube-VOS and MOSE (DINOv3 paper, Tab. 5).
 _LARGE = 2.0
 _warned = False
 
@@ -105,13 +105,9 @@ class Block(nn.Module):
         scale = y.new_empty(batch_size, 1, 1, 1).bernoulli_(keep).div_(keep)  # one for all windows of an image
         return (y.unflatten(0, (batch_size, -1)) * scale).flatten(0, 1)
 
-    def extra_repr(self) -> str:
-        """Show what differs from block to block."""
-        return f"drop_path={self.drop_path:.3f}"
-
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map, without bias."""
+    """Embed non-overlapping patches by one linear map without bias."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -127,16 +123,16 @@ class PerceptionEncoder(nn.Module):
 
     Args:
         variant: a key of `VARIANTS`, a released name such as 'PE-Spatial-B16-512', an `EncoderConfig` or its fields.
-        out_indices: blocks whose output is returned, in this order; 0-based, negatives count from the end. Blocks after
+        out_indices: blocks that return their output, in this order; 0-based, negatives count from the end. Blocks after
             the last of them are not built.
         geometry: positions, patches and windows: a preset's name ('release', 'timm', 'vitdet', 'deta'), a `Geometry` or
             its fields.
         drop_path_rate: stochastic depth of the last block of the complete network; rises linearly from 0. 'vitdet' is
             the published rate for the depth.
-        grad_checkpointing: True for every block, or the indices of the blocks whose activations are recomputed.
+        grad_checkpointing: recompute activations in the backward pass: True for every block, or indices of blocks.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
             run in evaluation mode and without autograd.
-        overrides: single fields of the geometry by name, for instance `window_size=16`.
+        overrides: single fields of the geometry, for instance `window_size=16`.
 
     Attributes:
         geometry: the geometry in numbers.
@@ -164,16 +160,12 @@ class PerceptionEncoder(nn.Module):
         self.geometry = get_geometry(geometry, **overrides).resolve(config)
         self.patch_size = self.geometry.patch_size
         self.embed_dim = config.embed_dim
-        self.out_indices = block_indices("out_indices", out_indices, config.depth)
-        if not self.out_indices:
-            raise ValueError("out_indices is empty; name at least one block, for instance (-1,) for the last")
+        self.out_indices = block_indices("out_indices", out_indices, config.depth, allow_none=False)
         self.depth = max(self.out_indices) + 1
         rate = recipe_rate("drop_path_rate", drop_path_rate, config.depth)
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"drop_path_rate is {rate}; it is a probability below 1")
-        if not -1 <= frozen_stages <= self.depth:
-            raise ValueError(f"frozen_stages is {frozen_stages}; -1 (none) to {self.depth} (all blocks) are allowed")
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = check_frozen_stages(frozen_stages, self.depth)
         self.grad_checkpointing = grad_checkpointing
 
         dim = config.embed_dim
@@ -232,9 +224,9 @@ class PerceptionEncoder(nn.Module):
         return self.forward_with_class_tokens(images)[0]
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the maps of `forward` and, after the same blocks, the class tokens (B, C); none if there is none."""
-        grid = self._grid(images)
-        self._warn_of_large(grid)
+        """Return the maps of `forward` and the class tokens (B, C) after the same blocks, () without a class token."""
+        grid = patch_grid(images, self.patch_size, self.config.in_chans)
+        self._warn_of_large_images(grid)
         with _autograd(self.frozen_stages < 0):
             x = self._embed(images, grid)
         maps: dict[int, Tensor] = {}
@@ -255,25 +247,14 @@ class PerceptionEncoder(nn.Module):
                 x = self._leave_windows(x, grid)
         return tuple(maps[i] for i in self.out_indices), tuple(tokens[i] for i in self.out_indices if tokens)
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
-            raise ValueError(f"images are {tuple(images.shape)}; expected (B, {self.config.in_chans}, H, W)")
-        (h, w), p = images.shape[2:], self.patch_size
-        if h % p or w % p or not h or not w:
-            raise ValueError(
-                f"image size {h}x{w} is not a multiple of patch_size {p}; "
-                f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
-            )
-        return h // p, w // p
-
-    def _warn_of_large(self, grid: tuple[int, int]) -> None:
-        """Warn once per process where the released geometry meets images for which it is known to get worse."""
+    def _warn_of_large_images(self, grid: tuple[int, int]) -> None:
+        """Warn once per process where the released geometry is known to get worse."""
         global _warned
-        if torch.compiler.is_compiling() or _warned or min(grid) <= _LARGE * self.config.grid_size:
+        native = self.config.grid_size
+        if torch.compiler.is_compiling() or _warned or min(grid) <= _LARGE * native:
             return
         if preset_name(self.geometry, self.config) == "release":
             _warned = True
-            native = self.config.grid_size
             warnings.warn(
                 f"images of {grid[0]}x{grid[1]} patches are more than {_LARGE:g} times the pretraining grid of "
                 f"{native}x{native}, and the geometry is 'release', with which PE-Spatial gets worse at such sizes; "

@@ -19,7 +19,7 @@ from mmengine.registry import FUNCTIONS, HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from pe_spatial.encoder.files import some
+from pe_spatial.encoder.files import join_names
 from pe_spatial.engine.checkpoints import AtomicCheckpointHook, AtomicLocalBackend
 from pe_spatial.engine.determinism import seed_everything
 from pe_spatial.errors import TrainingError
@@ -116,7 +116,7 @@ def _drop_non_finite_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> Non
 def _image_names(data_batch: Any) -> str:
     samples = data_batch.get("data_samples", ()) if isinstance(data_batch, dict) else ()
     names = [str(sample.get("img_path", sample.get("img_id"))) for sample in samples if hasattr(sample, "get")]
-    return some(names) if names else "unknown"
+    return join_names(names) if names else "unknown"
 
 
 def max_across_ranks(value: float) -> float:

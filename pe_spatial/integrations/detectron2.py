@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder import backbone as core
 from pe_spatial.encoder.checkpoint import load_checkpoint, to_timm_names
-from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict, some
+from pe_spatial.encoder.files import CheckpointError, join_names, locate, read_state_dict
 from pe_spatial.encoder.layer_decay import lr_factors
 from pe_spatial.encoder.variants import DETECTOR_PIXELS, EncoderConfig
 from pe_spatial.errors import ConfigError
@@ -127,8 +127,8 @@ def load_released_detector(model: nn.Module, source: str | Path) -> None:
         raise CheckpointError(f"{path} has tensors of other shapes than this model: {shapes}") from None
     if found.missing_keys or found.unexpected_keys:
         raise CheckpointError(
-            f"{path} does not hold the weights of this model; only in the file: {some(found.unexpected_keys)}; "
-            f"missing in it: {some(found.missing_keys)}; build the model that the file belongs to"
+            f"{path} does not hold the weights of this model; only in the file: {join_names(found.unexpected_keys)}; "
+            f"missing in it: {join_names(found.missing_keys)}; build the model that the file belongs to"
         )
 
 

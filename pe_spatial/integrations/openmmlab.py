@@ -21,7 +21,7 @@ from pe_spatial.encoder.layer_decay import is_norm_or_bias, lr_factors
 from pe_spatial.encoder.variants import EncoderConfig
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
-from pe_spatial.integrations.timm import PREFIX, TimmEncoder, check_init_cfg
+from pe_spatial.integrations.timm import PREFIX, PretrainedMixin, TimmEncoder
 
 # So that `_base_ = 'pe_spatial::_base_/...'` is found once this module is imported, and `mmseg::...` where
 # MMSegmentation was installed under another name than its own.
@@ -33,7 +33,7 @@ core.ChannelLayerNorm._abbr_ = "ln"  # type: ignore[attr-defined]  # the name th
 MODELS.register_module(module=core.ChannelLayerNorm)
 
 
-class Backbone(PerceptionEncoder):
+class Backbone(PretrainedMixin, PerceptionEncoder):
     """`PerceptionEncoder` as a backbone: a tuple of single-scale maps.
 
     Args:
@@ -43,68 +43,42 @@ class Backbone(PerceptionEncoder):
         options: those of `PerceptionEncoder`, such as `geometry`.
     """
 
-    loads_released_weights = True
-
     def __init__(
-        self,
-        variant: str | EncoderConfig | Mapping[str, Any],
-        *,
-        init_cfg: Mapping[str, Any] | None = None,
+        self, variant: str | EncoderConfig | Mapping[str, Any], *, init_cfg: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> None:
-        check_init_cfg(init_cfg)
+    ) -> None:  # fmt: skip
         super().__init__(variant, **options)
-        self.init_cfg = init_cfg
-        self.is_init = False
+        self.set_init_cfg(init_cfg)
 
-    def init_weights(self) -> None:
-        """Load the pretrained weights, if any; mmengine calls this before training, and only the first call counts."""
-        if self.init_cfg is not None and not self.is_init:
-            load_checkpoint(self, self.init_cfg["checkpoint"])
-        self.is_init = True
+    def load_weights(self, source: str) -> None:
+        """Load a checkpoint as `load_checkpoint` does."""
+        load_checkpoint(self, source)
 
 
 class _Float32Levels:
     def forward(self, maps: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As in the core, but always float32 and contiguous, see `as_float32`."""
         return core.as_float32(super().forward(maps))  # type: ignore[misc]
 
 
-@MODELS.register_module()
-class SimpleFeaturePyramid(_Float32Levels, core.SimpleFeaturePyramid):
-    """The core's `SimpleFeaturePyramid` as a neck."""
-
-
-@MODELS.register_module()
-class FusedFeaturePyramid(_Float32Levels, core.FusedFeaturePyramid):
-    """The core's `FusedFeaturePyramid` as a neck."""
-
-
-@MODELS.register_module()
-class PlainFeaturePyramid(_Float32Levels, core.PlainFeaturePyramid):
-    """The core's `PlainFeaturePyramid` as a neck."""
-
-
-@MODELS.register_module()
-class DETAFeaturePyramid(_Float32Levels, core.DETAFeaturePyramid):
-    """The core's `DETAFeaturePyramid` as a neck."""
+for _pyramid in backbone.ADAPTERS.values():  # the core's pyramids as necks under their names, with levels in float32
+    MODELS.register_module(module=type(_pyramid.__name__, (_Float32Levels, _pyramid), {}))
 
 
 @MODELS.register_module(name="PerceptionEncoder")
 def build_encoder(variant: str | EncoderConfig | Mapping[str, Any], **options: Any) -> Backbone | TimmEncoder:
     """Return the encoder of `variant`: a `Backbone`, or for 'timm:NAME' a `TimmEncoder`, each with its own options.
 
-    To go from the one to the other by a single option, options that the other does not have may be None.
+    Options that a `TimmEncoder` does not have may be None, so that a config changes the encoder by `variant` alone.
     """
     if isinstance(variant, str) and variant.startswith(PREFIX):
-        known = list(inspect.signature(TimmEncoder).parameters)
-        unknown = [key for key, value in options.items() if key not in known and value is not None]
+        allowed = list(inspect.signature(TimmEncoder).parameters)[1:]
+        unknown = [key for key, value in options.items() if key not in allowed and value is not None]
         if unknown:
             raise ConfigError(
-                f"{variant} has no {', '.join(unknown)}, unlike a Perception Encoder; leave it out or set it to None "
-                f"(allowed are {', '.join(known[1:])})"
+                f"{variant} has no {', '.join(unknown)}, unlike a Perception Encoder; omit it or set it to None "
+                f"(allowed are {', '.join(allowed)})"
             )
-        return TimmEncoder(variant, **{key: value for key, value in options.items() if key in known})
+        return TimmEncoder(variant, **{key: value for key, value in options.items() if key in allowed})
     return Backbone(variant, **options)
 
 
@@ -122,14 +96,9 @@ class PerceptionEncoderPyramid(backbone.PerceptionEncoderPyramid):
 
 
 HEAD_OPTIONS = (
-    "custom_keys",
-    "bias_lr_mult",
-    "bias_decay_mult",
-    "norm_decay_mult",
-    "flat_decay_mult",
-    "dwconv_decay_mult",
+    "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult", "dwconv_decay_mult",
     "dcn_offset_lr_mult",
-)
+)  # fmt: skip
 """Options of mmengine's own constructor that `LayerDecayOptimWrapperConstructor` takes for what is not the encoder."""
 
 
@@ -151,9 +120,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f"decay_norm_bias and {', '.join(HEAD_OPTIONS)}"
             )
         if self.base_lr is None:
-            raise ConfigError(
-                f"the optimizer {self.optimizer_cfg} has no lr, so there is none to decay over the layers"
-            )
+            raise ConfigError(f"the optimizer {self.optimizer_cfg} has no lr that could decay over the layers; set lr")
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
         """Append one group for each pair of learning rate and weight decay; frozen parameters are omitted."""

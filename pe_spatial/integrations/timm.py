@@ -1,4 +1,4 @@
-"""Other encoders under the same roof: plain vision transformers of timm with the interface of ours.
+"""Plain vision transformers of timm with the interface of our encoder.
 
 timm (1.0 or newer) builds and runs them, through `forward_intermediates`; it is imported when the first one is built.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.geometry import block_indices, check_frozen_stages, patch_grid
 from pe_spatial.encoder.variants import recipe_rate
 from pe_spatial.errors import ConfigError
 
@@ -25,7 +26,7 @@ PREFIX = "timm:"
 """What the variant of such an encoder begins with, for instance 'timm:vit_base_patch14_dinov2.lvd142m'."""
 
 _log = logging.getLogger(__name__)
-# what a file may hold beyond the encoder: head, pooling, the token of masked pretraining, rotary constants
+# what a file may contain beside the encoder: head, pooling, the token of masked pretraining, rotary constants
 _OMITTED = r"(head|head_dist|fc_norm|attn_pool)\.|mask_token$|rope\."
 
 
@@ -42,7 +43,30 @@ class TimmConfig:
     std: tuple[float, ...]
 
 
-class TimmEncoder(nn.Module):
+class PretrainedMixin:
+    """For backbones of OpenMMLab: `init_cfg` names the checkpoint that `init_weights` loads."""
+
+    loads_released_weights = True
+    is_init = False
+
+    def set_init_cfg(self, init_cfg: Mapping[str, Any] | None) -> None:
+        """Keep `init_cfg`; ConfigError unless it is None or names a checkpoint."""
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+            raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
+        self.init_cfg = init_cfg
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights, if any; mmengine calls this before training, and only the first call counts."""
+        if self.init_cfg is not None and not self.is_init:
+            self.load_weights(self.init_cfg["checkpoint"])
+        self.is_init = True
+
+    def load_weights(self, source: str) -> None:
+        """Load the checkpoint `source`."""
+        raise NotImplementedError
+
+
+class TimmEncoder(PretrainedMixin, nn.Module):
     """A plain vision transformer of timm as a backbone: a tuple of single-scale maps without class and register tokens.
 
     Positions, rotary or learned, reach other image sizes as timm does it. Blocks after the last of `out_indices`, the
@@ -51,9 +75,9 @@ class TimmEncoder(nn.Module):
     Args:
         variant: 'timm:NAME', with or without the tag of its weights.
         out_indices: as in `PerceptionEncoder`.
-        final_norm: put the encoder's last norm on every map, as DINOv2 and DINOv3 do for dense tasks; False leaves the
-            residual stream, as `PerceptionEncoder` does. Where timm has that norm behind the average pooling
-            (`fc_norm`), it goes onto the tokens.
+        final_norm: apply the encoder's last norm to every map, as DINOv2 and DINOv3 do for dense tasks; False returns
+            the residual stream, as `PerceptionEncoder` does. Where timm has that norm after the average pooling
+            (`fc_norm`), it is applied to the tokens.
         patch_size: side of a patch, in pixels, if not the published one; the kernel is resized when weights are loaded.
         drop_path_rate: as in `PerceptionEncoder`.
         grad_checkpointing: recompute the activations of every block in the backward pass.
@@ -63,8 +87,6 @@ class TimmEncoder(nn.Module):
 
     Raises ConfigError for names that timm does not know and for models that are not plain vision transformers.
     """
-
-    loads_released_weights = True
 
     def __init__(
         self,
@@ -79,7 +101,7 @@ class TimmEncoder(nn.Module):
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_init_cfg(init_cfg)
+        self.set_init_cfg(init_cfg)
         if not isinstance(grad_checkpointing, bool):
             raise ConfigError(f"grad_checkpointing is {grad_checkpointing}; timm's encoders take True or False")
         with torch.device("meta"):
@@ -98,14 +120,10 @@ class TimmEncoder(nn.Module):
             std=tuple(round(255.0 * x, 4) for x in plan.pretrained_cfg["std"]),
         )
         rate = recipe_rate("drop_path_rate", drop_path_rate, self.config.depth)
-        self.out_indices = _block_indices(out_indices, self.config.depth)
+        self.out_indices = block_indices("out_indices", out_indices, self.config.depth, allow_none=False)
         self.depth = max(self.out_indices) + 1
-        if not -1 <= frozen_stages <= self.depth:
-            raise ConfigError(f"frozen_stages is {frozen_stages}; -1 (none) to {self.depth} (all blocks) are allowed")
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = check_frozen_stages(frozen_stages, self.depth)
         self.final_norm = final_norm
-        self.init_cfg = init_cfg
-        self.is_init = False
         # Another patch size keeps the grid of learned positions, and with it their values.
         sizes = {"patch_size": self.patch_size, "img_size": tuple(n * self.patch_size for n in grid)}
         self.model = _create(variant, drop_path_rate=rate, **(sizes if self.patch_size != native else {}))
@@ -125,12 +143,6 @@ class TimmEncoder(nn.Module):
         """The transformer blocks that were kept."""
         return self.model.blocks
 
-    def init_weights(self) -> None:
-        """Load the pretrained weights, if any; mmengine calls this before training, and only the first call counts."""
-        if self.init_cfg is not None and not self.is_init:
-            self._load(self.init_cfg["checkpoint"])
-        self.is_init = True
-
     def train(self, mode: bool = True) -> TimmEncoder:
         """Set training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
@@ -148,13 +160,8 @@ class TimmEncoder(nn.Module):
         return self.forward_with_class_tokens(images)[0]
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the maps of `forward` and, after the same blocks, the class tokens (B, C); none if there is none."""
-        (h, w), p = images.shape[-2:], self.patch_size
-        if h % p or w % p or not h or not w:
-            raise ValueError(
-                f"image size {h}x{w} is not a multiple of patch_size {p}; "
-                f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
-            )
+        """Return the maps of `forward` and the class tokens (B, C) after the same blocks, () without a class token."""
+        patch_grid(images, self.patch_size)
         blocks = sorted(set(self.out_indices))  # the order in which timm returns them
         options = dict(norm=self.final_norm, return_prefix_tokens=bool(self.num_prefix_tokens), intermediates_only=True)
         out = self.model.forward_intermediates(images, indices=blocks, **options)
@@ -177,7 +184,8 @@ class TimmEncoder(nn.Module):
             return int(rest.partition(".")[0]) + 1
         return self.depth + 1 if head == "norm" else 0
 
-    def _load(self, source: str) -> None:
+    def load_weights(self, source: str) -> None:
+        """Load a checkpoint in timm's layout, or one that timm converts, strictly."""
         path = locate(self._released() if source == "released" else source)
         state = read_state_dict(path)
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
@@ -191,7 +199,12 @@ class TimmEncoder(nn.Module):
                 ) from error
         if self._moved_norm and "norm.weight" not in state:
             state = {name.removeprefix("fc_") if name.startswith("fc_norm.") else name: x for name, x in state.items()}
-        self._load_strictly(state, path)
+        ours = self.model.state_dict()
+        state = {name: value for name, value in state.items() if name in ours or not self._is_omitted(name)}
+        problems = mismatch(state, ours)
+        if problems:
+            raise CheckpointError(f"{path} does not hold the weights of {self.variant}: {problems}. Use another file")
+        self.model.load_state_dict(state)
         _log.info("%s: weights of %s", path, self.variant)
 
     def _released(self) -> str:
@@ -201,27 +214,11 @@ class TimmEncoder(nn.Module):
             raise CheckpointError(f"timm has no weights of {self.variant} on the hub; {remedy}")
         return f"hf://{cfg['hf_hub_id']}/{cfg.get('hf_hub_filename') or 'model.safetensors'}"
 
-    def _load_strictly(self, state: Mapping[str, Tensor], path: object) -> None:
-        ours = self.model.state_dict()
-        state = {name: value for name, value in state.items() if name in ours or not self._has_no_use_for(name)}
-        problems = mismatch(state, ours)
-        if problems:
-            raise CheckpointError(
-                f"{path} does not hold the weights of {self.variant}. {problems}. Give the right file"
-            )
-        self.model.load_state_dict(state)
-
-    def _has_no_use_for(self, name: str) -> bool:
+    def _is_omitted(self, name: str) -> bool:
         block = re.match(r"blocks\.(\d+)\.", name)
         if block:
             return self.depth <= int(block[1]) < self.config.depth
         return re.match(_OMITTED, name) is not None or (not self.final_norm and name.startswith("norm."))
-
-
-def check_init_cfg(init_cfg: Mapping[str, Any] | None) -> None:
-    """Raise ConfigError unless it is None or names a checkpoint, for any encoder here."""
-    if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-        raise ConfigError(f"init_cfg is {init_cfg}; allowed are None and dict(type='Pretrained', checkpoint=...)")
 
 
 def _create(variant: str, **options: Any) -> Any:
@@ -254,9 +251,3 @@ def _create(variant: str, **options: Any) -> Any:
             "VisionTransformer and Eva are: DINOv2, DINOv3, SigLIP, CLIP, DeiT, EVA-02, PE and others, most 'vit_*'"
         )
     return model
-
-
-def _block_indices(indices: Sequence[int], depth: int) -> tuple[int, ...]:
-    if not indices or any(not -depth <= i < depth for i in indices):
-        raise ConfigError(f"out_indices is {tuple(indices)}; name one or several of {-depth} to {depth - 1}")
-    return tuple(i % depth for i in indices)

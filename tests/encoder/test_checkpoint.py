@@ -60,12 +60,12 @@ def test_every_released_layout_loads_strictly(golden, layout, name, variant):
         model = PerceptionEncoder(variant)
         report = load_state(model, {key: torch.empty(shape) for key, shape in shapes.items()})
     assert report.layout == layout
-    assert len(shapes) == len(model.state_dict()) + len(report.left_out)
+    assert len(shapes) == len(model.state_dict()) + len(report.omitted)
     # Only the contrastive models bring more than an encoder, and only these parts.
-    parts = {re.split(r"[._]", key)[0] for key in report.left_out}
+    parts = {re.split(r"[._]", key)[0] for key in report.omitted}
     pooled = {"release": {"proj", "ln", "attn"}, "timm": {"norm", "attn", "head"}}[layout]
     assert parts == (pooled if "_core_" in variant else set())
-    assert set(report.left_out.values()) <= set(OMITTED.values())
+    assert set(report.omitted.values()) <= set(OMITTED.values())
 
 
 def test_reference_files_hold_26_layouts(golden):
@@ -106,14 +106,14 @@ def test_same_weights_from_every_wrapping(tmp_path, checkpoint, state, suffix, w
     }[wrap]
     report = load_checkpoint(model, save(wrapped, tmp_path, suffix))
     assert report.layout == ("timm" if wrap == "ours" else "release")
-    assert report.left_out == ({"logit_scale": "text tower"} if wrap == "clip" else {})
+    assert report.omitted == ({"logit_scale": "text tower"} if wrap == "clip" else {})
     assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
 
 
-def test_blocks_not_built_are_left_out_by_name(checkpoint):
+def test_blocks_not_built_are_omitted_by_name(checkpoint):
     report = load_checkpoint(PerceptionEncoder(CONFIG, out_indices=(1,)), checkpoint)
-    assert len(report.left_out) == 2 * 12
-    assert {re.match(r"blocks\.\d", name)[0] for name in report.left_out} == {"blocks.2", "blocks.3"}
+    assert len(report.omitted) == 2 * 12
+    assert {re.match(r"blocks\.\d", name)[0] for name in report.omitted} == {"blocks.2", "blocks.3"}
 
 
 def test_patch_kernel_is_resized_and_reported(golden):
@@ -373,7 +373,7 @@ def test_from_pretrained_takes_the_encoder_out_of_a_detector(tmp_path, t16):
     torch.save({"state_dict": detector, "meta": {"iter": 3}}, tmp_path / "detector.pth")
     model = from_pretrained(tmp_path / "detector.pth")
     assert_close(dict(model.state_dict()), dict(t16.state_dict()), rtol=0, atol=0)
-    with pytest.raises(CheckpointError, match=r"several encoders in this file, at student.*teacher"):
+    with pytest.raises(CheckpointError, match=r"has several encoders, at student.*teacher"):
         load_state(t16, {f"{who}.{k}": v for who in ("student", "teacher") for k, v in t16.state_dict().items()})
 
 

@@ -124,7 +124,7 @@ def test_fused_pyramid_uses_every_map():
         (lambda: DETAFeaturePyramid(32)([torch.zeros(1, 32, 4, 4)] * 2), "DETAFeaturePyramid takes one map but got 2"),
         (lambda: FusedFeaturePyramid((32, 32))([torch.zeros(1, 32, 4, 4)]), "got 1 maps for in_channels of 2"),
         (lambda: SimpleFeaturePyramid(32, strides=(8, 12)), "times powers of two"),
-        (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(0, 1)), "not all"),
+        (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(0, 1)), "not all of them"),
         (lambda: SimpleFeaturePyramid(32, strides=(8, 4), unused=(2,)), "places 0 to 1"),
         (lambda: PlainFeaturePyramid((32, 32), strides=(4, 8, 16)), "2 maps for 3 levels"),
         (lambda: PlainFeaturePyramid((32, 32), strides=(4, 8))(torch.zeros(1, 32, 4, 4)), "got 1 maps"),

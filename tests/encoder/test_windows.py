@@ -43,7 +43,7 @@ def released_detector_encoder(folder, name, **options) -> tuple[PerceptionEncode
     model = PerceptionEncoder(config, **{**geometry, **options}).eval()
     state = read_weights(folder / f"{name}.pth")
     report = load_state(model, {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")})
-    assert set(report.left_out.values()) == {"rotary constants, computed here"}
+    assert set(report.omitted.values()) == {"rotary constants, computed here"}
     return model, {k: torch.from_numpy(v) for k, v in read_arrays(folder / f"{name}.npz").items()}
 
 

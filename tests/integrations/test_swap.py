@@ -157,7 +157,7 @@ ATSS = "mmdet::atss/atss_r50_fpn_1x_coco.py"
         (dict(layers=[3, 7]), "reads one layer but layers is.*use 'fused' or 'single'"),
         (dict(layers=[3, 7], adapter="single"), "one for each of 4 levels"),
         (dict(adapter="sfp"), "allowed are 'simple', 'fused', 'single'"),
-        (dict(geometry="deta"), "supported are release, timm, vitdet"),
+        (dict(geometry="deta"), "allowed are .release., .timm., .vitdet."),
         (dict(strides=[4, 8]), "belong together"),
         (dict(strides=[4, 8], channels=[256]), "differ in length"),
         (dict(strides=[8, 12], channels=[256, 256]), "times powers of two"),

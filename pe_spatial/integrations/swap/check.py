@@ -1,7 +1,7 @@
-"""Does every MMDetection and MMSegmentation family train and predict with PE? The sweep behind docs/swap.md.
+"""Check that every family of MMDetection and MMSegmentation trains and predicts with PE: the sweep behind docs/swap.md.
 
 One config of a family runs with its own backbone, without pretrained weights, on two small images of noise. If that
-works, it has to work with PE too, or be refused with a reason. A small PE suffices: the feature specs are checked.
+works, it has to work with PE too, or be refused with a reason. A small PE suffices to check the feature specs.
 """
 
 import copy
@@ -13,7 +13,7 @@ import platform
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ Row = dict[str, Any]
 
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)
 TIMEOUT = 400  # seconds for one family
-TRIES = 2  # configs of a family that are tried until one runs with its own backbone
+TRIES = 2  # configs of a family to try until one runs with its own backbone
 LIGHT = ("r18", "r50", "swin-t", "_t_", "tiny", "-s_", "_s_", "hr18", "b0", "320")
-# deformable convolutions need three cells, at stride 128 too; 900 queries as many cells; a pooling 49 cells
+# deformable convolutions need 3 cells, at stride 128 too; 900 queries need as many cells, and a pooling 49
 LARGER = {"DDODHead": (384, 416), "DINOHead": (320, 320), "LRASPPHead": (416, 416)}
 DETECTION, SEGMENTATION = (128, 160), (128, 192)  # (h, w) of the images, in pixels
 _FIXED_SIZE = ("BEiT", "MAE")  # backbones whose images have the size of the recipe
-_LIMITS = dict(nms_pre=200, max_per_img=50, num=64)  # the recipes' thousands would take most of the time
+_LIMITS = dict(nms_pre=200, max_per_img=50, num=64)  # proposals; with the thousands of the recipes it takes too long
 
 
 def families(scope: str) -> list[str]:
@@ -54,10 +54,10 @@ def _config_dir(scope: str) -> Path:
 
 
 def _configs(scope: str, family: str) -> Iterator[tuple[str, Config | str]]:
-    """Yield name and config of the models in a family, light ones first; an error instead where it cannot be read."""
+    """Yield (name, config) of the models in a family, light ones first; an error for configs that cannot be read."""
 
     def weight(path: Path) -> tuple[bool, bool, int]:
-        pairs = "levir" in path.name  # two images in one, which an encoder of RGB cannot read
+        pairs = "levir" in path.name  # two images in one, which an encoder of RGB images cannot read
         return pairs, not any(word in path.name for word in LIGHT), len(path.name)
 
     for path in sorted((_config_dir(scope) / family).glob("*.py"), key=weight):
@@ -79,23 +79,22 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def _without_weights(node: Any) -> Any:
-    """Remove pretrained weights, so that nothing is downloaded; other initializations still run."""
+def _for_each_dict(node: Any, change: Callable[[dict[str, Any]], object]) -> None:
+    """Call `change` on every dict in a config."""
     if isinstance(node, dict):
-        kept = {k: _without_weights(v) for k, v in node.items() if k not in ("pretrained", "teacher_ckpt")}
-        init = kept.get("init_cfg")
-        if isinstance(init, dict) and "checkpoint" in init:
-            kept["init_cfg"] = None
-        return type(node)(kept)
-    return type(node)(map(_without_weights, node)) if isinstance(node, list | tuple) else node
+        change(node)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        _for_each_dict(child, change)
 
 
-def _without_sync(node: Any) -> Any:
-    """Replace SyncBN, which needs CUDA, by BN, which is the same in one process."""
-    if isinstance(node, dict):
-        node = type(node)({k: _without_sync(v) for k, v in node.items()})
-        return type(node)(node, type="BN") if node.get("type") in ("SyncBN", "MMSyncBN") else node
-    return type(node)(map(_without_sync, node)) if isinstance(node, list | tuple) else node
+def _simplify(node: dict[str, Any]) -> None:
+    """Remove pretrained weights, so that nothing is downloaded, and replace SyncBN, which needs CUDA, by BN."""
+    for key in ("pretrained", "teacher_ckpt"):
+        node.pop(key, None)
+    if "checkpoint" in (node.get("init_cfg") or {}):
+        node["init_cfg"] = None
+    if node.get("type") in ("SyncBN", "MMSyncBN"):
+        node["type"] = "BN"
 
 
 def _build(cfg: Config) -> nn.Module:
@@ -104,12 +103,12 @@ def _build(cfg: Config) -> nn.Module:
         cfg.model.teacher_config = str(_config_dir("mmdet").parent / teacher)
     model = ConfigDict(copy.deepcopy(cfg.model.to_dict()))
     if _is_tracker(cfg):  # it trains its detector; matching and re-identification come on top
-        options = {
-            k: v for k, v in model.data_preprocessor.items() if k in ("mean", "std", "bgr_to_rgb", "pad_size_divisor")
-        }
+        allowed = ("mean", "std", "bgr_to_rgb", "pad_size_divisor")
+        options = {k: v for k, v in model.data_preprocessor.items() if k in allowed}
         model = ConfigDict(model.detector, data_preprocessor=dict(type="DetDataPreprocessor", **options))
     torch.manual_seed(0)
-    built = MODELS.build(_without_sync(_without_weights(model)))
+    _for_each_dict(model, _simplify)
+    built = MODELS.build(model)
     built.init_weights()
     return getattr(built, "student", built)
 
@@ -119,7 +118,7 @@ def _is_tracker(cfg: Config) -> bool:
 
 
 def _detection_inputs(cfg: Config, model: nn.Module) -> dict[str, Any]:
-    """Return two random annotated images, as the model's preprocessor takes them."""
+    """Return two random annotated images for the model's preprocessor."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
     name = cfg.model.get("bbox_head", {}).get("type", "")
@@ -132,10 +131,10 @@ def _detection_inputs(cfg: Config, model: nn.Module) -> dict[str, Any]:
         with_mask="RTMDet" not in name or "Ins" in name,  # RTMDet would use them
         **(dict(texts=["a cat . a dog ."] * 2, custom_entities=True) if text else {}),
     )  # fmt: skip
-    labels = min([2, *_class_counts(cfg.model.to_dict())])
+    labels = min([2, *_class_counts(cfg)])
     stride = _stride_of_semantics(cfg.model)
     for sample in data["data_samples"]:
-        # boxes as large as in real images: random ones may have no area, which some assigners cannot take
+        # boxes as large as in real images: random ones may have no area, and then some assigners fail
         k = len(sample.gt_instances)
         corner = torch.rand(k, 2) * torch.tensor([w, h]) * 0.4
         size = torch.tensor([w, h]) * (0.2 + 0.35 * torch.rand(k, 2))
@@ -150,8 +149,8 @@ def _detection_inputs(cfg: Config, model: nn.Module) -> dict[str, Any]:
         sample.set_metainfo(dict(batch_input_shape=(h, w), ori_shape=(h, w), img_path="image.jpg"))
         if type(model).__name__ == "FastRCNN":
             sample.proposals = demo_mm_proposals([(3, h, w)], 50)[0]
-    if stride:
-        for sample in data["data_samples"]:
+    for sample in data["data_samples"]:
+        if stride:
             sample.gt_sem_seg = PixelData(sem_seg=torch.randint(0, 3, (1, h // stride, w // stride)))
     return data
 
@@ -163,12 +162,11 @@ def _stride_of_semantics(model: Mapping[str, Any]) -> int:
     return 1 if model.get("semantic_head") or model.get("panoptic_head") else 0
 
 
-def _class_counts(node: Any) -> list[int]:
-    """Return every `num_classes` in a model."""
-    if isinstance(node, dict):
-        own = [node["num_classes"]] if isinstance(node.get("num_classes"), int) else []
-        return own + [n for value in node.values() for n in _class_counts(value)]
-    return [n for value in node for n in _class_counts(value)] if isinstance(node, list | tuple) else []
+def _class_counts(cfg: Config) -> list[int]:
+    """Return every `num_classes` in the model."""
+    counts: list[Any] = []
+    _for_each_dict(cfg.model, lambda node: counts.append(node.get("num_classes")))
+    return [count for count in counts if isinstance(count, int)]
 
 
 def _segmentation_size(cfg: Config) -> tuple[int, int]:
@@ -180,7 +178,7 @@ def _segmentation_size(cfg: Config) -> tuple[int, int]:
 def _segmentation_inputs(cfg: Config) -> dict[str, Any]:
     from mmseg.structures import SegDataSample
 
-    labels = min([4, *_class_counts(cfg.model.to_dict())])
+    labels = min([4, *_class_counts(cfg)])
     h, w = _segmentation_size(cfg)
     preprocessor = cfg.model.get("data_preprocessor") or {}
     if cfg.model.get("backbone", {}).get("type") in _FIXED_SIZE:
@@ -212,18 +210,15 @@ def _shrink(cfg: Config) -> None:
     preprocessor.pop("batch_augments", None)
     node = cfg.model.get("detector", cfg.model)
     for key in ("train_cfg", "test_cfg"):
-        if node.get(key):
-            node[key] = _limited(node[key])
+        _for_each_dict(node.get(key), _limit)
 
 
-def _limited(node: Any) -> Any:
-    if isinstance(node, dict):
-        return type(node)({k: min(v, _LIMITS[k]) if k in _LIMITS and v else _limited(v) for k, v in node.items()})
-    return type(node)(map(_limited, node)) if isinstance(node, list | tuple) else node
+def _limit(node: dict[str, Any]) -> None:
+    node.update({key: min(node[key], limit) for key, limit in _LIMITS.items() if node.get(key)})
 
 
 def _train_and_predict(cfg: Config) -> tuple[set[str], float, str]:
-    """Train a step and predict; return the parameters without gradient, the loss, and why it does not predict."""
+    """Train a step and predict; return the parameters without gradient, the loss, and why it cannot predict."""
     MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0, max_iters=10))  # schedules in heads
     model = _build(cfg)
     torch.manual_seed(1)
@@ -247,7 +242,7 @@ def _train_and_predict(cfg: Config) -> tuple[set[str], float, str]:
 
 
 def changed_keys(before: Config, after: Config) -> list[str]:
-    """Return the keys of the model that differ, apart from the backbone, its weights and the preprocessor."""
+    """Return the keys of the model that differ, except for the backbone, its weights and the preprocessor."""
     changed = []
 
     def compare(a: Mapping[str, Any], b: Mapping[str, Any], place: str) -> None:
@@ -297,7 +292,7 @@ def _check_config(cfg: Config, row: Row) -> None:
     try:
         silent, loss, problem = _train_and_predict(original)
         row.update(original="runs", original_loss=loss, original_predicts=problem or "yes")
-    except Exception as error:  # a config that does not run by itself proves nothing
+    except Exception as error:  # then the swapped config is not judged
         row["original"] = _message(error)
     if swap is None:
         return
@@ -317,7 +312,7 @@ def _check_config(cfg: Config, row: Row) -> None:
 
 
 def check_in_process(scope: str, family: str) -> Row:
-    """Call `check_family` in a process of its own, so that its memory is freed and a timeout ends it."""
+    """Call `check_family` in a process of its own, which frees its memory and can be ended after a timeout."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
 
@@ -378,8 +373,7 @@ def format_report(rows: Sequence[Row]) -> str:
 def _summary(rows: Sequence[Row]) -> str:
     counts = Counter(map(verdict, rows))
     run = [row for row in rows if row["original"] == "runs"]
-    good = sum(verdict(row) in ("runs", "refused") for row in run)
-    refused = counts["refused"]
+    good, refused = sum(verdict(row) in ("runs", "refused") for row in run), counts["refused"]
     return (
         f"{len(rows)} families; {len(run)} run with their own backbone on this machine. Of these {good} "
         f"({good / max(len(run), 1):.0%})\nrun with PE or are refused with a reason. Refused: {refused} of "

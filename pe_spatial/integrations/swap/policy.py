@@ -1,6 +1,6 @@
-"""PE in place of the backbone of any MMDetection or MMSegmentation config; neck and heads stay as they are.
+"""Put PE in place of the backbone of any MMDetection or MMSegmentation config; neck and heads stay as they are.
 
-PE has to give what the original backbone gives (see probe.py). What cannot work is refused with the reason.
+PE has to give the maps that the original backbone gives (see probe.py). What cannot work is refused with the reason.
 """
 
 import copy
@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
 from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.integrations.openmmlab import HEAD_OPTIONS, build_encoder
 from pe_spatial.integrations.swap.probe import Level, evaluation_level, find_feature_specs, find_unused, type_name
 from pe_spatial.integrations.timm import PREFIX
@@ -33,8 +33,7 @@ _REFUSED = {
     "results; swap faster_rcnn_r50-caffe-c4 or, better, faster_rcnn_r50_fpn",
     "TridentResNet": "its three branches are three dilations of one ResNet stage; swap faster_rcnn_r50_fpn",
     "Detectron2Wrapper": "the model inside is Detectron2's, not MMDetection's; use pe_spatial.integrations.detectron2",
-    "MultimodalEncoderDecoder": "its side adapter reads tokens, heads and text of CLIP; "
-    "swap mask2former or upernet",
+    "MultimodalEncoderDecoder": "its side adapter reads tokens, heads and text of CLIP; swap mask2former or upernet",
     "DPTHead": "it reads the class token of each layer in addition to the map; swap a upernet, segmenter or setr "
     "config (PE has a class token, but a backbone returns maps)",
     "VPD": "the diffusion model is the method itself; swap a upernet config, or use a depth config of this project",
@@ -50,9 +49,9 @@ class Swap(NamedTuple):
     """The result of a swap."""
 
     cfg: Config
-    feature_specs: tuple[Level, ...]  # what both backbones give
-    unused: tuple[int, ...]  # indices of feature specs that nobody reads
-    notes: tuple[str, ...]  # what the user should know; each is one sentence
+    feature_specs: tuple[Level, ...]  # the maps that both backbones give
+    unused: tuple[int, ...]  # indices of maps that nobody reads
+    notes: tuple[str, ...]  # sentences that the user should read
 
 
 def swap_backbone(cfg: Config, variant: str | Mapping[str, Any], **options: Any) -> Config:
@@ -76,7 +75,7 @@ def plan_swap(
     lr: float | None = None,
     encoder: Mapping[str, Any] | None = None,
 ) -> Swap:
-    """Put PE in place of the backbone of `cfg`, and report what that means.
+    """Put PE in place of the backbone of `cfg`, and note the consequences.
 
     Raises ConfigError where a swap cannot work, with what to use instead, and where the backbone cannot be probed.
 
@@ -87,11 +86,11 @@ def plan_swap(
             'single', four at equal distances for 'fused'.
         adapter: 'simple' (ViTDet's pyramid on one layer), 'fused' (on the sum of several) or 'single' (each level is
             one layer, resampled and projected; one layer, or one for each level).
-        strides, channels: those of the maps to give, in pixels and numbers, if the backbone cannot be probed.
+        strides, channels: strides (in pixels) and channels of the maps, if the backbone cannot be probed.
         geometry: 'vitdet', 'release' or 'timm', as in `PerceptionEncoder`; but 'vitdet' also supports depths without
             published global blocks: it takes the last blocks of four equal parts. Encoders of timm ignore it.
         checkpoint: checkpoint of the encoder, as in `load_checkpoint`; None starts from random weights.
-        lr: learning rate; by default the original's, if it belongs to an Adam and is not above 1e-4, or 1e-4.
+        lr: learning rate; by default 1e-4, or the original one if it belongs to an Adam and is lower.
         encoder: further options of `PerceptionEncoder`, for instance `frozen_stages`.
     """
     new = copy.deepcopy(cfg)
@@ -124,27 +123,43 @@ def plan_swap(
     return Swap(new, feature_specs, unused, tuple(notes))
 
 
+def _models(model: ConfigDict) -> list[ConfigDict]:
+    """Return `model`, its detector if it has one, the detector's own, ...; the last one has the backbone."""
+    models = [model]
+    while isinstance(models[-1].get("detector"), Mapping):
+        models.append(models[-1].detector)
+    return models
+
+
+def _find_backbone(model: ConfigDict) -> tuple[ConfigDict, str]:
+    models = _models(model)
+    node, place = models[-1], "model" + ".detector" * (len(models) - 1)
+    if not isinstance(node.get("backbone"), Mapping):
+        raise ConfigError(f"{place} ({type_name(node)}) has no backbone to swap; its keys are {', '.join(node)}")
+    return node, place
+
+
+def _replace_rfp(node: ConfigDict, notes: list[str]) -> None:
+    if isinstance(node.get("neck"), Mapping) and type_name(node.neck) == "RFP":
+        kept = {k: v for k, v in node.neck.items() if not k.startswith(("rfp_", "aspp_"))}
+        node.neck = ConfigDict(kept, type="FPN")
+        notes.append("RFP feeds its levels back into a second ResNet, so the neck becomes the FPN that it contains")
+
+
 def _pyramid(feature_specs: Sequence[Level], unused: Sequence[int]) -> dict[str, Any]:
-    strides, channels = [level.stride for level in feature_specs], [level.channels for level in feature_specs]
-    return dict(strides=strides, out_channels=channels, **({"unused": list(unused)} if unused else {}))
+    channels, strides = zip(*feature_specs, strict=True)
+    return dict(strides=list(strides), out_channels=list(channels), **({"unused": list(unused)} if unused else {}))
 
 
 def _encoder_options(
-    variant: str | Mapping[str, Any],
-    geometry: str,
-    layers: Sequence[int] | None,
-    adapter: str,
-    levels: int,
-    unused: Sequence[int],
-    more: Mapping[str, Any] | None,
-    notes: list[str],
-) -> dict[str, Any]:
-    if adapter not in ADAPTERS:
-        raise ConfigError(f"adapter is {adapter!r}; allowed are {', '.join(map(repr, ADAPTERS))}")
+    variant: str | Mapping[str, Any], geometry: str, layers: Sequence[int] | None, adapter: str, levels: int,
+    unused: Sequence[int], more: Mapping[str, Any] | None, notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    one_of("adapter", adapter, ADAPTERS)
     options = _geometry(variant, geometry, notes)
     if layers is None and adapter == "fused":
         depth = _shape(variant).depth
-        layers = [depth * (k + 1) // 4 - 1 for k in range(4)]
+        layers = _quarters(depth)
     if layers is not None:
         layers = list(layers)
         if adapter == "simple" and len(layers) != 1:
@@ -163,8 +178,7 @@ def _encoder_options(
 def _geometry(variant: str | Mapping[str, Any], geometry: str, notes: list[str]) -> dict[str, Any]:
     """Return the options of the encoder that set its geometry, and the drop path that belongs to it."""
     config = _shape(variant)
-    if geometry not in GEOMETRIES:
-        raise ConfigError(f"unknown geometry {geometry!r}; supported are {', '.join(GEOMETRIES)}")
+    one_of("geometry", geometry, GEOMETRIES)
     patch = {} if math.log2(config.patch_size / _STRIDE).is_integer() else {"patch_size": _STRIDE}
     if _of_timm(variant):
         return patch
@@ -172,7 +186,7 @@ def _geometry(variant: str | Mapping[str, Any], geometry: str, notes: list[str])
         return {"geometry": geometry, **patch}
     if config.depth in GLOBAL_BLOCKS:
         return {"geometry": geometry, "drop_path_rate": "vitdet"}
-    blocks = [config.depth * (k + 1) // 4 - 1 for k in range(4)]
+    blocks = _quarters(config.depth)
     nearest = _nearest_depth(config.depth)
     notes.append(
         f"no ViTDet recipe is published for {config.depth} blocks: blocks {blocks} get global attention, and drop path "
@@ -183,6 +197,11 @@ def _geometry(variant: str | Mapping[str, Any], geometry: str, notes: list[str])
         "global_attn_indexes": [i for i in dict.fromkeys(blocks) if i >= 0],
         "drop_path_rate": VITDET_RECIPES[nearest].drop_path_rate,
     }
+
+
+def _quarters(depth: int) -> list[int]:
+    """Return the last blocks of four equal parts of an encoder."""
+    return [depth * (k + 1) // 4 - 1 for k in range(4)]
 
 
 def _of_timm(variant: str | Mapping[str, Any]) -> bool:
@@ -225,7 +244,9 @@ def _set_preprocessors(
     """
     shared = next((key for key in model if key.startswith("teacher") or key == "reid"), None)
     before: dict[str, Any] = dict(mean=[0.0] * 3, std=[1.0] * 3, bgr=True)
-    for node in [*_preprocessors(model), *_preprocessors(model.get("detector"))]:
+    for node in map(_preprocessor, _models(model)):
+        if node is None:
+            continue
         if node.get("mean") is not None:
             before.update(mean=list(node.mean), std=list(node.std))
         before["bgr"] = not node.get("bgr_to_rgb", False)
@@ -240,40 +261,20 @@ def _set_preprocessors(
     return {"renormalize": dict(**before, to_mean=mean, to_std=std)}
 
 
-def _preprocessors(model: Any) -> list[ConfigDict]:
-    node = (model or {}).get("data_preprocessor")
+def _preprocessor(model: ConfigDict) -> ConfigDict | None:
+    node = model.get("data_preprocessor")
     while isinstance(node, Mapping) and isinstance(node.get("data_preprocessor"), Mapping):
         node = node["data_preprocessor"]  # MultiBranchDataPreprocessor
-    return [node] if isinstance(node, ConfigDict) else []
-
-
-def _find_backbone(model: ConfigDict) -> tuple[ConfigDict, str]:
-    node, place = model, "model"
-    while isinstance(node.get("detector"), Mapping):
-        node, place = node.detector, f"{place}.detector"
-    if not isinstance(node.get("backbone"), Mapping):
-        raise ConfigError(f"{place} ({type_name(node)}) has no backbone to swap; its keys are {', '.join(node)}")
-    return node, place
+    return node if isinstance(node, ConfigDict) else None
 
 
 def _refuse(cfg: Config) -> None:
     if "model" not in cfg:
         raise ConfigError(f"{cfg.filename or 'the config'} has no model, so there is no backbone to swap")
-    nodes = [cfg.model]
-    while isinstance(nodes[-1].get("detector"), Mapping):
-        nodes.append(nodes[-1]["detector"])
-    for node in nodes:
-        parts = [node] + [node.get(key) for key in ("backbone", "decode_head", "head", "image_encoder")]
-        for part in parts:
+    for node in _models(cfg.model):
+        for part in (node, *map(node.get, ("backbone", "decode_head", "head", "image_encoder"))):
             if isinstance(part, Mapping) and (reason := _REFUSED.get(type_name(part))):
                 raise ConfigError(f"{type_name(part)} cannot be swapped: {reason}")
-
-
-def _replace_rfp(node: ConfigDict, notes: list[str]) -> None:
-    if not isinstance(node.get("neck"), Mapping) or type_name(node.neck) != "RFP":
-        return
-    node.neck = ConfigDict({k: v for k, v in node.neck.items() if not k.startswith(("rfp_", "aspp_"))}, type="FPN")
-    notes.append("RFP feeds its levels back into a second ResNet, so the neck becomes the FPN that it contains")
 
 
 def _add_model_notes(node: Mapping[str, Any], feature_specs: Sequence[Level], notes: list[str]) -> None:
@@ -294,17 +295,14 @@ def _add_model_notes(node: Mapping[str, Any], feature_specs: Sequence[Level], no
 
 
 def _drop_old_weights(cfg: Config, notes: list[str]) -> None:
-    text = False
-    node = cfg.model
-    while isinstance(node, ConfigDict):
-        text = text or type_name(node) in _TEXT_ALIGNED
+    models = _models(cfg.model)
+    for node in models:
         if node.get("init_cfg"):
             notes.append(f"init_cfg of {type_name(node)} loaded a complete model and is removed, so the heads are new")
         for key in ("init_cfg", "pretrained"):
             if node.get(key) is not None:
                 node[key] = None
-        node = node.get("detector")
-    if cfg.get("load_from") and not text:
+    if cfg.get("load_from") and not any(type_name(node) in _TEXT_ALIGNED for node in models):
         notes.append(f"load_from {cfg.load_from} belongs to the old backbone and is removed; set another one that fits")
         cfg.load_from = None
 
@@ -318,10 +316,9 @@ def _set_optimizer(cfg: Config, variant: str | Mapping[str, Any], lr: float | No
     adam = type_name(optimizer) in _ADAM
     before = float(optimizer.get("lr", LEARNING_RATE))
     lr = lr or (min(before, LEARNING_RATE) if adam else LEARNING_RATE)
+    kept = {"betas": (0.9, 0.999), "weight_decay": WEIGHT_DECAY}
     if adam:
         kept = {k: v for k, v in optimizer.items() if k in ("betas", "eps", "weight_decay")}
-    else:
-        kept = {"betas": (0.9, 0.999), "weight_decay": WEIGHT_DECAY}
     paramwise = old.get("paramwise_cfg") or {}
     heads = {k: v for k, v in paramwise.items() if k in HEAD_OPTIONS and k != "custom_keys"}
     custom = {k: v for k, v in (paramwise.get("custom_keys") or {}).items() if not k.startswith(_OLD_KEYS)}

@@ -1,4 +1,4 @@
-"""What the backbone of a config gives to the rest of the model: the feature specs, and which maps nobody reads."""
+"""Find which maps the backbone of a config gives (the feature specs), and which of them nobody reads."""
 
 import copy
 import math
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pe_spatial.errors import ConfigError
 
-_IMAGE_SIZE = 512  # pixels, of the square image that a probe sees
-# Backbones of packages that may be absent: the strides of their stages, which out_indices choose from.
+_IMAGE_SIZE = 512  # side of the images that a probe sees, in pixels
+# Backbones of packages that may be absent: the strides of their stages, from which out_indices choose.
 _STAGES = (4, 8, 16, 32)
 _ABSENT = {
     "ConvNeXt": _STAGES,
     "ResNet": _STAGES,
-    "PoolFormer": (4, 4, 8, 8, 16, 16, 32),  # every second one is a downsampling
+    "PoolFormer": (4, 4, 8, 8, 16, 16, 32),  # every second stage only downsamples
     "VAN": _STAGES,
     "EdgeNeXt": _STAGES,
     "TIMMBackbone": (2, *_STAGES),
@@ -42,7 +42,7 @@ def type_name(node: Mapping[str, Any]) -> str:
 
 
 def probe_backbone(cfg: Mapping[str, Any], *, training: bool = False) -> list[Level]:
-    """Return the maps that the backbone of `cfg` gives: it is built without weights and sees two images.
+    """Return the maps that the backbone of `cfg` gives; it is built without weights and runs on two images.
 
     Args:
         cfg: the config of a backbone, or of a model that has one.
@@ -78,8 +78,8 @@ def _levels(out: Any, side: int) -> list[Level]:
     maps = [out] if isinstance(out, Tensor) else list(out)
     if not maps or not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
         raise ConfigError(
-            "the backbone does not give maps of (B, C, h, w) alone but, for instance, class tokens, which PE cannot "
-            "replace; if maps are enough for the heads, give strides and channels"
+            "the backbone gives more than maps of (B, C, h, w), for instance class tokens, which PE cannot replace; if "
+            "maps are enough for the heads, give strides and channels"
         )
     levels = [Level(x.shape[1], round(side / x.shape[2])) for x in maps]
     if any(level.stride < 1 or not math.log2(level.stride).is_integer() for level in levels):
@@ -91,7 +91,7 @@ def _levels(out: Any, side: int) -> list[Level]:
 
 
 def _bare(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove what loads weights, what meta tensors cannot do, and what does not change the shapes of maps."""
+    """Remove what loads weights, what does not work on meta tensors, and what does not change the shapes of maps."""
     removed = ("init_cfg", "pretrained", "dcn", "stage_with_dcn", "plugins", "with_cp", "output_img")
     bare = {key: value for key, value in copy.deepcopy(dict(cfg)).items() if key not in removed}
     if isinstance(bare.get("norm_cfg"), Mapping):
@@ -191,9 +191,8 @@ def find_unused(node: Mapping[str, Any], feature_specs: Sequence[Level]) -> tupl
     for head in heads:
         if type_name(head) == "EncHead" and not head.get("add_lateral"):  # its in_index names more than it reads
             head = {**head, "in_index": head["in_index"][-1]}
-        indices = list(_indices(head)) or (
-            [-1] if isinstance(head.get("in_channels"), int) else range(len(feature_specs))
-        )
+        default = [-1] if isinstance(head.get("in_channels"), int) else range(len(feature_specs))
+        indices = list(_indices(head)) or default
         read |= {i % len(feature_specs) for i in indices}
         if head.get("c1_in_channels"):
             read.add(0)
@@ -216,9 +215,8 @@ def _ignored_by(neck: Any, feature_specs: Sequence[Level]) -> tuple[int, ...]:
             with _on(device):
                 module = MODELS.build(copy.deepcopy(neck))
                 # batch norm needs two values per channel, also on the levels that the neck adds
-                maps = [
-                    torch.zeros(2, c, _IMAGE_SIZE // s, _IMAGE_SIZE // s, requires_grad=True) for c, s in feature_specs
-                ]
+                shapes = [(2, c, _IMAGE_SIZE // s, _IMAGE_SIZE // s) for c, s in feature_specs]
+                maps = [torch.zeros(shape, requires_grad=True) for shape in shapes]
                 out = module(tuple(maps))
                 flat = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)]
                 sum(x.sum() for x in flat).backward()  # type: ignore[union-attr]
