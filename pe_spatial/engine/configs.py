@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, some
+from pe_spatial.encoder.files import CheckpointError, join_names, locate, read_checkpoint
 from pe_spatial.engine.options import RUN_KEYS, places_of
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
@@ -94,8 +94,8 @@ def check_overrides(path: str) -> None:
             used = list(places_of({key: value for key, value in cfg.items() if key != name}, inherited[name]))
             if inherited[name] != cfg[name] and used:
                 raise ConfigError(
-                    f"{path} sets {name}, which {base} has used already: this changes nothing in {some(used)}. Set "
-                    f"those, or repeat in {Path(path).name} what uses {name}"
+                    f"{path} sets {name}, which {base} has used already: this changes nothing in "
+                    f"{join_names(used)}. Set those, or repeat in {Path(path).name} what uses {name}"
                 )
 
 
