@@ -1,5 +1,6 @@
 """Objects365 v2, checked as COCO is."""
 
+from collections import Counter
 from typing import Any
 
 from mmengine.registry import DATASETS
@@ -17,8 +18,8 @@ class CheckedObjects365Dataset(CheckedCocoDataset):
     `images/v1/patch8/...`.
     """
 
-    def read_annotations(self) -> dict[str, Any]:
-        content = super().read_annotations()
+    def read_annotations(self) -> tuple[dict[str, Any], Counter[str]]:
+        content, counts = super().read_annotations()
         if [category["id"] for category in content["categories"]] != list(range(1, 366)):
             raise DatasetError(
                 f"{self.ann_file} does not have the categories 1 to 365 of Objects365 v2, in this order; give a "
@@ -27,4 +28,4 @@ class CheckedObjects365Dataset(CheckedCocoDataset):
         self._metainfo["classes"] = tuple(category["name"] for category in content["categories"])
         for image in content["images"]:
             image["file_name"] = "/".join(image["file_name"].split("/")[-2:])
-        return content
+        return content, counts

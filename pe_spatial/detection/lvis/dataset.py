@@ -1,12 +1,13 @@
 """LVIS v1 annotations, checked as COCO's are."""
 
-from collections.abc import Mapping
+from collections import Counter
 from typing import Any, ClassVar
 
 from mmdet.datasets import LVISV1Dataset
 from mmengine.registry import DATASETS
 
-from pe_spatial.detection.coco import COCO_FIELDS, CheckedCocoDataset, Fields, is_size, is_string, read_coco
+from pe_spatial.detection.annotations import COCO_FIELDS, Fields, is_size, is_string, read_coco
+from pe_spatial.detection.coco import CheckedCocoDataset
 
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in 1 to 10, 11 to 100, or more training images
 # As the files spell them; mmdet corrects one.
@@ -30,17 +31,17 @@ LVIS_FIELDS: Fields = {
 }
 
 
-def read_lvis(path: str, *, annotated: bool, backend_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_lvis(path: str, **options: Any) -> tuple[dict[str, Any], Counter[str]]:
     """Read an LVIS v1 json and convert it to COCO's format.
 
     Images get the `file_name` that their address ends with ('train2017/000000000030.jpg'), because those of LVIS's val
     are in both folders. Categories are ordered by id, as in Detectron2. Args and errors as in `read_coco`.
     """
-    content = read_coco(path, annotated=annotated, backend_args=backend_args, fields=LVIS_FIELDS)
+    content, counts = read_coco(path, fields=LVIS_FIELDS, **options)
     for image in content["images"]:
         image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
     content["categories"].sort(key=lambda category: category["id"])
-    return content
+    return content, counts
 
 
 @DATASETS.register_module()
@@ -52,10 +53,10 @@ class CheckedLVISDataset(CheckedCocoDataset):
 
     METAINFO: ClassVar[dict[str, Any]] = {**LVISV1Dataset.METAINFO, "classes": CLASSES}
 
-    def read_annotations(self) -> dict[str, Any]:
-        content = read_lvis(self.ann_file, annotated=not self.test_mode, backend_args=self.backend_args)
+    def read_annotations(self) -> tuple[dict[str, Any], Counter[str]]:
+        content, kinds = read_lvis(self.ann_file, **self._reading)
         classes = set(self.metainfo["classes"])
         counts = tuple(c.get("image_count") for c in content["categories"] if c["name"] in classes)
         if all(isinstance(count, int) for count in counts):
             self._metainfo["image_count"] = counts
-        return content
+        return content, kinds

@@ -9,10 +9,13 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from mmdet.structures.mask import encode_mask_results
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import MMLogger
 from mmengine.registry import METRICS
 
+from pe_spatial.detection.annotations import as_nfc
+from pe_spatial.detection.coco_metric import check_samples, log_tested
 from pe_spatial.detection.lvis.dataset import FREQUENCIES, read_lvis
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError
 
 
 @METRICS.register_module()
@@ -52,7 +55,7 @@ class FastLVISMetric(BaseMetric):
             raise ConfigError(f"metric is {metric!r}; give 'bbox', 'segm' or both")
         self.max_dets = max_dets
         self.ann_file = ann_file
-        content = read_lvis(ann_file, annotated=True, backend_args=backend_args)
+        content, _ = read_lvis(ann_file, annotated=True, masks="segm" in self.metrics, backend_args=backend_args)
         self.categories = content["categories"]
         self.truth = COCO(content)
         self.annotated = {image["id"]: set(image["neg_category_ids"]) for image in content["images"]}
@@ -61,13 +64,10 @@ class FastLVISMetric(BaseMetric):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:  # noqa: ARG002
         """Keep the detections of a batch that count; DatasetError for an image that the annotations lack."""
+        check_samples(data_samples, self.truth.imgs, self.dataset_meta["classes"], self.ann_file)
         ids = np.array([category["id"] for category in self._evaluated])
         for sample in data_samples:
             detections, image_id = sample["pred_instances"], sample["img_id"]
-            if image_id not in self.annotated:
-                raise DatasetError(
-                    f"image {image_id} is not in {self.ann_file}; give the metric the annotation file of the dataset"
-                )
             best = detections["scores"].argsort(descending=True, stable=True)[: self.max_dets].cpu()
             categories = ids[detections["labels"].cpu()[best].numpy()]
             counts = np.isin(categories, list(self.annotated[image_id]))
@@ -82,6 +82,8 @@ class FastLVISMetric(BaseMetric):
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         out = {}
+        tested = [r["image"] for r in results]
+        log_tested(MMLogger.get_current_instance(), tested, self.truth.imgs, self.ann_file)
         for metric in self.metrics:
             key = "bbox" if metric == "bbox" else "segmentation"  # without a box, the area is that of the mask
             detections = [
@@ -89,22 +91,25 @@ class FastLVISMetric(BaseMetric):
                 for r in results
                 for category, score, shape in zip(r["categories"], r["scores"], r[metric], strict=True)
             ]
-            out.update({f"{metric}_{name}": value for name, value in self._evaluate(metric, detections).items()})
+            out.update(
+                {f"{metric}_{name}": value for name, value in self._evaluate(metric, detections, tested).items()}
+            )
         return out
 
     @cached_property
     def _evaluated(self) -> list[dict[str, Any]]:
         """Return the categories of the labels, in their order."""
-        classes = set(self.dataset_meta["classes"])
+        classes = set(as_nfc(self.dataset_meta["classes"]))
         return [category for category in self.categories if category["name"] in classes]
 
-    def _evaluate(self, metric: str, detections: list[dict[str, Any]]) -> dict[str, float]:
+    def _evaluate(self, metric: str, detections: list[dict[str, Any]], tested: list[int]) -> dict[str, float]:
         predicted = self.truth.loadRes(detections)
         categories = self._evaluated
         parts = []
         for start in range(0, len(categories), self._CHUNK):
             evaluation = COCOeval_faster(self.truth, predicted, metric, lvis_style=True)
             evaluation.params.catIds = [category["id"] for category in categories[start : start + self._CHUNK]]
+            evaluation.params.imgIds = tested
             evaluation.params.maxDets = [self.max_dets]
             evaluation.evaluate()
             evaluation.accumulate()
