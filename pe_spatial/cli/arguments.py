@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,34 @@ def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:
     name = Path(args.config.rpartition("::")[2]).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / name)
     return cfg
+
+
+def import_quietly(package: str) -> None:
+    """Import a package without what it prints: MMSegmentation prints which optional packages it lacks."""
+    with redirect_stdout(io.StringIO()):
+        importlib.import_module(package)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device; `choose_device` reads it."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    """Return the device; ConfigError if torch cannot use it."""
+    import torch
+    from mmengine.device import get_device
+
+    from pe_spatial.errors import ConfigError
+
+    if args.device is None:
+        return get_device()
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # without CUDA, without a driver, without this one
+        text = f"--device is {args.device}, which cannot be used ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{text}; give cpu, or omit --device") from error
+    return args.device
 
 
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ pe-spatial eval_vos sav_val predictions --protocol vos-benchmark --workers 8
 
 GT_DIR is the root of DAVIS 2016 or 2017, YouTube-VOS (one split), MOSE (one split) or SA-V, or a folder of sequences.
 PRED_DIR holds <sequence>/<frame>.png with object ids as pixels; for SA-V <video>/<object>/<frame>.png, binary.
-Scores are between 0 and 1. Nothing is cached between calls.
+Without --sequences, sequences without predictions are counted and not scored. Scores are between 0 and 1. Nothing is
+cached between calls.
 """
 
 import argparse
@@ -30,11 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pe_spatial.tracking.vos.evaluation import evaluate, read_sequences
+    from pe_spatial.tracking.vos.evaluation import divide_sequences, evaluate, read_sequences
 
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
-    sequences = read_sequences(args.sequences) if args.sequences else None
+    if args.sequences:
+        sequences, missing = read_sequences(args.sequences), []
+    else:
+        sequences, missing = divide_sequences(args.gt_dir, args.pred_dir, protocol=args.protocol)
     rules = {name: getattr(args, name) for name in ("protocol", "workers", "official_decay")}
     evaluation = evaluate(args.gt_dir, args.pred_dir, sequences=sequences, progress=True, **rules)
     for path, convert in ((args.json, evaluation.to_json), (args.csv, evaluation.to_csv)):
@@ -49,3 +53,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"| {' | '.join(means)} |\n|{'---|' * len(means)}")
     print(f"| {' | '.join(f'{value:.3f}' for value in means.values())} |")
     print("".join(f"\n{rule}" for rule in evaluation.rules()))
+    if missing:
+        count = f"{len(missing)} of {len(missing) + len(sequences)}"
+        print(f"{count} sequences have no predictions and are not scored: {', '.join(missing)}")

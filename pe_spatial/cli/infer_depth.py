@@ -5,7 +5,10 @@ pe-spatial infer_depth IMAGES --checkpoint CKPT --write png color ply --intrinsi
 pe-spatial infer_depth IMAGES --checkpoint CKPT --gt pairs.csv          # rgb,depth,units_per_meter
 
 Writes into --out: NAME.npy (float32, meters) for every image, the files that --write names, and metadata.json, which
-describes them. A second call skips images that have their .npy, unless --overwrite is given.
+describes them. All files of an image are written at once; without --range, colors are drawn again at the end, with one
+range for all images. A second call skips images that have their .npy, unless --overwrite is given.
+
+The model gets images with the short side of its training images, and its depth is resized back; see --size and --tile.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_cfg_options
+from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, import_quietly
 
 if TYPE_CHECKING:
     from pe_spatial.depth.inference import Sources
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = "16-bit depth, color images, point clouds (default: png color)"
     parser.add_argument("--write", nargs="*", choices=["png", "color", "ply"], default=["png", "color"], help=formats)
     parser.add_argument("--overwrite", action="store_true", help="predict images again that have their .npy")
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass (1)")
     size_help = "short side in pixels that the model gets; 'full': unchanged (default: that of the training images)"
     parser.add_argument("--size", type=side, metavar="PIXELS", help=size_help)
@@ -62,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from functools import partial
 
-    from mmengine.device import get_device
     from tqdm import tqdm
 
+    import_quietly("pe_spatial.depth")
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
     from pe_spatial.depth.inference import DepthPredictor, Sources
     from pe_spatial.engine.configs import config_in, read_config
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
     set_options(cfg, args.cfg_options)
-    predictor = DepthPredictor(cfg, args.checkpoint, device=args.device or get_device())
+    predictor = DepthPredictor(cfg, args.checkpoint, device=choose_device(args))
     if predictor.quantity != "meter" and (truth or "ply" in args.write):
         raise ConfigError(f"this model predicts {predictor.quantity}; omit --gt and --write ply, which need meters")
     size = None if args.tile else predictor.training_size

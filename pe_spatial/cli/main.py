@@ -75,6 +75,9 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
         from pe_spatial.encoder.files import CheckpointError  # needs torch
         from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
+        if isinstance(error, OSError) and error.strerror and not traceback:
+            where = f"{error.filename}: " if error.filename else ""
+            sys.exit(f"error: {where}{error.strerror}; check the path, its permissions and the free space")
         if traceback or not isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError):
             raise
         # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.

@@ -21,6 +21,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.errors import ConfigError, DatasetError
 
 SHOWN = 10  # problems that are printed
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    import_quietly("pe_spatial.depth")
     from pe_spatial.depth.nyu import SPLITS, check_split
 
     if args.every < 1:

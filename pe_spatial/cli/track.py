@@ -1,11 +1,11 @@
 r"""Track objects through a video from clicks, boxes and masks, and write the video with their masks drawn in.
 
-pe-spatial track cat.mp4 --config configs/pe_spatial_sam2_davis.py --checkpoint tracker.pth --out tracked.mp4 \
+pe-spatial track cat.mp4 --checkpoint tracker.pth --out tracked.mp4 \
     --points 1:210,350 1:250,220,0 --box 2:10,20,200,300
-pe-spatial track frames/ --config CONFIG --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
+pe-spatial track frames/ --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
 
 Each prompt begins with the id of its object; @40 gives it on frame 40 instead of 0. Frames are read one by one, so the
-video may be of any length. The config's model must be a PESAM2.
+video may be of any length. The model must be a PESAM2.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pe_spatial.cli.arguments import add_device, choose_device
 from pe_spatial.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def numbered(text: str, counts: Sequence[int]) -> tuple[int, int, list[float]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", type=Path, help="file or folder of images")
-    parser.add_argument("--config", required=True, help="config of the tracker")
-    parser.add_argument("--checkpoint", required=True, help="weights of the tracker, written by `pe-spatial train`")
+    parser.add_argument("--checkpoint", required=True, help="tracker that `pe-spatial train` wrote")
+    parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     parser.add_argument("--out", type=Path, required=True, help="mp4 to write")
     parser.add_argument("--masks", type=Path, help="also write the masks into this folder, as palette PNGs")
     point, box = "ID[@FRAME]:X,Y[,LABEL]", "ID[@FRAME]:X0,Y0,X1,Y1"
@@ -48,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", nargs="+", type=lambda text: numbered(text, (2, 3)), metavar=point, help=clicks)
     parser.add_argument("--box", nargs="+", type=lambda text: numbered(text, (4,)), metavar=box, help="boxes in pixels")
     parser.add_argument("--mask", nargs="+", metavar="[FRAME:]PNG", help="index masks: each id in them is an object")
-    parser.add_argument("--device", help="default: the GPU if there is one")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from mmengine.device import get_device
     from tqdm import tqdm
 
-    from pe_spatial.engine.configs import read_config
+    from pe_spatial.encoder.files import locate, read_checkpoint
+    from pe_spatial.engine.configs import config_in, read_config
     from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
     from pe_spatial.tracking.sam2.streaming import StreamingTracker
     from pe_spatial.tracking.sam2.tracker import track_clip
@@ -64,15 +65,17 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.video import mp4_writer
 
     prompts = read_prompts(args)
-    cfg = read_config(args.config)
+    cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
     if "tracker" not in cfg.get("model", {}):
-        raise ConfigError(f"{args.config} has no model.tracker; give the config of a PESAM2")
+        source = args.config or f"the config in {args.checkpoint}"
+        raise ConfigError(f"{source} has no model.tracker; give a checkpoint or config of a PESAM2")
+    clip, device = Clip.open(args.video), choose_device(args)
+    read_checkpoint(locate(args.checkpoint))  # so that its errors come before the model is built
     model = build_pe_sam2(**cfg.model.tracker.to_dict())
     load_tracker_weights(model, args.checkpoint)
-    tracker = StreamingTracker(model.to(args.device or get_device()), non_overlapping=True)
+    tracker = StreamingTracker(model.to(device), non_overlapping=True)
 
     start, frames = time.time(), 0
-    clip = Clip.open(args.video)
     with mp4_writer(args.out, clip.fps) as write:
         for name, rgb, mask in tqdm(track_clip(tracker, clip, prompts), unit=" frames"):
             write(overlay(rgb, mask))

@@ -20,7 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import VARIANT_HELP, layers, variant
+from pe_spatial.cli.arguments import VARIANT_HELP, add_device, choose_device, layers, variant
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topk", type=int, default=5, help="number of patches that vote (5)")
     parser.add_argument("--temperature", type=float, default=0.1, help="temperature of the softmax (0.1)")
     parser.add_argument("--workers", type=int, default=1, help="processes for scoring (1)")
-    parser.add_argument("--device", help="default: the GPU if there is one")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
 
 def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
     import torch
-    from mmengine.device import get_device
 
     from pe_spatial.integrations.openmmlab import build_encoder
     from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
+    device = choose_device(args)
     torch.manual_seed(0)  # a run with random weights continues with the same ones
     weights = None if args.checkpoint == "none" else dict(type="Pretrained", checkpoint=args.checkpoint)
     geometry = dict(geometry=args.geometry) if args.geometry else {}
@@ -126,7 +126,7 @@ def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
     except (TypeError, ValueError) as error:  # the encoder raises no ConfigError
         raise ConfigError(" ".join(str(error).split())) from error
     tracker.backbone.init_weights()
-    return tracker.to(args.device or get_device())
+    return tracker.to(device)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers.repository import REPO, tool
+from helpers.repository import REPO, command, tool
 
 pytest.importorskip("cv2")  # comes with OpenMMLab
 
@@ -94,3 +95,22 @@ def test_errors_are_one_sentence_and_write_nothing(golden, tmp_path):
     options[-1] = "file/scores.json"
     error = failing(golden / "davis", golden / "results_extra_id_unread", *options, cwd=tmp_path)
     assert error.startswith("error: cannot write file/scores.json")
+
+
+def test_without_a_list_what_was_predicted_is_scored_and_the_rest_counted(golden, tmp_path):
+    davis, results = golden / "jandf" / "davis", golden / "jandf" / "results"
+    names = sorted(path.name for path in results.iterdir())
+    for name in names[1:]:
+        shutil.copytree(results / name, tmp_path / "some" / name)
+    (tmp_path / "some" / ".ipynb_checkpoints").mkdir()
+    printed = command("eval_vos", davis, "some", "--workers", 1, cwd=tmp_path)
+    assert f"{len(names) - 1} sequences" in printed
+    assert f"1 of {len(names)} sequences have no predictions and are not scored: {names[0]}" in printed
+    with pytest.raises(SystemExit, match="predicted masks are missing"):
+        command("eval_vos", davis, "some", "--workers", 1, "--sequences", *names, cwd=tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="predicted masks are missing"):
+        command("eval_vos", davis, "none", "--workers", 1, cwd=tmp_path)
+    (tmp_path / "some" / names[1] / "00001.png").unlink()
+    with pytest.raises(SystemExit, match=r"1 of .* predicted masks are missing"):
+        command("eval_vos", davis, "some", "--workers", 1, cwd=tmp_path)

@@ -1,5 +1,7 @@
 """pe-spatial COMMAND and tools/COMMAND.py: one function, a fast --help, errors as one sentence."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +9,8 @@ import sys
 import pytest
 from helpers.repository import REPO
 
-from pe_spatial.cli.main import COMMANDS, Command, build_parser, main
+from pe_spatial.atomic import atomic_write
+from pe_spatial.cli.main import COMMANDS, Command, build_parser, errors_as_sentences, main
 
 
 def test_overview_lists_every_command_and_the_missing_extras(capsys, monkeypatch):
@@ -63,3 +66,35 @@ def test_dashes_and_underscores_are_the_same(capsys):
         main(["swap-backbone", "--help"])
     assert end.value.code == 0
     assert "usage: pe-spatial swap_backbone" in capsys.readouterr().out
+
+
+UNWRITABLE = ["/proc/nope/x", "/dev/null/x"]
+
+
+@pytest.mark.parametrize("path", UNWRITABLE)
+def test_folders_that_cannot_be_written_are_one_sentence(path):
+    def write():
+        with errors_as_sentences(traceback=False), atomic_write(path):
+            pass
+
+    with pytest.raises(SystemExit, match=rf"^error: {path.rpartition('/')[0]}.*: (No such file|File exists).*; check"):
+        write()
+
+
+def test_a_full_disk_is_one_sentence():
+    def fail():
+        with errors_as_sentences(traceback=False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SystemExit, match=r"^error: No space left on device; check"):
+        fail()
+
+
+def test_errors_of_the_program_keep_their_traceback():
+    def fail(error):
+        with errors_as_sentences(traceback=False):
+            raise error
+
+    for error in (OSError("a library's"), TypeError("a bug")):
+        with pytest.raises(type(error)):
+            fail(error)

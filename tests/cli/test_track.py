@@ -13,6 +13,8 @@ from helpers.repository import REPO
 from PIL import Image
 
 from pe_spatial.cli import track
+from pe_spatial.cli.main import build_parser
+from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2
 from pe_spatial.tracking.vos.masks import read_mask, write_mask
@@ -185,6 +187,42 @@ class Announcing:
     def __init__(self, capture):
         self.isOpened, self.read = capture.isOpened, capture.read
         self.get = lambda name: 12 if name == cv2.CAP_PROP_FRAME_COUNT else capture.get(name)
+
+
+def test_the_config_comes_from_the_checkpoint(folder, tmp_path):
+    file = torch.load(folder / "tracker.pth")
+    torch.save({**file, "meta": dict(cfg=(folder / "config.py").read_text())}, tmp_path / "trained.pth")
+    args = arguments(folder, "frames", tmp_path / "out.mp4", points=[(0, 1, [20, 20])])
+    args.config, args.checkpoint = None, tmp_path / "trained.pth"
+    track.run(args)
+    assert len(frames_of(tmp_path / "out.mp4")[0]) == 4
+    parser = build_parser("track")
+    assert parser.parse_args(["cat.mp4", "--checkpoint", "a.pth", "--out", "o.mp4"]).config is None
+    torch.save({**file, "meta": dict(cfg="model = dict(type='CascadeRCNN')")}, tmp_path / "detector.pth")
+    args.checkpoint = tmp_path / "detector.pth"
+    with pytest.raises(ConfigError, match=r"the config in .*detector\.pth has no model\.tracker"):
+        track.run(args)
+    args.checkpoint = folder / "tracker.pth"
+    with pytest.raises(CheckpointError, match=r"tracker\.pth holds no config; .*--config"):
+        track.run(args)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        (dict(video="absent.mp4"), "no video at .*absent.mp4"),
+        (dict(checkpoint="absent.pth"), "no checkpoint at .*absent.pth"),
+        (dict(device="cuda:99"), "--device is cuda:99, .* give cpu"),
+        (dict(device="gpu"), "--device is gpu, .* give cpu"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_model_is_built(folder, tmp_path, monkeypatch, changed, error):
+    monkeypatch.setattr("pe_spatial.tracking.sam2.model.build_pe_sam2", None)
+    args = arguments(folder, "clip.mp4", tmp_path / "out.mp4", points=[(0, 1, [20, 20])])
+    for name, value in changed.items():
+        setattr(args, name, folder / value if name != "device" else value)
+    with pytest.raises((DatasetError, CheckpointError, ConfigError), match=error):
+        track.run(args)
 
 
 def test_a_config_without_a_tracker(tmp_path):

@@ -19,6 +19,7 @@ pytest.importorskip("mmseg")
 from helpers.repository import REPO, tool
 from mmengine.config import Config
 
+from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.depth.estimator import DepthEstimator
 from pe_spatial.depth.inference import DepthPredictor, Sources, _starts
 from pe_spatial.depth.outputs import (
@@ -561,6 +562,31 @@ def test_another_size_is_another_prediction(infer):
     for size in ("0", "-3", "big"):
         _, end = infer("--write", "--size", size)
         assert end == "2"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--out", "/dev/null/x"), "error: /dev/null.*; check"),
+        (("--device", "cuda:99"), "error: --device is cuda:99, .* give cpu"),
+        (("--checkpoint", "absent.pth"), r"error: no checkpoint at absent\.pth"),
+        (("--gt", "absent"), "error: absent is neither a folder nor"),
+        (("--write", "png", "rgb.png"), "2"),
+    ],
+)
+def test_common_mistakes_are_one_sentence(infer, options, error):
+    _, end = infer(*options)
+    assert re.match(error, end)
+    assert "\n" not in end
+
+
+def test_imports_print_nothing(tmp_path, monkeypatch, capsys):
+    """MMSegmentation prints what it cannot import."""
+    (tmp_path / "noisy_package.py").write_text("print('Could not import OneDL')")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_quietly("noisy_package")
+    assert capsys.readouterr().out == ""
+    assert sys.modules.pop("noisy_package")
 
 
 def test_the_checkpoint_of_another_model_is_named(tmp_path):

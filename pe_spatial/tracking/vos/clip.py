@@ -47,7 +47,11 @@ class Clip:
 
     @classmethod
     def open(cls, video: Path, mask: Path | None = None) -> Clip:
-        return cls(video.stem, list_frames(video) if video.is_dir() else video, mask)
+        """Take a folder of frames or a video file; DatasetError if it cannot be opened."""
+        if video.is_dir():
+            return cls(video.stem, list_frames(video), mask)
+        count_frames(video)
+        return cls(video.stem, video, mask)
 
     def __len__(self) -> int:
         """Count the frames; a video file may announce a wrong number."""

@@ -195,6 +195,13 @@ def find_tracks(gt_dir: str | Path, *, sequences: Sequence[str] | None, protocol
     return tracks
 
 
+def divide_sequences(gt_dir: str | Path, pred_dir: str | Path, *, protocol: str) -> tuple[list[str], list[str]]:
+    """Return the annotated sequences with predictions, or all if there are none, and those without."""
+    names = list(dict.fromkeys(track.sequence for track in find_tracks(gt_dir, sequences=None, protocol=protocol)))
+    predicted = [name for name in names if (Path(pred_dir) / name).is_dir()] or names
+    return predicted, [name for name in names if name not in predicted]
+
+
 def choose_sequences(present: Iterable[str], sequences: Sequence[str] | None, where: Path) -> list[str]:
     """Return `sequences`, or all that are `present`; DatasetError if one is missing or there are none."""
     available = set(present)
