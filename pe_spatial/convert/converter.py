@@ -1,7 +1,7 @@
-"""Checkpoints of encoders and detectors, from one project's layout into another's: one table, read in either direction.
+"""Convert checkpoints of encoders and detectors between layouts: one table (layouts.py), read in either direction.
 
-The table, layouts.py, holds the names on both sides and the shapes. A file that it does not cover tensor by tensor is
-refused, and no tensor is copied: a file is mapped in and streamed out.
+A file that the table does not cover tensor by tensor is refused, and no tensor is copied: files are mapped in memory
+and written tensor by tensor.
 """
 
 import json
@@ -41,60 +41,45 @@ TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint in another layout, and what was done to it.
+    """A checkpoint in another layout, and what was done to it."""
 
-    Args:
-        path: the file that it came from.
-        kind: 'encoder', 'detector' or 'DETA'.
-        layout_in: the layout found.
-        layout_out: the layout of `state`.
-        state: name -> tensor.
-        renamed: name in the file -> name in `state`, of all tensors that were kept.
-        dropped: what is in the file and not in `state`, each with the reason.
-        resized: name in `state` -> 'shape -> shape'.
-        added: what is in `state` and not in the file, each with the reason.
-        notes: sentences that a user should read.
-        rope: of a released detector's rotary tables, where it is known.
-    """
-
-    path: Path
-    kind: str
-    layout_in: str
-    layout_out: str
-    state: dict[str, Tensor]
-    renamed: dict[str, str]
-    dropped: dict[str, str]
-    resized: dict[str, str] = field(default_factory=dict)
-    added: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    rope: RopeTables | None = None
+    path: Path  # of the original file
+    kind: str  # 'encoder', 'detector' or 'DETA'
+    layout_in: str  # layout of the original file
+    layout_out: str  # layout of `state`
+    state: dict[str, Tensor]  # name -> tensor
+    renamed: dict[str, str]  # name in the file -> name in `state`, for all tensors that were kept
+    dropped: dict[str, str]  # name in the file that is not in `state` -> reason
+    resized: dict[str, str] = field(default_factory=dict)  # name in `state` -> 'shape -> shape'
+    added: dict[str, str] = field(default_factory=dict)  # name in `state` that is not in the file -> reason
+    notes: list[str] = field(default_factory=list)  # sentences that a user should read
+    rope: RopeTables | None = None  # a released detector's, where they are known
 
 
 def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
     """Bring an encoder or a detector into the layout `to`, one of `TARGETS`.
 
-    Meta's DETA has a class for each of the numbers 0 to 90, which COCO's category ids are taken from. On the way to
-    MMDetection the 80 ids in use remain, in their order; with `all_classes` all 91 do, and there is a way back. Other
-    numbers of classes stay as they are.
+    The classes of Meta's DETA are COCO's category ids, 0 to 90. MMDetection's layout keeps the 80 ids in use, in their
+    order, or all 91 with `all_classes`, which can be converted back. Other numbers of classes stay as they are.
 
     Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
-    rest of the file asks for, and where there is no way to `to`.
+    rest of the file asks for, and where the layout `to` has no names for this model.
     """
-    weights = _plain_detectron2(file.state)
-    found = _find_layout(weights)
-    if found is None:
+    weights = _with_released_names(file.state)
+    layout_in = _find_layout(weights)
+    if layout_in is None:
         raise CheckpointError(
             f"{file.path} holds no encoder or detector that is known here, but {join_names(file.state)}; known are "
             "encoders of perception_models, timm and pe_spatial, and Meta's and our (Cascade) Mask R-CNN and DETA"
         )
-    prefix, kind, layout = found
+    prefix, kind, layout = layout_in
     target = _target(file.path, kind, to)
     state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _beside(file.rest)
+    dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _omitted_entries(file.rest)
     if kind == "encoder":
-        dropped |= {prefix + name: why for name, why in _take_unused(file.path, state).items()}
+        dropped |= {prefix + name: why for name, why in _remove_unused(file.path, state).items()}
     rope = {name: state.pop(name) for name in list(state) if layout in ENCODERS and ROPE.fullmatch(name)}
-    aliases = _take_aliases(file.path, state) if layout == "deta" else {}
+    aliases = _remove_aliases(file.path, state) if layout == "deta" else {}
 
     table = _table(file.path, kind, layout, state, target)
     sizes = _sizes(file.path, table, layout, state)
@@ -126,16 +111,16 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
 
 
 def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
-    """Return the weights of the released detectors in MMDetection's names, those of any other file as they are."""
-    found = _find_layout(_plain_detectron2(file.state))
-    return convert(file, "mmdet").state if found and found[2] in ENCODERS and found[1] != "encoder" else file.state
+    """Return the weights of released detectors under MMDetection's names, and those of any other file as they are."""
+    layout = _find_layout(_with_released_names(file.state))
+    return convert(file, "mmdet").state if layout and layout[2] in ENCODERS and layout[1] != "encoder" else file.state
 
 
 def check_destination(path: str | Path, source: str | Path) -> None:
-    """Raise CheckpointError unless a checkpoint can be written to `path` without harm to `source`."""
+    """Raise CheckpointError unless a checkpoint can be written to `path`, which must not be `source`."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path} does not end in {', '.join(SUFFIXES)}; give the output such a name")
+        raise CheckpointError(f"{path} does not end in {', '.join(SUFFIXES)}; rename the output")
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no folder {path.parent} for {path.name}; create it first")
     if path.is_dir() or path.resolve() == Path(source).resolve():
@@ -143,10 +128,9 @@ def check_destination(path: str | Path, source: str | Path) -> None:
 
 
 def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
-    """Write a .pt, .pth or .safetensors file in the wrapping of its layout; return its size in bytes.
+    """Write a .pt, .pth or .safetensors file as its layout wraps it; return its size in bytes.
 
-    Tensors go to the disk one by one. The file appears under its name when it is complete, or not at all.
-    Raises CheckpointError if it cannot be written.
+    The file appears under its name when it is complete, or not at all. Raises CheckpointError if it cannot be written.
     """
     path = Path(path)
     check_destination(path, conversion.path)
@@ -174,8 +158,8 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
 # --- names
 
 
-def _plain_detectron2(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Bring a detector trained with integrations.detectron2, whose backbone has our names, to the release's."""
+def _with_released_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Rename a detector that was trained with integrations.detectron2, where the backbone has our names."""
     if not all(any(name.startswith(part) for name in state) for part in ("proposal_generator.", "backbone.encoder.")):
         return state
     theirs = {row.ours: row.theirs for row in ROWS["detector"] if row.theirs}
@@ -187,7 +171,7 @@ def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
     for prefix in PREFIXES:
         for mark, (kind, layout) in MARKS.items():
             if any(name.startswith(prefix + mark) for name in state):
-                positions = state.get(f"{prefix}positional_embedding")  # of a detector's initialisation: (1, n, e)
+                positions = state.get(f"{prefix}positional_embedding")  # (1, n, e) in what detectors start from
                 initial = layout == "release" and positions is not None and positions.ndim == 3
                 return prefix, kind, "detectron2" if initial else layout
     return None
@@ -203,8 +187,8 @@ def _target(path: Path, kind: str, to: str) -> str:
     return SYNONYMS.get((kind, to), to)
 
 
-def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
-    """Take out of `state` what an encoder has no use for; return it with the reasons."""
+def _remove_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
+    """Remove from `state` what an encoder does not use; return the names with the reasons."""
     unused = {name: why for name in state for pattern, why in OMITTED.items() if re.fullmatch(pattern, name)}
     parts = [name for name in unused if "rope" not in name]
     if parts and not any(name.startswith("attn_pool.") for name in parts):
@@ -217,7 +201,7 @@ def _take_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
     return unused
 
 
-def _beside(rest: Mapping[str, Any]) -> dict[str, str]:
+def _omitted_entries(rest: Mapping[str, Any]) -> dict[str, str]:
     ours = {"format", "pe_spatial"} | ({"meta"} if set(rest.get("meta") or ()) <= {"pe_spatial"} else set())
     return {name: "training state or description, not weights" for name in rest if name not in ours}
 
@@ -237,8 +221,8 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     """Return name -> row for exactly the tensors of `state`, or raise CheckpointError that lists both sides."""
     numbers: dict[str, list[str]] = {}
     for mark, part in {"{}": "(?:res)?blocks", "{i}": r"encoder\.layers", "{j}": r"decoder\.layers"}.items():
-        met = {found[1] for name in state if (found := re.search(rf"(?:^|\.){part}\.(\d+)\.", name))}
-        numbers[mark] = [str(i) for i in range(len(met))]
+        present = {match[1] for name in state if (match := re.search(rf"(?:^|\.){part}\.(\d+)\.", name))}
+        numbers[mark] = [str(i) for i in range(len(present))]
     numbers["{h}"] = [str(i) for i in range(len(numbers["{j}"]) + 1)]
     for mark, pattern in {"{s}": r"roi_heads?\.b?box_(head|predictor)\.\d", "{m}": r"roi_head\.mask_head\.\d"}.items():
         numbers[mark] = [".0", ".1", ".2"] if any(re.match(pattern, name) for name in state) else [""]
@@ -258,10 +242,10 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
             f"{path} does not map one to one from {layout} to {target}; only in the file: {join_names(extra)}; "
             f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}"
         )
-    homeless = [row.ours for row in table.values() if not _name(row, target)]
-    if homeless:
-        why = next(why for part, why in NO_PLACE.items() if part in homeless[0])
-        raise CheckpointError(f"{path} has no way to {target}: no place for {join_names(homeless)}, because {why}")
+    nameless = [row.ours for row in table.values() if not _name(row, target)]
+    if nameless:
+        why = next(why for part, why in NO_PLACE.items() if part in nameless[0])
+        raise CheckpointError(f"{path} has no way to {target}: no place for {join_names(nameless)}, because {why}")
     return table
 
 
@@ -273,27 +257,27 @@ def _sizes(path: Path, table: Mapping[str, Row], layout: str, state: Mapping[str
     sizes: dict[str, int] = {}
     source: dict[str, str] = {}
     for name, row in table.items():
-        words, found = _shape(row, layout).split(), tuple(state[name].shape)
-        expected = [_expect(word, size, sizes) for word, size in zip(words, found, strict=False)]
-        if len(words) != len(found) or tuple(expected) != found:
+        words, shape = _shape(row, layout).split(), tuple(state[name].shape)
+        expected = [_expect(word, size, sizes) for word, size in zip(words, shape, strict=False)]
+        if len(words) != len(shape) or tuple(expected) != shape:
             letters = sorted(set(re.findall("[a-zA-Z]", row.shape)) & source.keys())
-            known = ", ".join(f"{letter} is {sizes[letter]} as in {source[letter]}" for letter in letters)
-            asked = f"({', '.join(words)}){f', where {known}' if known else ''}"
-            raise CheckpointError(f"{path}: {name} is {found} but should be {asked}; give an undamaged file")
+            given = ", ".join(f"{letter} is {sizes[letter]} as in {source[letter]}" for letter in letters)
+            wanted = f"({', '.join(words)}){f', where {given}' if given else ''}"
+            raise CheckpointError(f"{path}: {name} is {shape} but should be {wanted}; give an undamaged file")
         source |= {letter: name for letter in sizes.keys() - source.keys()}
     ours = [row.ours for row in table.values()]
     sizes["d"] = sum(name.endswith("norm1.bias") for name in ours)
     sizes["t"] = sum(name.endswith("cls_token") for name in ours)
     sizes["s"] = sum(name.endswith("gamma_1") for name in ours)
     if math.isqrt(sizes["n"] - sizes["t"]) ** 2 != sizes["n"] - sizes["t"]:
-        raise CheckpointError(f"{path}: {source['n']} has {sizes['n']} positions, which make no square grid of patches")
+        raise CheckpointError(f"{path}: {source['n']} has {sizes['n']} positions, not a square grid of patches")
     if "b" in sizes and sizes["b"] not in (4, 4 * sizes["C"]):
         raise CheckpointError(f"{path}: {source['b']} has {sizes['b']} outputs but should have 4 or {4 * sizes['C']}")
     return sizes
 
 
 def _expect(word: str, size: int, sizes: dict[str, int]) -> int | None:
-    """Return what `word` ('7', 'e', '3e', 'e/2' or 'C+1') says, and note a letter that is met for the first time."""
+    """Return the size that `word` ('7', 'e', '3e', 'e/2' or 'C+1') stands for; the first `size` defines a letter."""
     found = re.fullmatch(r"(\d*)([a-zA-Z]?)(?:/(\d+))?(?:\+(\d+))?", word)
     assert found
     times, over, plus = (int(found[group] or default) for group, default in ((1, 1), (3, 1), (4, 0)))
@@ -324,8 +308,8 @@ def _fit_kernel(path: Path, state: dict[str, Tensor], target: str, sizes: Mappin
 # --- DETA
 
 
-def _take_aliases(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the second names of the heads out of `state`; return them with what they name."""
+def _remove_aliases(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the second names of the heads from `state`; return them with their tensors."""
     aliases = {}
     for name in [name for name in state if ALIAS.fullmatch(name) and _first_name(name) in state]:
         first = _first_name(name)
@@ -340,9 +324,9 @@ def _first_name(alias: str) -> str:
 
 
 def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> None:
-    """Keep the rows of COCO's categories, and say where the encoder's geometry is not 'deta'.
+    """Keep the rows of COCO's categories, and note a geometry of the encoder that is not 'deta'.
 
-    The last head proposes boxes by its row 0, whatever the class, so that its first rows stay where they are.
+    The last head proposes boxes by its row 0, whatever the class, so its first rows are kept.
     """
     heads = [name for name in done.state if name.startswith("bbox_head.cls_branches.")]
     if sizes["C"] == DETA_CLASSES and not all_classes:
@@ -396,7 +380,7 @@ def _add_tables(done: Conversion, sizes: Mapping[str, int]) -> Conversion:
 
 
 def _compact(value: Tensor) -> Tensor:
-    """Return `value`, or a copy of it where a whole larger storage would go to the file with it."""
+    """Return `value`, or a copy if its storage is larger, because the file would contain the complete storage."""
     value = value.detach().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 

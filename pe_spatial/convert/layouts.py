@@ -1,13 +1,12 @@
-"""Names and shapes of every checkpoint layout that is known here, as tables: theirs, ours, shape.
+"""Tables of the names and shapes of every supported checkpoint layout: theirs, ours, shape.
 
 Names on the other side: perception_models@3e352cc, core/vision_encoder/pe.py (encoders),
 apps/detection/detectron2_pe with detectron2@02b5c4e (detectors) and apps/detection/DETA_pe (DETA).
 
-Shapes are words, and a letter stands for one size in a whole file: e width of the encoder, n learned positions, p side
-of a patch, m hidden width of the MLP, c channels of the pyramid or of the transformer, a anchors of a cell, f width of
-the box head or of a feed-forward layer, b the outputs of the regression, C classes; x and y the weights that a token
-and a query give to the places that they look at. Besides, d counts the blocks, t the class tokens, s the blocks with
-LayerScale.
+In shapes a letter stands for the same size throughout a file: e width of the encoder, n learned positions, p side of a
+patch, m hidden width of the MLP, c channels of the pyramid or of the transformer, a anchors of a cell, f width of the
+box head or of a feed-forward layer, b outputs of the regression, C classes; x and y attention weights of a token and of
+a query in deformable attention. In addition, d counts the blocks, t the class tokens, s the blocks with LayerScale.
 """
 
 import re
@@ -158,7 +157,7 @@ MARKS = {
     "pix_trans_fc.": ("DETA", "mmdet"),
     "backbone.encoder.blocks.0.": ("detector", "mmdet"),
 }
-"""How a name begins -> (kind, layout); the first that is met counts."""
+"""How a name begins -> (kind, layout); the first match counts."""
 
 PREFIXES = ("module.visual.", "visual.", "module.", "")  # of data-parallel training and of contrastive models
 
@@ -176,7 +175,7 @@ NO_PLACE = {
     "mask_head": "detectron2's cascade has one mask head for all stages; the config that maps is built on "
     "configs/_base_/models/cascade_mask_rcnn_pe.py",
 }
-"""Part of our name -> why there is none on the other side."""
+"""Part of our name -> why the other side has none."""
 
 ROPE = re.compile(r"backbone\.(net|0\.body)\.(rope_(win|glb)|transformer\.resblocks\.\d+\.attn\.rope)\.freqs_(cos|sin)")
 """Rotary tables in a released detector."""
@@ -190,7 +189,7 @@ COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 4
 
 
 def released_configs(sizes: Mapping[str, int], *, letters: str = "emndts") -> list[EncoderConfig]:
-    """Return the released configurations with these shapes, whatever their patch."""
+    """Return the released configurations with these shapes, whatever their patch size."""
     alike = []
     for config in VARIANTS.values():
         own = {"e": config.embed_dim, "m": int(config.embed_dim * config.mlp_ratio), "d": config.depth,

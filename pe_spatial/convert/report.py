@@ -1,11 +1,11 @@
-"""What a conversion did, as a table."""
+"""Describe a conversion as a table."""
 
 import re
 from collections.abc import Iterable
 
 from pe_spatial.convert.converter import Conversion
 
-# blocks, layers and stages, and the tensors of a layer, take one line of the table
+# all blocks, layers or stages, and all tensors of a layer, share one line of the table
 _NUMBER = re.compile(
     r"(?:(?<=blocks\.)|(?<=head\.)|(?<=predictor\.)|(?<=coder\.layers\.)|(?<=embed\.)|(?<=branches\.))\d+(?=\.)"
 )
@@ -19,14 +19,14 @@ def _grouped(rows: Iterable[tuple[str, str]]) -> list[tuple[int, str, str]]:
         number, tensor = _NUMBER.search(row[0]), _TENSOR.search(row[0])
         key = tuple(_TENSOR.sub("{tensor}", _NUMBER.sub("{number}", cell)) for cell in row)
         groups.setdefault(key, []).append((number[0] if number else "", tensor[0] if tensor else ""))
-    out = []
+    merged = []
     for key, members in groups.items():
         names = list(dict.fromkeys(name for _, name in members))
         tensors = names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
         numbers = _spans({int(digits) for digits, _ in members if digits})
         name, text = (cell.replace("{number}", numbers).replace("{tensor}", tensors) for cell in key)
-        out.append((len(members), name, text))
-    return out
+        merged.append((len(members), name, text))
+    return merged
 
 
 def _spans(numbers: set[int]) -> str:

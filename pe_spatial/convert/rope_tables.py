@@ -18,25 +18,18 @@ _DETA_RANGE = 16  # tokens: the rotary range of the released DETA, see PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class RopeTables:
-    """What the rotary tables of a released detector depend on and its weights do not tell; it travels with the file.
+    """What the rotary tables of a released detector depend on; its weights do not tell it, so files store it."""
 
-    Args:
-        geometry: of the encoder, with numbers for window_size, rope_grid and global_attn_indexes.
-        num_heads: attention heads.
-        image_grid: side of an image, in tokens.
-        dtype: of the tables, a name of torch's.
-    """
-
-    geometry: Geometry
+    geometry: Geometry  # of the encoder, with numbers for window_size, rope_grid and global_attn_indexes
     num_heads: int
-    image_grid: int
-    dtype: str = "float32"
+    image_grid: int  # side of an image, in tokens
+    dtype: str = "float32"  # torch's name of the tables' dtype
 
     def build(self, layout: str, width: int, depth: int) -> dict[str, Tensor]:
-        """Return every rotary table by the name that it has in `layout`, bit for bit the reference's.
+        """Return every rotary table by its name in `layout`, bit for bit as the reference.
 
-        A window or an image of side L makes (L * L, head dimension): the column's angles, then the row's, each twice.
-        Cell i of an axis has the position 1 + i * rope_grid / L
+        A table is (L * L, head dimension) for a window or an image of side L: angles of the column, then of the row,
+        each twice. Cell i of an axis has the position 1 + i * rope_grid / L
         (perception_models@3e352cc:apps/detection/detectron2_pe/modeling/backbone/pev1_det.py, and
         apps/detection/DETA_pe/models/pev1.py).
         """
@@ -49,41 +42,36 @@ class RopeTables:
             axis = torch.outer(places, frequencies).repeat_interleave(2, dim=-1)  # (L, half)
             cells = torch.cat((axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)), dim=-1).flatten(0, 1)
             pairs.append([table.to(getattr(torch, self.dtype)) for table in (cells.cos(), cells.sin())])
-        homes = {"rope_win": pairs[0], "rope_glb": pairs[1]} | {
+        owners = {"rope_win": pairs[0], "rope_glb": pairs[1]} | {
             f"transformer.resblocks.{i}.attn.rope": pairs[i in geometry.global_attn_indexes] for i in range(depth)
         }
         return {
-            f"{ENCODERS[layout]}{home}.freqs_{name}": table
-            for home, pair in homes.items()
+            f"{ENCODERS[layout]}{owner}.freqs_{name}": table
+            for owner, pair in owners.items()
             for name, table in zip(("cos", "sin"), pair, strict=True)
         }
 
 
 def detector_geometry(*, pos_grid: int, window_size: int, rope_grid: int, blocks: Sequence[int]) -> Geometry:
     """Return the geometry of a released detector in numbers."""
-    return replace(
-        PRESETS["vitdet"],
-        pos_grid=pos_grid,
-        window_size=window_size,
-        rope_grid=rope_grid,
-        global_attn_indexes=tuple(blocks),
-    )
+    sizes: dict[str, Any] = dict(pos_grid=pos_grid, window_size=window_size, rope_grid=rope_grid)
+    return replace(PRESETS["vitdet"], global_attn_indexes=tuple(blocks), **sizes)
 
 
 def read_tables(
     file: CheckpointFile, layout: str, rope: Mapping[str, Tensor], sizes: Mapping[str, int]
 ) -> tuple[RopeTables, float]:
-    """Return the geometry that the tables `rope` of a file show, and by how much they deviate from what it gives.
+    """Return the geometry that gives the tables `rope` of a file, and their largest deviation from it.
 
     Raises CheckpointError for tables that belong to no geometry.
     """
-    path, home = file.path, ENCODERS[layout]
-    windows, images = (rope.get(f"{home}rope_{kind}.freqs_cos") for kind in ("win", "glb"))
+    path, prefix = file.path, ENCODERS[layout]
+    windows, images = (rope.get(f"{prefix}rope_{kind}.freqs_cos") for kind in ("win", "glb"))
     if windows is None or images is None or any(table.ndim != 2 or not table.numel() for table in (windows, images)):
         raise CheckpointError(f"{path} has rotary tables, but rope_win and rope_glb are not both matrices in it")
     pos_grid = math.isqrt(sizes["n"])
     blocks = [
-        int(name.removeprefix(f"{home}transformer.resblocks.").partition(".")[0])
+        int(name.removeprefix(f"{prefix}transformer.resblocks.").partition(".")[0])
         for name, table in rope.items()
         if name.endswith("attn.rope.freqs_cos") and table.shape == images.shape
     ]
@@ -91,7 +79,7 @@ def read_tables(
         geometry=detector_geometry(
             pos_grid=pos_grid,
             window_size=math.isqrt(windows.shape[0]),
-            rope_grid=_rope_range(windows, rope.get(f"{home}rope_win.freqs_sin")) if layout == "deta" else pos_grid,
+            rope_grid=_rope_range(windows, rope.get(f"{prefix}rope_win.freqs_sin")) if layout == "deta" else pos_grid,
             blocks=blocks,
         ),
         num_heads=max(sizes["e"] // images.shape[1], 1),
@@ -115,7 +103,7 @@ def read_tables(
 
 
 def _rope_range(cos: Tensor, sin: Tensor | None) -> int:
-    """Return DETA's rope_grid, which shapes do not tell, from the angle between two cells of a row."""
+    """Return DETA's rope_grid, which the shapes do not tell, from the angle between two cells of a row."""
     side = math.isqrt(cos.shape[0])
     if cos.is_meta or sin is None or sin.shape != cos.shape or side < 2:
         return _DETA_RANGE
@@ -132,8 +120,7 @@ def stored_tables(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeTables 
     try:
         facts: dict[str, Any] = json.loads(entry) if isinstance(entry, str) else dict(entry)
         fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["geometry"].items()}
-        geometry = Geometry(**fields)
-        tables = RopeTables(**{**facts, "geometry": geometry})
+        tables = RopeTables(**{**facts, "geometry": Geometry(**fields)})
         if sizes["e"] % (4 * tables.num_heads):
             raise ValueError(f"{tables.num_heads} heads")
         tables.build("detectron2", sizes["e"], 0)
@@ -151,10 +138,6 @@ def recipe_tables(kind: str, sizes: Mapping[str, int]) -> RopeTables | None:
     if len(heads) != 1 or sizes["d"] not in GLOBAL_BLOCKS or (deta and sizes["n"] != 24**2):
         return None
     side = math.isqrt(sizes["n"])
-    geometry = detector_geometry(
-        pos_grid=side,
-        window_size=side,
-        rope_grid=_DETA_RANGE if deta else side,
-        blocks=GLOBAL_BLOCKS[sizes["d"]],
-    )
+    rope_grid = _DETA_RANGE if deta else side
+    geometry = detector_geometry(pos_grid=side, window_size=side, rope_grid=rope_grid, blocks=GLOBAL_BLOCKS[sizes["d"]])
     return RopeTables(geometry=geometry, num_heads=heads.pop(), image_grid=(1824 if deta else 1024) // 16)

@@ -3,7 +3,5 @@
 Importing this package registers what configs name: BFloat16OptimWrapper and ResumeWithoutPretrained.
 """
 
-from pe_spatial.engine.checkpoints import ResumeWithoutPretrained
-from pe_spatial.engine.precision import BFloat16OptimWrapper
-
-__all__ = ["BFloat16OptimWrapper", "ResumeWithoutPretrained"]
+import pe_spatial.engine.checkpoints
+import pe_spatial.engine.precision  # noqa: F401

@@ -32,11 +32,11 @@ class RefetchBrokenMixin(BaseDataset):
         )
 
 
-def log_skipped(known: set[str], kind: str, path: str, problem: Exception) -> None:
-    """Log once why a training sample is omitted, and how many of this kind this process has omitted."""
-    if path not in known:
-        known.add(path)
-        MMLogger.get_current_instance().warning(f"skipped ({len(known)} {kind} so far in this process): {problem}")
+def log_skipped(skipped: set[str], kind: str, path: str, problem: Exception) -> None:
+    """Log once why a training sample is skipped, and how many of this kind this process has skipped."""
+    if path not in skipped:
+        skipped.add(path)
+        MMLogger.get_current_instance().warning(f"skipped ({len(skipped)} {kind} so far in this process): {problem}")
 
 
 @TRANSFORMS.register_module()
@@ -78,6 +78,3 @@ class LoadCheckedImage(BaseTransform):
         results["img"] = image[..., ::-1]
         results["img_shape"] = results["ori_shape"] = image.shape[:2]
         return results
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(skip_broken={self.skip_broken})"

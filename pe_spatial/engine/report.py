@@ -1,6 +1,5 @@
 """Scores of the layers of an encoder: the best one, and a figure."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +29,5 @@ def draw_scores(path: str | Path, scores: Mapping[int, float], *, name: str, bes
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
     with atomic_write(path) as unfinished:
-        unfinished.write_bytes(file.getvalue())
+        FigureCanvasAgg(figure).print_png(unfinished)

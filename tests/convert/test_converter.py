@@ -335,7 +335,7 @@ def put(name, value):
         (put(f"{FC}.weight", torch.ones(64)), r"fc1.weight is \(64,\) but should be \(f, 49c\)"),
         (put(f"{CLASSES}.weight", torch.ones(7, 64)), rf"cls_score.bias is \(6,\) .* C is 6 as in {CLASSES}.weight"),
         (put("backbone.simfp_3.0.weight", torch.ones(48, 23, 2, 2)), r"should be \(e, e/2, 2, 2\), where e is 48"),
-        (put(f"{NET}positional_embedding", torch.ones(1, 15, 48)), "15 positions, which make no square grid"),
+        (put(f"{NET}positional_embedding", torch.ones(1, 15, 48)), "15 positions, not a square grid"),
         (put(f"{NET}positional_embedding", torch.ones(16, 48)), r"is \(16, 48\) but should be \(1, n, e\)"),
         (
             lambda s: s.update({f"{BOXES}.weight": torch.ones(8, 64), f"{BOXES}.bias": torch.ones(8)}),
