@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, one_of
 
 from .pyramid import DETAFeaturePyramid, FusedFeaturePyramid, PlainFeaturePyramid, SimpleFeaturePyramid, as_float32
 from .variants import EncoderConfig
@@ -26,7 +26,7 @@ _OF_ONE_MAP = ("simple", "deta")
 class PerceptionEncoderPyramid(nn.Module):
     """Encoder and pyramid in one: levels with the strides and channels of the backbone that it replaces.
 
-    Widths follow from the variant, so that the variant is a single option.
+    All widths follow from the variant.
 
     Args:
         variant: as in `PerceptionEncoder`.
@@ -39,7 +39,7 @@ class PerceptionEncoderPyramid(nn.Module):
         renormalize: `dict(mean=, std=, bgr=, to_mean=, to_std=)`: the statistics that the images were normalized with,
             whether their channels are B, G, R, and the statistics that this encoder expects, in R, G, B. For models in
             which another part, for instance a teacher, reads the same images.
-        eval_level: in evaluation return this level alone, not all of them, as real-time segmentation backbones do.
+        eval_level: in evaluation return only this level, as real-time segmentation backbones do.
         options: those of `PerceptionEncoder`.
 
     Raises ConfigError if the adapter is unknown or does not take the number of maps that `out_indices` asks for.
@@ -63,8 +63,7 @@ class PerceptionEncoderPyramid(nn.Module):
         self.encoder = self.build_encoder(variant, **options)
         maps = len(self.encoder.out_indices)
         adapter = adapter or ("simple" if maps == 1 else "fused")
-        if adapter not in ADAPTERS:
-            raise ConfigError(f"adapter is {adapter!r}; allowed are {', '.join(map(repr, ADAPTERS))}")
+        one_of("adapter", adapter, tuple(ADAPTERS))
         if adapter in _OF_ONE_MAP and maps > 1:
             raise ConfigError(
                 f"adapter {adapter!r} reads one layer but out_indices names {maps}; use 'fused' or 'single'"

@@ -45,7 +45,7 @@ def check_complete(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # zipfile raises half a dozen types for broken files
+    except Exception as error:  # zipfile raises many types for broken files
         damaged = str(error) or type(error).__name__
     if damaged is not None:
         raise CheckpointError(
@@ -93,10 +93,10 @@ def _latest_complete(work_dir: str) -> str | None:
             checkpoint = _checked(path)
         except CheckpointError as error:
             errors.append(error)
-        else:
-            for skipped in errors:
-                MMLogger.get_current_instance().warning(f"{skipped} This run resumes from {path}.")
-            return checkpoint
+            continue
+        for skipped in errors:
+            MMLogger.get_current_instance().warning(f"{skipped} This run resumes from {path}.")
+        return checkpoint
     raise CheckpointError(f"{errors[0]} The {len(errors) - 1} others beside it are damaged too.")
 
 
@@ -121,8 +121,8 @@ class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, in an order that never leaves a run without a complete checkpoint.
 
     mmengine removes the oldest file first, then writes the new one, then records which is the latest; a kill in between
-    can leave nothing, or the name of half a file. Here the new file is complete before its name is recorded and before
-    an old one is removed. Files of interrupted writes are removed at the next start.
+    can leave nothing, or the name of an incomplete file. Here the new file is complete before its name is recorded and
+    an old one is removed. The next start removes the files of interrupted writes.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -142,17 +142,9 @@ class AtomicCheckpointHook(CheckpointHook):
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
-            name,
-            self.file_client_args,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
-        )
+        saved = dict(save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler)
+        options = dict(self.args, **saved, meta=meta, by_epoch=self.by_epoch, backend_args=self.backend_args)
+        runner.save_checkpoint(self.out_dir, name, self.file_client_args, **options)
         if not is_main_process():
             return
         AtomicLocalBackend().put_text(self.last_ckpt, os.path.join(runner.work_dir, "last_checkpoint"))

@@ -1,4 +1,4 @@
-"""Evaluation of a config: options that write or draw predictions, test-time augmentation."""
+"""Evaluate a config: options that write or draw predictions, test-time augmentation."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""What lets a run last for days: signals that save, finite losses, resuming within an epoch, workers that end cleanly.
+"""Let a run last for days: signals that save, finite losses, resuming within an epoch, workers that end cleanly.
 
-`add_fault_tolerance` puts it into any config; complete checkpoints are the business of `checkpoints.py`.
+`add_fault_tolerance` puts it into any config; `checkpoints.py` keeps checkpoints complete.
 """
 
 import atexit
@@ -182,12 +182,12 @@ def init_worker(_: int, *, rank: int) -> None:
 def end_workers() -> None:
     """Let data workers exit, and kill those that hang.
 
-    At exit multiprocessing sends SIGTERM, which our workers ignore, and waits for them. To kill them first is no way
-    out either: torch, which watches the workers of an iterator until it is shut down, would report them as crashed.
+    At exit multiprocessing sends SIGTERM, which our workers ignore, and waits for them. Killing them first does not
+    help: torch watches the workers of an iterator until it is shut down, and would report them as crashed.
     """
-    for one in gc.get_objects():
-        if type(one) is _MultiProcessingDataLoaderIter:
-            one._shutdown_workers()
+    for iterator in gc.get_objects():
+        if type(iterator) is _MultiProcessingDataLoaderIter:
+            iterator._shutdown_workers()
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -1,4 +1,4 @@
-"""Training with weights, gradients and optimizer states sharded over the GPUs: FSDP2 under mmengine's Runner.
+"""Train with weights, gradients and optimizer states sharded over the GPUs: FSDP2 under mmengine's Runner.
 
 In a config: `runner_type = 'ShardedRunner'` and `custom_imports = dict(imports=['pe_spatial.engine.fsdp'])`.
 Needs torch 2.7 or later.

@@ -1,4 +1,4 @@
-"""The runner of a config: how it is built, and what it loads."""
+"""Build the runner of a config, and load its weights."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from pe_spatial.errors import ConfigError
 
 
 class QuietRunner(QuietStartMixin, Runner):
-    """mmengine's Runner, which obeys `QuietStart`."""
+    """mmengine's Runner under `QuietStart`."""
 
 
 def start_processes(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""What a run consists of, in a few lines: model, encoder, data, schedule, device, files."""
+"""Summarize a run in a few lines: model, encoder, data, schedule, device, files."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

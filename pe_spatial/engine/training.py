@@ -1,4 +1,4 @@
-"""Training of a config: options of a run, its errors as sentences."""
+"""Train a config: the options of a run, and its errors as sentences."""
 
 import os
 
@@ -32,7 +32,7 @@ def prepare_training(
             again after a failure resumes in any case.
         bfloat16: train under autocast to bfloat16, whatever optimizer wrapper the config has.
         scale_lr: scale the learning rate from the config's `auto_scale_lr.base_batch_size` to the real batch size.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
         deterministic: same seed (default 0), same losses to the last bit, also after resuming.
         non_finite_steps: see `add_fault_tolerance`.
     """

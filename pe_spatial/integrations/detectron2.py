@@ -33,7 +33,7 @@ class PerceptionEncoderPyramid(core.PerceptionEncoderPyramid, Backbone):
 
     Args:
         variant: as in `PerceptionEncoder`.
-        weights: None for random ones, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', or a local file.
+        weights: None for random weights, or what `load_checkpoint` takes: 'released', 'hf://owner/repo', a local file.
         size_divisibility: Detectron2 pads the sides of a batch to multiples of it, in pixels; None for what patches and
             levels need. Complete windows are `window_size * patch_size`.
         square_size: side of the square to which Detectron2 pads every image, in pixels, as the released detectors do;
@@ -68,7 +68,7 @@ class PerceptionEncoderPyramid(core.PerceptionEncoderPyramid, Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """The same and the square, under the keys that `ImageList.from_tensors` reads.
+        """`size_divisibility` and `square_size` under the keys that `ImageList.from_tensors` reads.
 
         detectron2@02b5c4e:detectron2/modeling/backbone/vit.py misspells the first one, so that only its square counts.
         """
@@ -93,7 +93,7 @@ class PerceptionEncoderPyramid(core.PerceptionEncoderPyramid, Backbone):
 def from_released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring the state dict of a released detector's backbone ('net.' and 'simfp_2.' to 'simfp_5.') to our names.
 
-    Unknown names stay as they are, for the load to complain about; rotary constants are left out, as they are computed.
+    Unknown names stay as they are, so that the load reports them; rotary constants are omitted and computed.
     """
     encoder = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
     out = {f"encoder.{name}": value for name, value in to_timm_names(encoder)[0].items()}
@@ -103,42 +103,34 @@ def from_released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _level_name(found: re.Match[str]) -> str:
-    # Detectron2's convolutions hold their norms; in our levels a norm is the layer after its convolution.
-    level, layer = int(found[1]), int(found[2])
-    layer += max(layer - _CONV[level], 0) + bool(found[3])
+def _level_name(match: re.Match[str]) -> str:
+    # Detectron2's convolutions contain their norms; in our levels a norm is the layer after its convolution.
+    level, layer = int(match[1]), int(match[2])
+    layer += max(layer - _CONV[level], 0) + bool(match[3])
     return f"pyramid.levels.{level - 2}.{layer}"
 
 
 def load_released_detector(model: nn.Module, source: str | Path) -> None:
-    """Load a released detector, or a checkpoint of one's own training, strictly; pickled code never runs.
+    """Load a released detector, or one that you trained, strictly, into a Detectron2 model on our backbone.
 
-    Args:
-        model: a detector of Detectron2 on `PerceptionEncoderPyramid`.
-        source: a local file, or 'hf://owner/repo/file'.
-
-    Raises CheckpointError if the file is missing, cannot be read without running code, or does not fit.
+    `source` is a local file or 'hf://owner/repo/file'; pickled code never runs.
+    Raises CheckpointError if the file is missing, cannot be read without running code, or does not match.
     """
     path = locate(source)
     try:
-        found = model.load_state_dict(read_state_dict(path), strict=False)
+        keys = model.load_state_dict(read_state_dict(path), strict=False)
     except RuntimeError as error:
         shapes = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise CheckpointError(f"{path} has tensors of other shapes than this model: {shapes}") from None
-    if found.missing_keys or found.unexpected_keys:
+    if keys.missing_keys or keys.unexpected_keys:
         raise CheckpointError(
-            f"{path} does not hold the weights of this model; only in the file: {join_names(found.unexpected_keys)}; "
-            f"missing in it: {join_names(found.missing_keys)}; build the model that the file belongs to"
+            f"{path} does not hold the weights of this model; only in the file: {join_names(keys.unexpected_keys)}; "
+            f"missing in it: {join_names(keys.missing_keys)}; build the model that the file belongs to"
         )
 
 
 def layer_decay(model: nn.Module, rate: float | str = "vitdet") -> Callable[[str], float]:
-    """Return the `lr_factor_func` of Detectron2's `get_default_optimizer_params` for every encoder in `model`.
-
-    Args:
-        model: holds one `PerceptionEncoder` or several, at any depth; all else keeps the factor 1.
-        rate: from one layer to the one before it, or 'vitdet': the published rate for the encoder's depth.
-    """
+    """Return `lr_factors` (1 outside encoders) as `lr_factor_func` of Detectron2's `get_default_optimizer_params`."""
     factors = lr_factors(model, rate)
     # Detectron2 writes a dot before the parameters of the model itself.
     return lambda name: factors.get(name.removeprefix("."), 1.0)
@@ -147,13 +139,10 @@ def layer_decay(model: nn.Module, rate: float | str = "vitdet") -> Callable[[str
 def layer_decay_params(
     model: nn.Module, *, base_lr: float, layer_decay_rate: float | str = "vitdet", **options: Any
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of an optimizer in a LazyConfig, whose trainer fills in `model`.
+    """Return the parameter groups of an optimizer in a LazyConfig; its trainer fills in `model`.
 
-    Args:
-        model: see `layer_decay`.
-        base_lr: learning rate of the heads.
-        layer_decay_rate: see `layer_decay`.
-        options: those of `get_default_optimizer_params`. Without any, norms and biases decay too, as released.
+    `base_lr` is the learning rate of the heads. `options` are those of `get_default_optimizer_params`; without any,
+    norms and biases decay too, as released.
     """
     return get_default_optimizer_params(
         model, base_lr=base_lr, lr_factor_func=layer_decay(model, layer_decay_rate), **options
@@ -168,7 +157,7 @@ def add_pe_spatial_config(cfg: CfgNode) -> None:
     cfg.MODEL.PE_SPATIAL = node = CfgNode()
     node.VARIANT = ""  # must be given: 'pe_spatial_b16_512', ...
     node.GEOMETRY = "vitdet"
-    node.WEIGHTS = None  # 'released', 'hf://owner/repo', a file; MODEL.WEIGHTS is for whole detectors
+    node.WEIGHTS = None  # 'released', 'hf://owner/repo', a file; MODEL.WEIGHTS is for complete detectors
     node.OUT_INDICES = (-1,)
     node.STRIDES = (4, 8, 16, 32, 64)
     node.OUT_CHANNELS = 256
@@ -187,8 +176,8 @@ def build_pe_spatial_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Perceptio
 
     Raises ConfigError where the config would feed the encoder anything but RGB pixels in [-1, 1].
     """
-    node = cfg.MODEL.get("PE_SPATIAL")
-    if node is None or not node.VARIANT:
+    node = cfg.MODEL.get("PE_SPATIAL") or CfgNode()
+    if not node.get("VARIANT"):
         raise ConfigError(
             "MODEL.PE_SPATIAL.VARIANT is missing; call add_pe_spatial_config(cfg) before merging files, and set it to "
             "pe_spatial_b16_512 or the like"
@@ -215,7 +204,7 @@ def build_pe_spatial_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Perceptio
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build AdamW with layer-wise decay from `SOLVER` and `MODEL.PE_SPATIAL.LAYER_DECAY_RATE` of a yacs config.
 
-    For `DefaultTrainer.build_optimizer`, whose SGD is not what PE was ever fine-tuned with.
+    It replaces the SGD of `DefaultTrainer.build_optimizer`, with which PE was never fine-tuned.
     """
     solver = cfg.SOLVER
     if solver.BIAS_LR_FACTOR != 1.0:

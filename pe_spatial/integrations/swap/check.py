@@ -42,7 +42,7 @@ _LIMITS = dict(nms_pre=200, max_per_img=50, num=64)  # proposals; with the thous
 
 
 def families(scope: str) -> list[str]:
-    """Return the names of the families whose configs a framework (mmdet, mmseg) installs."""
+    """Return the families of a framework (mmdet, mmseg): the folders of its configs."""
     return sorted(p.name for p in _config_dir(scope).iterdir() if p.is_dir() and p.name not in ("_base_", "common"))
 
 
@@ -132,7 +132,9 @@ def _detection_inputs(cfg: Config, model: nn.Module) -> dict[str, Any]:
         **(dict(texts=["a cat . a dog ."] * 2, custom_entities=True) if text else {}),
     )  # fmt: skip
     labels = min([2, *_class_counts(cfg)])
-    stride = _stride_of_semantics(cfg.model)
+    stride = 1 if cfg.model.get("semantic_head") or cfg.model.get("panoptic_head") else 0  # of the semantic labels
+    if (cfg.model.get("roi_head") or {}).get("semantic_head"):
+        stride = 8  # SegRescale, in HTC and SCNet
     for sample in data["data_samples"]:
         # boxes as large as in real images: random ones may have no area, and then some assigners fail
         k = len(sample.gt_instances)
@@ -153,13 +155,6 @@ def _detection_inputs(cfg: Config, model: nn.Module) -> dict[str, Any]:
         if stride:
             sample.gt_sem_seg = PixelData(sem_seg=torch.randint(0, 3, (1, h // stride, w // stride)))
     return data
-
-
-def _stride_of_semantics(model: Mapping[str, Any]) -> int:
-    """Return the stride at which the recipe's pipeline gives semantic labels; 0 where there are none."""
-    if (model.get("roi_head") or {}).get("semantic_head"):
-        return 8  # SegRescale, in HTC and SCNet
-    return 1 if model.get("semantic_head") or model.get("panoptic_head") else 0
 
 
 def _class_counts(cfg: Config) -> list[int]:
