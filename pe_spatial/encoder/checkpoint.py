@@ -19,27 +19,25 @@ from .vit import PerceptionEncoder
 
 _log = logging.getLogger(__name__)
 
-# released name -> ours (timm's); `{}` is the number of the block
-RELEASED_TO_OURS: dict[str, str] = {
+# released name -> ours (timm's); `{}` is the number of the block, `*` is weight and bias
+_NAMES = {
     "class_embedding": "cls_token",
     "positional_embedding": "pos_embed",
     "conv1.weight": "patch_embed.proj.weight",
-    "ln_pre.weight": "norm_pre.weight",
-    "ln_pre.bias": "norm_pre.bias",
-    "transformer.resblocks.{}.ln_1.weight": "blocks.{}.norm1.weight",
-    "transformer.resblocks.{}.ln_1.bias": "blocks.{}.norm1.bias",
-    "transformer.resblocks.{}.attn.in_proj_weight": "blocks.{}.attn.qkv.weight",
-    "transformer.resblocks.{}.attn.in_proj_bias": "blocks.{}.attn.qkv.bias",
-    "transformer.resblocks.{}.attn.out_proj.weight": "blocks.{}.attn.proj.weight",
-    "transformer.resblocks.{}.attn.out_proj.bias": "blocks.{}.attn.proj.bias",
+    "ln_pre.*": "norm_pre.*",
+    "transformer.resblocks.{}.ln_1.*": "blocks.{}.norm1.*",
+    "transformer.resblocks.{}.attn.in_proj_*": "blocks.{}.attn.qkv.*",
+    "transformer.resblocks.{}.attn.out_proj.*": "blocks.{}.attn.proj.*",
     "transformer.resblocks.{}.ls_1.gamma": "blocks.{}.gamma_1",
-    "transformer.resblocks.{}.ln_2.weight": "blocks.{}.norm2.weight",
-    "transformer.resblocks.{}.ln_2.bias": "blocks.{}.norm2.bias",
-    "transformer.resblocks.{}.mlp.c_fc.weight": "blocks.{}.mlp.fc1.weight",
-    "transformer.resblocks.{}.mlp.c_fc.bias": "blocks.{}.mlp.fc1.bias",
-    "transformer.resblocks.{}.mlp.c_proj.weight": "blocks.{}.mlp.fc2.weight",
-    "transformer.resblocks.{}.mlp.c_proj.bias": "blocks.{}.mlp.fc2.bias",
+    "transformer.resblocks.{}.ln_2.*": "blocks.{}.norm2.*",
+    "transformer.resblocks.{}.mlp.c_fc.*": "blocks.{}.mlp.fc1.*",
+    "transformer.resblocks.{}.mlp.c_proj.*": "blocks.{}.mlp.fc2.*",
     "transformer.resblocks.{}.ls_2.gamma": "blocks.{}.gamma_2",
+}
+RELEASED_TO_OURS: dict[str, str] = {
+    theirs.replace("*", tensor): ours.replace("*", tensor)
+    for theirs, ours in _NAMES.items()
+    for tensor in ("weight", "bias")
 }
 
 _KERNEL, _POSITIONS = "patch_embed.proj.weight", "pos_embed"

@@ -183,19 +183,9 @@ def build_pe_spatial_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Perceptio
             "pe_spatial_b16_512 or the like"
         )
     _check_pixels(cfg)
-    backbone = PerceptionEncoderPyramid(
-        node.VARIANT,
-        pyramid={"strides": node.STRIDES, "out_channels": node.OUT_CHANNELS},
-        geometry=node.GEOMETRY,
-        weights=node.WEIGHTS,
-        size_divisibility=node.SIZE_DIVISIBILITY,
-        square_size=node.SQUARE_SIZE,
-        out_indices=node.OUT_INDICES,
-        frozen_stages=node.FROZEN_STAGES,
-        grad_checkpointing=node.GRAD_CHECKPOINTING,
-        drop_path_rate="vitdet" if node.DROP_PATH_RATE is None else node.DROP_PATH_RATE,
-        **({} if node.PATCH_SIZE is None else {"patch_size": node.PATCH_SIZE}),
-    )
+    given = {name.lower(): value for name, value in node.items() if value is not None and name != "LAYER_DECAY_RATE"}
+    pyramid = {name: given.pop(name) for name in ("strides", "out_channels")}
+    backbone = PerceptionEncoderPyramid(**{"drop_path_rate": "vitdet", **given}, pyramid=pyramid)
     if input_shape.channels != backbone.encoder.config.in_chans:
         raise ConfigError(f"the input has {input_shape.channels} channels; {node.VARIANT} takes RGB")
     return backbone

@@ -156,19 +156,16 @@ def find_feature_specs(
 
 def _declared(node: Mapping[str, Any]) -> list[int] | None:
     """Return the input channels that the neck or the only head declares; None where there is no such list."""
-    for key in ("neck", "panoptic_head"):
+    for key in ("neck", "panoptic_head", "decode_head"):
         reader = node.get(key)
         reader = reader[0] if isinstance(reader, list | tuple) and reader else reader
         if isinstance(reader, Mapping):
             value = reader.get("in_channels")
-            return [value] if isinstance(value, int) else None if value is None else list(value)
-    head = node.get("decode_head")
-    head = head[0] if isinstance(head, list | tuple) else head
-    value = head.get("in_channels") if isinstance(head, Mapping) else None
-    if head is None or not isinstance(value, list | tuple):
-        return None
-    reads_all = list(head.get("in_index", range(len(value)))) == list(range(len(value)))
-    return list(value) if reads_all else None
+            if isinstance(value, int) and key != "decode_head":  # a head chooses one of the maps
+                return [value]
+            indices = range(len(value)) if isinstance(value, list | tuple) else ()
+            return list(value) if indices and list(reader.get("in_index", indices)) == list(indices) else None
+    return None
 
 
 def evaluation_level(node: Mapping[str, Any]) -> int | None:
