@@ -163,8 +163,10 @@ def _declared(node: Mapping[str, Any]) -> list[int] | None:
             value = reader.get("in_channels")
             if isinstance(value, int) and key != "decode_head":  # a head chooses one of the maps
                 return [value]
-            indices = range(len(value)) if isinstance(value, list | tuple) else ()
-            return list(value) if indices and list(reader.get("in_index", indices)) == list(indices) else None
+            if not isinstance(value, list | tuple):
+                return None
+            indices = list(range(len(value)))
+            return list(value) if list(reader.get("in_index", indices)) == indices else None
     return None
 
 
