@@ -1,9 +1,10 @@
 """Fixtures of all tests, one thread for each process, and the report on skipped tests."""
 
+import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         allowed = " or ".join(sorted(optional)) or "nothing"
         reporter.write_line(f"skipped in CI, where only {allowed} may be missing: {', '.join(skipped)}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting() -> Iterator[None]:
+    """Let mmengine write configs without yapf, which takes longer than a tiny run, and torch not wait 5 s for workers.
+
+    Workers that ignore SIGTERM, as ours do, outlast the iterator of an endless sampler.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+        if importlib.util.find_spec("yapf"):
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
 
 
 @pytest.fixture(scope="session")

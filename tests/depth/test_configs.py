@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmseg")
-from helpers.repository import REPO, tool
+from helpers.repository import REPO, command
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
@@ -135,7 +135,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.slow
 def test_trains_resumes_and_tests(world, tmp_path):
-    """Through the tools, whole checkpoints, from the config that overfits to seven real images."""
+    """Through the commands, whole checkpoints, from the config that overfits to seven real images."""
     config = REPO / "projects/nyu_depth/overfit_nyu.py"
     options = [
         "--cfg-options",
@@ -145,9 +145,9 @@ def test_trains_resumes_and_tests(world, tmp_path):
         "default_hooks.logger.interval=1",
     ]
     common = [config, "--data-root", world, "--work-dir", tmp_path / "run"]
-    tool("train", *common, *options, "train_cfg.max_iters=2", "train_cfg.val_interval=2", cwd=tmp_path)
+    command("train", *common, *options, "train_cfg.max_iters=2", "train_cfg.val_interval=2", cwd=tmp_path)
     state = torch.load(tmp_path / "run/iter_2.pth", weights_only=False)["state_dict"]
-    out = tool(
+    out = command(
         "train", *common, "--resume", *options, "train_cfg.max_iters=4", "train_cfg.val_interval=4", cwd=tmp_path
     )
     assert "Iter(train) [3/4]" in out
@@ -156,7 +156,8 @@ def test_trains_resumes_and_tests(world, tmp_path):
     assert {name for name in later if not torch.equal(later[name], state[name])} >= {"decode_head.out.weight"}
     assert all(torch.equal(later[name], state[name]) for name in later if name.startswith("backbone."))
     assert "backbone.blocks.4.mlp.fc2.weight" in later
-    out = tool("test", config, tmp_path / "run/iter_4.pth", "--data-root", world, "--work-dir", tmp_path, cwd=tmp_path)
+    options = ("--data-root", world, "--work-dir", tmp_path)
+    out = command("test", config, tmp_path / "run/iter_4.pth", *options, cwd=tmp_path)
     assert "rmse" in out
     assert "depth of 4 images, from 0.001 m to 10 m, crop eigen" in out
 

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("mmengine")
 from helpers.golden import read_arrays, read_json
+from helpers.processes import start
 from mmengine.registry import MODELS
-from torch import multiprocessing
 
 from pe_spatial.depth.losses import GradientLoss, ScaleAndShiftInvariantLoss, SigLoss, SiLog
 from pe_spatial.errors import ConfigError
@@ -241,7 +241,7 @@ def test_statistics_across_ranks_make_the_loss_that_of_the_whole_batch(tmp_path)
     torch.manual_seed(0)
     pred, target = torch.rand(2, 1, 8, 8) + 0.5, torch.rand(2, 1, 8, 8) + 1
     target[0, :, :5] = 0
-    multiprocessing.spawn(two_ranks, (str(tmp_path), pred, target), nprocs=2)
+    start(two_ranks, (str(tmp_path), pred, target), number=2)
     value, gradient = value_and_gradient(SigLoss(warm_up=0), pred, target)
     for rank in (0, 1):
         got, slope = torch.load(tmp_path / f"{rank}_True.pt")

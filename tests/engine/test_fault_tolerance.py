@@ -268,44 +268,108 @@ def test_all_processes_take_the_checkpoint_of_the_first_or_fail_with_it(trained,
     assert ("iter_10.pth is damaged" in found[0]) is damaged
 
 
-@pytest.mark.slow
-def test_200_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
-    """Forked processes write one checkpoint after the other; after every kill the latest one loads."""
-    monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)  # formatting it takes most of the time
-    runner = build(tiny_config(tmp_path, **{"model.width": 100_000, "default_hooks.checkpoint.max_keep_ckpts": 1}))
-    hook = next(hook for hook in runner.hooks if type(hook).__name__ == "AtomicCheckpointHook")
-    runner.train()
-    step, duration, unfinished = 10, 0.0, 0
-    for _ in range(200):
-        done, say = os.pipe()
-        start = time.perf_counter()
+class Saving:
+    """A run that keeps one checkpoint and saves in forked processes, which are killed."""
+
+    def __init__(self, folder, width):
+        options = {"model.width": width, "default_hooks.checkpoint.max_keep_ckpts": 1}
+        self.folder, self.runner = folder, build(tiny_config(folder, **options))
+        self.hook = next(hook for hook in self.runner.hooks if type(hook).__name__ == "AtomicCheckpointHook")
+        self.runner.train()
+        self.step = 10
+
+    def fork(self, work):
         child = os.fork()
         if child == 0:
             try:
-                while True:
-                    step += 1
-                    hook._save_checkpoint_with_step(runner, step, meta=dict(epoch=0, iter=step))
-                    os.write(say, b".")
+                work()
+                os._exit(0)
             finally:
                 os._exit(1)
-        os.read(done, 1)  # its first one is written
-        duration = max(duration, time.perf_counter() - start)
-        time.sleep(random.uniform(0, duration))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(done)
-        os.close(say)
-        leftovers = list(tmp_path.glob(".*"))
-        unfinished += bool(leftovers)
-        latest = find_latest_checkpoint(str(tmp_path))
-        content = torch.load(latest, weights_only=False)
-        assert_close(content["state_dict"], runner.model.state_dict())
-        assert content["meta"]["iter"] > step
-        step = content["meta"]["iter"]
-        hook.keep_ckpt_ids.clear()
-        hook.keep_ckpt_ids.append(step)
+        return child
+
+    def save(self):
+        self.step += 1
+        self.hook._save_checkpoint_with_step(self.runner, self.step, meta=dict(epoch=0, iter=self.step))
+
+    def resume(self):
+        """Check that the latest checkpoint is complete, go on from it, and return the step and what was left over."""
+        leftovers = list(self.folder.glob(".*"))
+        content = torch.load(find_latest_checkpoint(str(self.folder)), weights_only=False)
+        assert_close(content["state_dict"], self.runner.model.state_dict())
+        self.step = content["meta"]["iter"]
+        self.hook.keep_ckpt_ids.clear()
+        self.hook.keep_ckpt_ids.append(self.step)
         for leftover in leftovers:
             leftover.unlink()
+        return self.step, leftovers
+
+
+def test_kills_before_each_operation_on_files(tmp_path):
+    """Python announces every open, rename, removal and change of permissions; the process dies before each of them."""
+    saving, names, left = Saving(tmp_path, width=4), [], []
+    while True:
+        said, say = os.pipe()
+
+        number = len(names)
+
+        def save(number=number, say=say):
+            seen = []
+
+            def kill(name, args):
+                if name in ("open", "os.rename", "os.remove", "os.chmod") and str(tmp_path) in str(args[:2]):
+                    if len(seen) == number:
+                        os.write(say, name.encode())
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    seen.append(name)
+
+            sys.addaudithook(kill)
+            saving.save()
+
+        before = saving.step
+        _, status = os.waitpid(saving.fork(save), 0)
+        os.close(say)
+        names.append(os.read(said, 99).decode())
+        os.close(said)
+        step, leftovers = saving.resume()
+        left += leftovers
+        assert step - before in (0, 1)
+        if os.WIFEXITED(status):
+            break
+    assert os.WEXITSTATUS(status) == 0
+    assert step - before == 1
+    assert names[-1] == ""
+    assert names.count("os.rename") == 2  # the checkpoint and the name of the latest one
+    assert names.count("open") >= 4
+    assert "os.remove" in names
+    assert {path.name[1:5] for path in left} == {"iter", "last"}
+
+
+@pytest.mark.slow
+def test_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
+    """Forked processes write one checkpoint after the other; a kill hits each fortieth of the time of a write."""
+    monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)  # formatting it takes most of the time
+    saving, duration, unfinished = Saving(tmp_path, width=100_000), 0.0, 0
+    for moment in range(40):
+        said, say = os.pipe()
+
+        def save(say=say):
+            while True:
+                saving.save()
+                os.write(say, b".")
+
+        before, start = saving.step, time.perf_counter()
+        child = saving.fork(save)
+        os.read(said, 1)  # its first one is written
+        duration = max(duration, time.perf_counter() - start)
+        time.sleep((moment + random.random()) / 40 * duration)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(said)
+        os.close(say)
+        step, leftovers = saving.resume()
+        assert step > before
+        unfinished += bool(leftovers)
     assert unfinished  # some kills did hit a write
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+from helpers.processes import start
 from helpers.tiny_deta import SIDE, WIDTH, tiny_deta
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -17,7 +18,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS, METRICS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
-from torch import multiprocessing
 from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
@@ -155,7 +155,7 @@ def facts(model):
 
 
 def two_processes(rank, port, folder):
-    """Everything that two processes do, in one start of the interpreter."""
+    """Everything that two processes do, in one start of the processes."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE="2")
@@ -213,7 +213,7 @@ def results(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(two_processes, (port, folder), nprocs=2)
+    start(two_processes, (port, folder), number=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return ranks, folder, run(folder / "alone", world=1).record
 

@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.coco import annotation
+from helpers.processes import start
 from helpers.repository import CONFIGS
-from torch import multiprocessing, nn
+from torch import nn
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
@@ -412,7 +413,7 @@ def results(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             ports[world] = free.getsockname()[1]
-    multiprocessing.spawn(process, (ports, folder), nprocs=3)
+    start(process, (ports, folder), number=3)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(3)], folder
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
-from helpers.repository import REPO, tool
+from helpers.repository import REPO, command
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
@@ -459,10 +459,10 @@ def test_scores():
 
 
 @pytest.mark.slow
-def test_tool(config, tmp_path, monkeypatch):
+def test_command(config, tmp_path, monkeypatch):
     config.dump(tmp_path / "probe.py")
     options = ("--layers", "0,1", "--epochs", "4", "--limit", "4", "--work-dir", "out")
-    log = tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
+    log = command("sweep_layers", "probe.py", *options, cwd=tmp_path)
     assert "2 layers, 4 training images as in testing (no augmentation)" in log
     assert re.search(r"\| 1 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| .*last \|", log)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -470,7 +470,7 @@ def test_tool(config, tmp_path, monkeypatch):
     assert scores["score"] == "mIoU"
     assert scores["schedule"]["max_iters"] == 8
     assert (tmp_path / "out" / "scores.png").is_file()
-    assert "layer 1: already trained" in tool("sweep_layers", "probe.py", *options, cwd=tmp_path)
+    assert "layer 1: already trained" in command("sweep_layers", "probe.py", *options, cwd=tmp_path)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", "--layers", "0,7"])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
-from helpers.repository import REPO, tool
+from helpers.repository import REPO, command
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
@@ -198,8 +198,8 @@ def project(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_tools_train_and_evaluate(project):
-    log = tool("train", "tiny.py", "--data-root", "data", "--work-dir", "run", cwd=project)
+def test_commands_train_and_evaluate(project):
+    log = command("train", "tiny.py", "--data-root", "data", "--work-dir", "run", cwd=project)
     assert "Iter(train) [2/2]" in log
     assert re.search(r"mIoU: +\d", log)
     assert len(re.findall(r"\| +(wall|building) +\| +\d", log)) == 2
@@ -208,7 +208,7 @@ def test_tools_train_and_evaluate(project):
         assert_close(state[f"backbone.{name}"], value, rtol=0, atol=0)
     assert state["decode_head.bn.num_batches_tracked"] == 2
     options = ("--data-root", "data", "--work-dir", "test", "--out", "out.pkl")
-    log = tool("test", "tiny.py", "run/iter_2.pth", *options, cwd=project)
+    log = command("test", "tiny.py", "run/iter_2.pth", *options, cwd=project)
     assert re.search(r"mIoU: +\d", log)
     assert (project / "out.pkl").is_file()
 
