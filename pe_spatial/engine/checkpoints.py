@@ -60,16 +60,16 @@ def find_checkpoint(source: str, work_dir: str) -> str | None:
     The first process reads the complete file, the others check that it is there.
 
     Args:
-        source: a file, or 'auto' for the latest one of `work_dir`. If that is damaged, the next older one beside it is
-            used, with a warning: after a crash a run resumes without a person.
+        source: a file, a folder whose latest one is taken, or 'auto' for the latest one of `work_dir`. If that is
+            damaged, the next older one beside it is used, with a warning: after a crash a run resumes without a person.
         work_dir: of the run.
 
-    Raises CheckpointError, on all processes, if the file or all of them are damaged.
+    Raises CheckpointError, on all processes, if the file or all of them are damaged or hold no state of a run.
     """
     result: list[str | None] = [None, None]  # the checkpoint or the error
     if is_main_process():
         try:
-            result[0] = _latest_complete(work_dir) if source == "auto" else _checked(source)
+            result[0] = _latest_complete(work_dir) if source == "auto" else _named(source)
         except CheckpointError as error:
             result[1] = str(error)
     broadcast_object_list(result)
@@ -77,43 +77,75 @@ def find_checkpoint(source: str, work_dir: str) -> str | None:
     if message is not None:
         raise CheckpointError(message)
     if checkpoint is not None and not is_main_process():
-        _check_state(checkpoint)
+        _steps(checkpoint)
     return checkpoint
 
 
-def _latest_complete(work_dir: str) -> str | None:
-    latest = find_latest_checkpoint(work_dir)
+def _named(source: str) -> str:
+    if not os.path.isdir(source):
+        return _checked(source)
+    latest = _latest_complete(source)
     if latest is None:
-        return None
-    others = [p for p in Path(latest).parent.glob("*.pth") if re.fullmatch(r"(iter|epoch)_\d+", p.stem)]
-    others.sort(key=lambda p: p.stat().st_mtime, reverse=True)
-    errors = []
-    for path in (latest, *(str(p) for p in others if p != Path(latest))):
+        raise CheckpointError(f"{source} has no checkpoint to resume from; give a .pth file, or the folder of a run")
+    return latest
+
+
+def _latest_complete(folder: str) -> str | None:
+    """Return the checkpoint that `last_checkpoint` names, or the one with most steps, or the next one that is complete.
+
+    The file names it by the path that it had when it was written, but the folder may have moved since.
+    """
+    record = Path(folder, "last_checkpoint")
+    named = record.read_text().strip() if record.is_file() else ""
+    recorded = next((p for p in (Path(named), Path(folder, re.split(r"[/\\]", named)[-1])) if p.is_file()), None)
+    files = list((recorded.parent if recorded else Path(folder)).glob("[!.]*.pth"))
+    files = [p for p in files if not p.name.startswith("best_")] or files  # weights alone are refused by name
+    errors, latest_first = [], sorted(files, key=_order, reverse=True)
+    for path in ([recorded] if recorded else []) + [p for p in latest_first if p != recorded]:
         try:
-            checkpoint = _checked(path)
+            checkpoint = _checked(str(path))
         except CheckpointError as error:
             errors.append(error)
             continue
         for skipped in errors:
             MMLogger.get_current_instance().warning(f"{skipped} This run resumes from {path}.")
         return checkpoint
-    raise CheckpointError(f"{errors[0]} The {len(errors) - 1} others beside it are damaged too.")
+    if errors:
+        others = f" The {len(errors) - 1} others beside it cannot be used either." if len(errors) > 1 else ""
+        raise CheckpointError(f"{errors[0]}{others}")
+    if any(Path(folder).glob("*/*.log")):
+        text = f"--resume: {folder} has logs of an earlier run but no checkpoint, so this one starts from the beginning"
+        MMLogger.get_current_instance().warning(text)
+    return None
+
+
+def _order(path: Path) -> float:
+    """Return the steps of a checkpoint, because copies have any times; one that cannot be read counts as the latest."""
+    try:
+        return _steps(path)
+    except CheckpointError:
+        return float("inf")
 
 
 def _checked(path: str) -> str:
-    _check_state(path)
+    _steps(path)
     check_complete(path)
     return path
 
 
-def _check_state(path: str) -> None:
-    """Raise CheckpointError unless a run can be resumed from `path`, and without running code.
+def _steps(path: str | Path) -> int:
+    """Return the number of steps of a checkpoint; CheckpointError unless a run can be resumed from it.
 
-    mmengine falls back to unpickling without restriction, so this comes first.
+    This runs no code. mmengine falls back to unpickling without restriction, so this comes first.
     """
-    meta = read_checkpoint(path).rest.get("meta")
-    if not isinstance(meta, Mapping) or "iter" not in meta:
-        raise CheckpointError(f"{path} holds no state of a run; give a checkpoint that training wrote")
+    rest = read_checkpoint(path).rest
+    meta = rest.get("meta")
+    if not isinstance(meta, Mapping) or "iter" not in meta or "optimizer" not in rest:
+        raise CheckpointError(
+            f"{path} holds no state of a run (step and optimizer), so none can be resumed from it; to start a new one "
+            f"from its weights, use --cfg-options load_from={path} without --resume"
+        )
+    return meta["iter"]
 
 
 @HOOKS.register_module()

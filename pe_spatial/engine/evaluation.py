@@ -5,7 +5,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
-from pe_spatial.engine.runner import build_runner, load_weights_of_any_layout
+from pe_spatial.engine.runner import build_runner, explain_workers, load_weights_of_any_layout
 from pe_spatial.engine.summary import summarize
 from pe_spatial.errors import ConfigError
 
@@ -50,4 +50,10 @@ def test(cfg: Config) -> dict[str, float]:
     runner = build_runner(cfg)
     load_weights_of_any_layout(runner)
     runner.logger.info(f"Evaluation\n{summarize(runner, training=False)}")
-    return runner.test()
+    try:
+        return runner.test()
+    except RuntimeError as error:
+        explained = explain_workers("test_dataloader", cfg.test_dataloader, "the test", error)
+        if explained is error:
+            raise
+        raise explained from error

@@ -22,6 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from pe_spatial.encoder.files import join_names
 from pe_spatial.engine.checkpoints import AtomicCheckpointHook, AtomicLocalBackend
 from pe_spatial.engine.determinism import seed_everything
+from pe_spatial.engine.resuming import ResumeBySamplesHook  # noqa: F401  (registers)
 from pe_spatial.errors import TrainingError
 
 EXIT_RETRY = 75
@@ -208,6 +209,7 @@ def add_fault_tolerance(cfg: Config, *, non_finite_steps: int = 1) -> None:
     present = [hook["type"] for hook in cfg.get("custom_hooks") or ()]
     ours = (
         dict(type="ResumeWithoutPretrained"),
+        dict(type="ResumeBySamplesHook"),
         dict(type="StopOnSignalHook"),
         dict(type="NonFiniteLossHook", patience=non_finite_steps or None),
     )

@@ -33,8 +33,8 @@ from torch.utils.serialization import config as serialization
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.vit import PerceptionEncoder
-from pe_spatial.engine.console import QuietStartMixin
 from pe_spatial.engine.precision import BFloat16OptimWrapper
+from pe_spatial.engine.runner import RunnerMixin
 from pe_spatial.errors import ConfigError
 
 
@@ -213,7 +213,7 @@ def consolidate(file: str | Path, target: str | Path) -> None:
 
 
 @RUNNERS.register_module()
-class ShardedRunner(QuietStartMixin, Runner):
+class ShardedRunner(RunnerMixin, Runner):
     """Runner that shards training by `shard` instead of replicating it by DDP; with one process it is a plain Runner.
 
     Checkpoints are exactly those of a plain Runner: either resumes what the other saved, on any number of processes.

@@ -1,11 +1,13 @@
 """Build the runner of a config, and load its weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import init_dist, is_distributed
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
@@ -16,11 +18,31 @@ from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
 from pe_spatial.engine.checkpoints import check_complete
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.console import QuietStartMixin
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, TrainingError
 
 
-class QuietRunner(QuietStartMixin, Runner):
-    """mmengine's Runner under `QuietStart`."""
+class RunnerMixin(QuietStartMixin):
+    """What runners of this package share: the quiet start, and a learning rate scaled by all images of an update."""
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict[str, Any] | None = None) -> None:
+        """As in Runner, which leaves out of account that an update may accumulate several batches."""
+        if auto_scale_lr and auto_scale_lr.get("enable") and isinstance(optim_wrapper, OptimWrapper):
+            batches = optim_wrapper._accumulative_counts
+            auto_scale_lr = {**auto_scale_lr, "base_batch_size": auto_scale_lr["base_batch_size"] / batches}
+        super().scale_lr(optim_wrapper, auto_scale_lr)  # type: ignore[misc]
+
+
+class QuietRunner(RunnerMixin, Runner):
+    """mmengine's Runner with `RunnerMixin`."""
+
+
+def prepare_loaders(cfg: Config) -> None:
+    """Remove the options of data workers from loaders that have none: torch refuses them."""
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        loader = cfg.get(name) or {}
+        if not loader.get("num_workers"):
+            for option in ("persistent_workers", "prefetch_factor", "timeout", "multiprocessing_context"):
+                loader.pop(option, None)
 
 
 def start_processes(cfg: Config) -> None:
@@ -37,6 +59,7 @@ def start_processes(cfg: Config) -> None:
 def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config."""
     start_processes(cfg)
+    prepare_loaders(cfg)
     if is_distributed() and not torch.cuda.is_available() and "runner_type" not in cfg:
         unused = cfg.get("find_unused_parameters", False)
         wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
@@ -49,6 +72,26 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if "runner_type" in cfg else QuietRunner.from_cfg(cfg)
 
 
+def explain_workers(name: str, loader: Mapping[str, Any], where: str, error: RuntimeError) -> RuntimeError:
+    """Return an error of data workers as a sentence with the options that fix it; other errors as they are."""
+    text, workers = str(error), f"{name}.num_workers (now {loader.get('num_workers')})"
+    if "DataLoader timed out" in text:
+        return TrainingError(
+            f"{where} waited {loader.get('timeout')} s for a data worker: the storage hangs, or images take "
+            f"longer than that. Check the storage, raise {name}.timeout, or set num_workers=0 to see where."
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return TrainingError(
+            f"the data workers ran out of open files in {where}: raise the limit (ulimit -n 65536) or lower {workers}"
+        )
+    if "DataLoader worker" in text or ("torch_" in text and "No space left on device" in text):
+        return TrainingError(
+            f"a data worker was killed in {where}, most likely because memory or shared memory (/dev/shm) was full. "
+            f"Lower {workers} or {name}.batch_size, or enlarge /dev/shm (docker run --shm-size=16g)."
+        )
+    return error
+
+
 def load_strictly(runner: Runner) -> None:
     """Let `runner` refuse a checkpoint that does not match; mmengine would load what matches and continue."""
     load = runner.load_checkpoint
@@ -56,6 +99,8 @@ def load_strictly(runner: Runner) -> None:
     def strictly(filename: str, **options: Any) -> Any:
         try:
             return load(filename, **{**options, "strict": True})
+        except TrainingError:
+            raise
         except RuntimeError as error:
             raise _mismatch(filename, error) from error
 

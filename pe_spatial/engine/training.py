@@ -10,7 +10,7 @@ from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
 from pe_spatial.engine.determinism import make_deterministic
 from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
-from pe_spatial.engine.runner import build_runner, load_strictly, start_processes
+from pe_spatial.engine.runner import build_runner, explain_workers, load_strictly, start_processes
 from pe_spatial.engine.summary import encoders, summarize
 from pe_spatial.errors import ConfigError, TrainingError
 
@@ -45,11 +45,14 @@ def prepare_training(
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ConfigError(f"{cfg.filename} has no auto_scale_lr.base_batch_size to scale the learning rate from")
         cfg.auto_scale_lr.enable = True
+    if cfg.get("resume"):
+        resume = resume or cfg.get("load_from") or "auto"
     if _was_restarted():
         resume = resume or "auto"
     checkpoint = find_checkpoint(resume, cfg.work_dir) if resume else None
+    cfg.resume = bool(checkpoint)
     if checkpoint:  # otherwise the run starts as its config says, with its load_from
-        cfg.resume, cfg.load_from = True, checkpoint
+        cfg.load_from = checkpoint
     if not cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
         check_complete(cfg.load_from)
     add_fault_tolerance(cfg, non_finite_steps=non_finite_steps)
@@ -111,9 +114,6 @@ def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError
             f"optim_wrapper.accumulative_counts makes up for it), set {encoder}.grad_checkpointing=True, use --amp, or "
             f"smaller images; pe-spatial plan {cfg.filename} estimates what a step needs"
         )
-    if "DataLoader timed out" in text:
-        return TrainingError(
-            f"step {step} waited {loader.get('timeout')} s for a data worker: the storage hangs, or images take "
-            "longer than that. Check the storage, raise train_dataloader.timeout, or set num_workers=0 to see where."
-        )
-    return error
+    return explain_workers("train_dataloader", loader, f"step {step}", error)
+
+

@@ -225,7 +225,7 @@ def test_auto_goes_back_to_the_newest_whole_one_and_says_so(trained):
     assert "iter_10.pth is damaged" in warned[0][1]
     assert warned[0][1].endswith(f"resumes from {trained / 'iter_8.pth'}.")
     (trained / "iter_4.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*The 2 others beside it are damaged"):
+    with pytest.raises(CheckpointError, match=r"iter_10.pth is damaged.*The 2 others beside it cannot be used"):
         find_checkpoint("auto", work_dir)
 
 

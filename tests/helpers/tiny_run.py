@@ -3,6 +3,7 @@
 import os
 import random
 import time
+import uuid
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def tiny_config(work_dir: Any, *, epochs: bool = False, workers: int = 0, **chan
             ),
             default_scope="mmengine",
             log_level="WARNING",
-            experiment_name=f"tiny_{random.getrandbits(64)}",
+            experiment_name=f"tiny_{uuid.uuid4()}",
             randomness=dict(seed=0),
         )
     )
