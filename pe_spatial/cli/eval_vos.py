@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
+    missing: list[str] = []
     if args.sequences:
-        sequences, missing = read_sequences(args.sequences), []
+        sequences = read_sequences(args.sequences)
     else:
         sequences, missing = divide_sequences(args.gt_dir, args.pred_dir, protocol=args.protocol)
     rules = {name: getattr(args, name) for name in ("protocol", "workers", "official_decay")}

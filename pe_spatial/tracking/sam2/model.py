@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +208,7 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
         from sam2.modeling.backbones.image_encoder import ImageEncoder
         from sam2.modeling.position_encoding import PositionEmbeddingSine
     except ModuleNotFoundError as error:
-        raise ConfigError(f"the tracker needs sam2 ({error}); pip install --no-build-isolation sam2==1.1.0") from error
+        raise ConfigError(f"the tracker needs sam2 ({error}); {_how_to_get_sam2(error)}") from error
 
     image_size = None if true_stride else STRIDE * grid
     options: dict[str, Any] = dict(out_index=out_index, frozen=frozen, options=encoder_options)
@@ -225,6 +226,14 @@ def build_pe_sam2(  # noqa: PLR0913  (options of encoder and model, and the dime
         **{**RELEASE_FLAGS, **(flags or {})},
     )
     return model.eval()
+
+
+def _how_to_get_sam2(error: ModuleNotFoundError) -> str:
+    remedy, spec = "pip install --no-build-isolation sam2==1.1.0", find_spec("sam2")
+    if spec is None or not (error.name or "").startswith("sam2."):
+        return remedy
+    places = ", ".join(spec.submodule_search_locations or ())
+    return f"{remedy}, and rename the folder {places} if it hides the package"
 
 
 def _memory_attention(grid: int, d_model: int, mem_dim: int, layers: int, feedforward: int) -> MemoryAttention:

@@ -169,6 +169,7 @@ class _Clip:
         from sam2.modeling.sam2_utils import sample_box_points
 
         if kind == "box":
+            # An object that is absent on this frame gets an inverted box, as in the release that this equals.
             points, labels = sample_box_points(target)
             return {"point_coords": points, "point_labels": labels}
         return self._correction(None, target, None) if kind == "click" else None

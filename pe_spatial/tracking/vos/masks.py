@@ -1,6 +1,5 @@
 """Object masks: index masks (PNGs with object ids as pixels), or one folder of binary PNGs for each object."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
-from pe_spatial.images import read_bytes
+from pe_spatial.images import open_image, read_bytes
 
 VOID = 255
 """The id in index masks for pixels that belong neither to an object nor to the background."""
@@ -43,8 +42,8 @@ def read_mask_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
     if color != "palette" and (color, bits) not in {("gray", 1), ("gray", 8)}:
         raise DatasetError(f"{path} is a {bits}-bit {color} image, not an index mask; write palette or 8-bit gray PNGs")
     try:
-        image = Image.open(io.BytesIO(data), formats=["PNG"])
-        return np.array(image, dtype=np.uint8), color == "palette"
+        with open_image(data, formats=["PNG"]) as image:
+            return np.array(image, dtype=np.uint8), color == "palette"
     except MemoryError:
         raise  # says nothing about the file
     except Exception as error:  # PIL's plugins raise almost anything on broken data

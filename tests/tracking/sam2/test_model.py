@@ -1,5 +1,6 @@
 """SAM 2.1 on a Perception Encoder: geometry of the trunk, shared parameters, the released flags and weights."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -343,3 +344,15 @@ def test_memory_attention_begins_in_place():
     near, far = read[torch.maximum(rows, columns) <= 1].mean(), read[torch.maximum(rows, columns) > 4].mean()
     assert read[place] == read.max() > 10 / 256
     assert near > 5 * far
+
+
+def test_a_folder_that_hides_the_package_is_named(tmp_path, monkeypatch):
+    """A clone of the repository beside a notebook."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sam2"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "sam2").mkdir()
+    (tmp_path / "sam2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"No module named 'sam2.modeling'.*rename the folder {tmp_path}/sam2 if"):
+        build_pe_sam2("pe_synthetic_xs8_192", 4)
+    sys.modules.pop("sam2", None)

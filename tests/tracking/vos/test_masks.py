@@ -134,3 +134,9 @@ def test_masks_are_joined_and_split():
     assert np.array_equal(masks[7], a & ~b)
     with pytest.raises(ValueError, match="object id 255 does not fit"):
         join_masks({255: a}, a.shape)
+
+
+def test_masks_above_the_limit_of_pil_are_read(tmp_path, monkeypatch):
+    write_mask(tmp_path / "a.png", np.full((20, 30), 3, np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert (read_mask(tmp_path / "a.png") == 3).all()
