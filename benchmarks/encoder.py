@@ -38,7 +38,7 @@ class PartitionsEveryBlock(PerceptionEncoder):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self._runs = [(windowed, (i,)) for windowed, run in self._runs for i in run]
+        self._block_groups = [(window, (i,)) for window, blocks in self._block_groups for i in blocks]
 
 
 @dataclass(frozen=True)

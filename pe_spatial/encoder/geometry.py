@@ -32,18 +32,20 @@ class Geometry:
     """Positions, patches and attention windows of a Perception Encoder.
 
     Args:
-        patch_size: side of a patch, in pixels; None is the pretraining's. `load_checkpoint` resizes the kernel.
+        patch_size: side of a patch, in pixels; None keeps the pretrained one. `load_checkpoint` resizes the kernel.
         pos_embed_mode: how learned positions reach another grid: 'bilinear' (as released), 'bicubic',
             'bicubic_antialias' (as timm) or 'tile'.
         pos_grid: side of the table of learned positions, in tokens; None is the pretraining grid. `load_checkpoint`
             resizes the released table.
-        rope_mode: rotary positions; 'extrapolate' counts tokens beyond the pretraining grid, 'interpolate' gives token
-            i of an axis the position `i / n * rope_grid`, where n is the side of the window or, globally, the grid.
+        rope_mode: rotary positions. 'extrapolate' counts on beyond the pretraining grid: token i has position i.
+            'interpolate' compresses them: token i of n along an axis has position `i / n * rope_grid`. n is the side of
+            the window in windowed blocks and of the grid in global ones: with rope_grid 32, token 48 of 64 is at 24.
+            With a class token, i counts from 1.
         rope_grid: side of the grid to which 'interpolate' maps, in tokens: one number, or (windows, global); None is
             the pretraining grid.
         window_size: side of the attention windows, in tokens; 'pretraining' is the pretraining grid, and None means
-            global attention in every block. A class token is copied into every window for a run of windowed blocks and
-            its copies are averaged at the end of the run.
+            global attention in every block. A class token is copied into every window, and the copies are
+            averaged before the next global block.
         global_attn_indexes: blocks that keep global attention (with `window_size`), negatives count from the end; None
             takes the published ones for the depth (`GLOBAL_BLOCKS`).
         mask_window_padding: exclude the padding of windows that do not divide the grid from the attention. The released
@@ -62,7 +64,7 @@ class Geometry:
     def resolve(self, config: EncoderConfig) -> ResolvedGeometry:
         """Return the geometry in numbers for an encoder of `config`.
 
-        Raises ValueError for values that are not allowed, or that have no effect together.
+        Raises ValueError for a value that is not allowed, and for a field that has no effect beside the others.
         """
         window = config.grid_size if self.window_size == "pretraining" else self.window_size
         if window is None and (self.global_attn_indexes or self.mask_window_padding):
@@ -97,7 +99,7 @@ class ResolvedGeometry(Geometry):
 PRESETS: dict[str, Geometry] = {
     # The released encoder: perception_models@3e352cc:core/vision_encoder/pe.py.
     "release": Geometry(),
-    # timm 1.0. Equal to the release at the pretraining size alone.
+    # timm 1.0. Equal to the release only at the pretraining size.
     "timm": Geometry(pos_embed_mode="bicubic_antialias", rope_mode="interpolate"),
     # The released Mask R-CNN detectors: perception_models@3e352cc:apps/detection/detectron2_pe.
     "vitdet": Geometry(patch_size=16, pos_embed_mode="tile", rope_mode="interpolate", window_size="pretraining"),
@@ -172,7 +174,7 @@ def _global_blocks(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]
     if indices is None and depth not in GLOBAL_BLOCKS:
         raise ValueError(
             f"no global blocks are published for {depth} blocks, only for {', '.join(map(str, GLOBAL_BLOCKS))}; give "
-            "global_attn_indexes, for instance the last blocks of four equal parts, or [] for windows everywhere"
+            "global_attn_indexes, for instance the last block of each quarter, or [] for windows everywhere"
         )
     return block_indices("global_attn_indexes", GLOBAL_BLOCKS[depth] if indices is None else indices, depth)
 
@@ -192,5 +194,5 @@ def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: i
 
 def _at_least_one(name: str, value: int | None, default: int, unit: str) -> int:
     if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}; give a number of {unit} from 1, or None for that of the pretraining")
+        raise ValueError(f"{name} is {value} {unit}; give at least 1, or None for the pretrained value")
     return default if value is None else value

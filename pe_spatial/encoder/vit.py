@@ -25,7 +25,7 @@ from .rope import apply_rope, rope_table
 from .variants import EncoderConfig, get_config, recipe_rate, variant_key
 from .windows import valid_tokens, window_partition, window_unpartition
 
-_EPS = 1e-5  # of every LayerNorm in the encoder, whatever the released detection configs say
+_EPS = 1e-5  # of every LayerNorm, as in pe.py
 # The released geometry warns above this ratio of the grid to the pretraining grid. Published: tracking with
 # PE-Spatial-G holds or gains up to 1.9 (short side of 840 px) and loses 4 to 12 points of J&F at 2.8 (1260 px), on each
 # of DAVIS, YouTube-VOS and MOSE (DINOv3 paper, Tab. 5).
@@ -87,8 +87,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, valid: Tensor | None, mask: Tensor | None, batch_size: int) -> Tensor:
         """(B * n, N, C) -> the same, for n windows of each of B = `batch_size` images (n = 1 if attention is global).
 
-        `valid` (B * n, N, 1) is 0 on padding: the released detectors pad windows with zeros after norm1, and these take
-        part as keys. `mask` (B * n, 1, 1, N) instead excludes padding from the attention.
+        Windows that do not divide the grid are padded. The padding is treated in one of two ways:
+        `valid` (B * n, N, 1) sets it to zero after norm1, as the released detectors do, so that it still counts as
+        keys; `mask` (B * n, 1, 1, N) keeps it out of the attention.
         """
         y = self.norm1(x)
         if valid is not None:
@@ -175,11 +176,11 @@ class PerceptionEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + self.geometry.pos_grid**2, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=_EPS)
         self.blocks = nn.ModuleList(Block(config, rate * i / max(config.depth - 1, 1)) for i in range(self.depth))
-        # Neighboring blocks of one kind run together: tokens enter and leave the windows once per run.
-        windows, global_blocks = self.geometry.window_size is not None, self.geometry.global_attn_indexes
-        windowed = [windows and i not in global_blocks for i in range(self.depth)]
-        self._runs = [(kind, tuple(run)) for kind, run in groupby(range(self.depth), key=lambda i: windowed[i])]
-        for token in self._tokens():
+        # (window size or None, blocks): tokens are partitioned into windows once for consecutive windowed blocks.
+        window, global_blocks = self.geometry.window_size, self.geometry.global_attn_indexes
+        groups = groupby(range(self.depth), key=lambda i: None if i in global_blocks else window)
+        self._block_groups = [(size, tuple(blocks)) for size, blocks in groups]
+        for token in self._learned_tokens():
             nn.init.normal_(token, std=dim**-0.5)
         self._freeze()
 
@@ -193,14 +194,14 @@ class PerceptionEncoder(nn.Module):
         chosen = range(self.depth if blocks else 0) if isinstance(blocks, bool) else blocks
         self._checkpointed = block_indices("grad_checkpointing", chosen, self.config.depth)
 
-    def _tokens(self) -> list[nn.Parameter]:
+    def _learned_tokens(self) -> list[nn.Parameter]:
         return [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():
             module.eval().requires_grad_(False)
         if self.frozen_stages >= 0:
-            for token in self._tokens():
+            for token in self._learned_tokens():
                 token.requires_grad_(False)
 
     def _frozen_modules(self) -> list[nn.Module]:
@@ -216,10 +217,10 @@ class PerceptionEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Encode `images` (B, 3, H, W), normalized, into maps (B, C, H / p, W / p), one for each of `out_indices`.
+        """Encode `images` (B, 3, H, W), normalized, into one map (B, C, H / p, W / p) for each of `out_indices`.
 
-        Maps are the residual stream after a block: the released models end without a norm. Raises ValueError if a side
-        is not a multiple of the patch size p.
+        p is the patch size. Maps are the residual stream after a block: the released models end without a norm. Raises
+        ValueError if a side is not a multiple of p.
         """
         return self.forward_with_class_tokens(images)[0]
 
@@ -231,20 +232,20 @@ class PerceptionEncoder(nn.Module):
             x = self._embed(images, grid)
         maps: dict[int, Tensor] = {}
         tokens: dict[int, Tensor] = {}
-        for windowed, run in self._runs:
-            rope = self._rope(windowed, grid, x.device)
-            valid, mask = self._padding(windowed, grid, x)
-            if windowed:
-                x = self._enter_windows(x, grid)
-            for i in run:
+        for window, blocks in self._block_groups:
+            rope = self._rope(window, grid, x.device)
+            valid, mask = self._padding(window, grid, x)
+            if window:
+                x = self._enter_windows(x, window, grid)
+            for i in blocks:
                 with _autograd(i >= self.frozen_stages):
                     x = self._block(i, x, rope, valid, mask, images.shape[0])
                 if i in self.out_indices:
-                    maps[i] = self._map(x, grid, windowed)
+                    maps[i] = self._map(x, window, grid)
                     if self.num_prefix_tokens:
                         tokens[i] = self._class_token(x, images.shape[0])[:, 0]
-            if windowed:
-                x = self._leave_windows(x, grid)
+            if window:
+                x = self._leave_windows(x, window, grid)
         return tuple(maps[i] for i in self.out_indices), tuple(tokens[i] for i in self.out_indices if tokens)
 
     def _warn_of_large_images(self, grid: tuple[int, int]) -> None:
@@ -271,37 +272,32 @@ class PerceptionEncoder(nn.Module):
             x = torch.cat((cls_token.to(x.dtype), x), dim=1)
         return self.norm_pre(x)
 
-    def _rope(self, windowed: bool, grid: tuple[int, int], device: torch.device) -> Tensor:
-        window, target, prefix = self.geometry.window_size, self.geometry.rope_grid, self.num_prefix_tokens
-        if windowed and window is not None:
-            grid = (window, window)
+    def _rope(self, window: int | None, grid: tuple[int, int], device: torch.device) -> Tensor:
+        grid = (window, window) if window else grid
         scale = (1.0, 1.0)
-        if target is not None:
-            side = target[0 if windowed else 1]
+        if self.geometry.rope_grid is not None:
+            side = self.geometry.rope_grid[0 if window else 1]
             scale = (side / grid[0], side / grid[1])
-        head_dim = self.embed_dim // self.config.num_heads
-        return rope_table(grid, head_dim, scale=scale, offset=prefix, num_prefix_tokens=prefix, device=device)
+        head_dim, count = self.embed_dim // self.config.num_heads, self.num_prefix_tokens
+        return rope_table(grid, head_dim, scale=scale, offset=count, num_prefix_tokens=count, device=device)
 
-    def _padding(self, windowed: bool, grid: tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _padding(self, window: int | None, grid: tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return (valid, mask) of `Block.forward`: at most one of them is not None."""
-        window = self.geometry.window_size
-        valid = valid_tokens(grid, window, x.device) if windowed and window is not None else None
+        valid = valid_tokens(grid, window, x.device) if window else None
         if valid is None:
             return None, None
         valid = F.pad(valid, (self.num_prefix_tokens, 0), value=True).repeat(x.shape[0], 1)  # (B * n, N)
         return (None, valid[:, None, None]) if self.geometry.mask_window_padding else (valid[..., None], None)
 
-    def _enter_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        assert self.geometry.window_size is not None
-        windows = window_partition(x[:, self.num_prefix_tokens :].unflatten(1, grid), self.geometry.window_size)
+    def _enter_windows(self, x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
+        windows = window_partition(x[:, self.num_prefix_tokens :].unflatten(1, grid), window)
         if self.num_prefix_tokens:
             copies = x[:, :1].repeat_interleave(windows.shape[0] // x.shape[0], dim=0)
             windows = torch.cat((copies, windows), dim=1)
         return windows
 
-    def _leave_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        assert self.geometry.window_size is not None
-        patches = window_unpartition(x[:, self.num_prefix_tokens :], self.geometry.window_size, grid).flatten(1, 2)
+    def _leave_windows(self, x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
+        patches = window_unpartition(x[:, self.num_prefix_tokens :], window, grid).flatten(1, 2)
         if self.num_prefix_tokens:
             patches = torch.cat((self._class_token(x, patches.shape[0]), patches), dim=1)
         return patches
@@ -317,13 +313,10 @@ class PerceptionEncoder(nn.Module):
             return out
         return block(x, *args)
 
-    def _map(self, x: Tensor, grid: tuple[int, int], windowed: bool) -> Tensor:
-        patches, window = x[:, self.num_prefix_tokens :], self.geometry.window_size
-        if windowed and window is not None:
-            tokens = window_unpartition(patches, window, grid)
-        else:
-            tokens = patches.unflatten(1, grid)
-        return tokens.permute(0, 3, 1, 2)
+    def _map(self, x: Tensor, window: int | None, grid: tuple[int, int]) -> Tensor:
+        x = x[:, self.num_prefix_tokens :]
+        x = window_unpartition(x, window, grid) if window else x.unflatten(1, grid)
+        return x.permute(0, 3, 1, 2)
 
     def layer_of(self, name: str) -> int:
         """Return the layer of the parameter `name`, as `layer_decay.layer_of` counts."""

@@ -57,8 +57,8 @@ def test_presets_build_every_variant_and_say_so(preset, name):
     assert preset_name(model.geometry, config) == preset
     assert f"geometry={preset}" in repr(model)
     assert {block.drop_path for block in model.blocks} == {0.0}
-    if detector:  # every run of windowed blocks ends in one of four global blocks, the last of them the last block
-        assert [kind for kind, _ in model._runs] == [True, False] * 4
+    if detector:  # windowed blocks alternate with four global blocks, and the last block is global
+        assert [window is not None for window, _ in model._block_groups] == [True, False] * 4
 
 
 def test_overrides_change_single_fields(tiny):
@@ -83,7 +83,7 @@ def test_overrides_change_single_fields(tiny):
         ({"geometry": {"window": 3}}, TypeError, "unknown option window;"),
         ({"window_size": 3}, ValueError, r"no global blocks are published for 4 blocks.* \[\] for windows everywhere"),
         ({"window_size": "all"}, ValueError, "window_size is 'all'; allowed are a number of tokens from 1"),
-        ({"patch_size": 0}, ValueError, "patch_size is 0; give a number of pixels from 1"),
+        ({"patch_size": 0}, ValueError, "patch_size is 0 pixels; give at least 1"),
     ],
 )
 def test_bad_geometries_are_named(tiny, options, error, words):

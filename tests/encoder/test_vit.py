@@ -105,7 +105,7 @@ def test_blocks_after_the_last_requested_are_not_built(tiny):
         ({"window_size": 2, "global_attn_indexes": (7,)}, "global_attn_indexes"),
         ({"global_attn_indexes": (1,)}, "window_size"),
         ({"window_size": 0}, "a number of tokens from 1"),
-        ({"pos_grid": 0}, "pos_grid is 0; give a number of tokens from 1"),
+        ({"pos_grid": 0}, "pos_grid is 0 tokens; give at least 1"),
         ({"grad_checkpointing": (9,)}, "grad_checkpointing"),
         ({"frozen_stages": 5}, "frozen_stages"),
         ({"drop_path_rate": 1.0}, "probability"),

@@ -115,7 +115,7 @@ def test_unmasked_padding_does_take_part(tiny):
 
 @pytest.mark.parametrize("mask_window_padding", [True, False])
 @pytest.mark.parametrize("grid", [(6, 6), (7, 5), (2, 8)])
-def test_runs_equal_partitioning_in_every_block(tiny, grid, mask_window_padding):
+def test_groups_equal_partitioning_in_every_block(tiny, grid, mask_window_padding):
     """The reference cuts the map anew for each block, as the released code does; the same where no class token is."""
     options = {"window_size": 3, "global_attn_indexes": (2,), "out_indices": (0, 1, 2, 3)}
     model = tiny(False, mask_window_padding=mask_window_padding, **options)
@@ -124,10 +124,10 @@ def test_runs_equal_partitioning_in_every_block(tiny, grid, mask_window_padding)
         maps = model(x)
         tokens = model._embed(x, grid).unflatten(1, grid)
         for i, block in enumerate(model.blocks):
-            windowed = i != 2
-            rope = model._rope(windowed, grid, x.device)
-            if windowed:
-                valid, mask = model._padding(True, grid, tokens)
+            window = 3 if i != 2 else None
+            rope = model._rope(window, grid, x.device)
+            if window:
+                valid, mask = model._padding(window, grid, tokens)
                 tokens = window_unpartition(block(window_partition(tokens, 3), rope, valid, mask, 2), 3, grid)
             else:
                 tokens = block(tokens.flatten(1, 2), rope, None, None, 2).unflatten(1, grid)
@@ -155,11 +155,11 @@ def test_content_of_padding_never_reaches_valid_tokens(tiny, class_token, mode):
     """Where padding takes part it does so as zeros, whatever the blocks before made of it."""
     grid, x = (4, 5), images(4, 5)
     model = tiny(class_token, window_size=3, global_attn_indexes=(), mask_window_padding=mode == "masked")
-    rope, is_valid = model._rope(True, grid, x.device), valid_tokens(grid, 3, x.device).repeat(2, 1)
-    valid, mask = (None, None) if mode == "nothing done" else model._padding(True, grid, x)
+    rope, is_valid = model._rope(3, grid, x.device), valid_tokens(grid, 3, x.device).repeat(2, 1)
+    valid, mask = (None, None) if mode == "nothing done" else model._padding(3, grid, x)
     assert [valid is None, mask is None] == [mode != "takes part", mode != "masked"]
     with torch.no_grad():
-        tokens = model._enter_windows(model._embed(x, grid), grid)
+        tokens = model._enter_windows(model._embed(x, grid), 3, grid)
         dirty = tokens.clone()
         dirty[:, int(class_token) :][~is_valid] += 10 * torch.randn(int((~is_valid).sum()), 32)
         outputs = (model.blocks[0](t, rope, valid, mask, 2) for t in (tokens, dirty))
@@ -167,12 +167,12 @@ def test_content_of_padding_never_reaches_valid_tokens(tiny, class_token, mode):
     assert (clean_out[is_valid] - dirty_out[is_valid]).abs().max().gt(1e-5).item() is (mode == "nothing done")
 
 
-def test_class_token_leaves_a_run_as_the_mean_over_windows(tiny):
+def test_class_token_leaves_windows_as_the_mean_over_them(tiny):
     model = tiny(window_size=2, global_attn_indexes=(1,))
     windows = torch.randn(2 * 6, 5, 32)
-    left = model._leave_windows(windows, (4, 6))
+    left = model._leave_windows(windows, 2, (4, 6))
     assert_close(left[:, 0], windows[:, 0].view(2, 6, 32).mean(1))
-    entered = model._enter_windows(left, (4, 6))
+    entered = model._enter_windows(left, 2, (4, 6))
     assert_close(entered[:, 1:], windows[:, 1:], rtol=0, atol=0)
     assert_close(entered[:, 0], left[:, 0].repeat_interleave(6, 0), rtol=0, atol=0)
 
@@ -183,8 +183,8 @@ def test_rotary_positions_of_windows_and_grid_scale_apart(tiny, class_token):
     model = tiny(class_token, rope_grid=(6, 4), **options)
     cpu, offset = torch.device("cpu"), int(class_token)
     frequency = 10000.0 ** -(torch.arange(4) / 4)
-    for windowed, side, target in ((True, 3, 6), (False, 9, 4)):
-        table = model._rope(windowed, (9, 9), cpu)[offset:].view(side, side, 8, 2)
+    for window, side, target in ((3, 3, 6), (None, 9, 4)):
+        table = model._rope(window, (9, 9), cpu)[offset:].view(side, side, 8, 2)
         positions = (torch.arange(side) + offset) * target / side
         assert_close(table[0, :, :4, 0], (positions[:, None] * frequency).cos())
         assert_close(table[:, 0, 4:, 1], (positions[:, None] * frequency).sin())
