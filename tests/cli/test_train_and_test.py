@@ -63,6 +63,8 @@ def project(tmp_path_factory):
     cfg.default_hooks.checkpoint.interval = 2
     cfg.default_hooks.logger.interval = 1
     cfg.dump(root / "tiny.py")
+    cfg.model.backbone.variant = "pe_spatial_t16_512"
+    cfg.dump(root / "named.py")
     return root
 
 
@@ -192,7 +194,8 @@ def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
     [
         (("absent.py",), "absent.py"),
         (("tiny.py", "--cfg-options", "model.backbone.type=Nothing"), "Nothing is not in the"),
-        (("tiny.py", "--cfg-options", "model.backbone.variant=pe_x"), "unknown variant 'pe_x'; allowed are"),
+        (("tiny.py", "--cfg-options", "model.backbone.variant=pe_x"), "=pe_x: the config has a group of options"),
+        (("named.py", "--cfg-options", "model.backbone.variant=pe_x"), "unknown variant 'pe_x'; allowed are"),
         (("tiny.py", "--data-root", "nowhere"), "no annotation file at nowhere/annotations/instances_train2017.json"),
         (("tiny.py", "--resume", "absent.pth"), "no checkpoint at absent.pth"),
         (

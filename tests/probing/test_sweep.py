@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -436,14 +437,13 @@ def test_images_of_two_sizes_are_named(config, tmp_path):
     steps = config.train_dataloader.dataset.pipeline
     config.train_dataloader.dataset.pipeline = [step for step in steps if step.type != "RandomCrop"]
     assert LayerSweep(config, layers=[0], folder=tmp_path)._size == (64, 80)
-    path = Path(config.train_dataloader.dataset.data_root) / "images" / "training" / "4.jpg"
-    content = path.read_bytes()
-    try:
-        Image.new("RGB", (112, 64)).save(path, format="PNG")
-        with pytest.raises(DatasetError, match=r"image 4 reaches the model as 64x112 and the first one as 64x80"):
-            LayerSweep(config, layers=[0], folder=tmp_path).fill()
-    finally:
-        path.write_bytes(content)
+    root = tmp_path / "data"
+    shutil.copytree(config.train_dataloader.dataset.data_root, root)
+    Image.new("RGB", (112, 64)).save(root / "images" / "training" / "4.jpg", format="PNG")
+    Image.new("L", (112, 64), 1).save(root / "annotations" / "training" / "4.png")
+    config.train_dataloader.dataset.data_root = str(root)
+    with pytest.raises(DatasetError, match=r"image 4 reaches the model as 64x112 and the first one as 64x80"):
+        LayerSweep(config, layers=[0], folder=tmp_path / "sweep").fill()
 
 
 def test_scores():
