@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN on the embedded synthetic world: a small version of pe_spatial_cascade_coco.py.
+# Cascade Mask R-CNN on the built-in synthetic dataset: a small version of pe_spatial_cascade_coco.py.
 #
 #   command   make demo        (or python tools/demo.py, which renders the world and runs this config)
 #   hardware  two CPU cores, no GPU, about 2 GB of memory

@@ -1,4 +1,4 @@
-"""Draw docs/images/overview.png: detections, depth, tracks and features of several layers, on the embedded world.
+"""Draw docs/images/overview.png: detections, depth, tracks and features of several layers, on the synthetic dataset.
 
 make demo
 pe-spatial render_synthetic work_dirs/depth_world --train 400 --val 60 --size 192 192

@@ -34,7 +34,7 @@ COMMANDS = {
     "check_swap": Command("try the swap on every model family of MMDetection and MMSegmentation"),
     "convert_checkpoint": Command("convert a checkpoint between pe_spatial, OpenMMLab, Detectron2, timm and Meta", ()),
     "consolidate_checkpoint": Command("merge a sharded checkpoint into one file"),
-    "plan": Command("estimate memory, arithmetic and time of a training before it starts"),
+    "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),

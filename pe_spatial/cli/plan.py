@@ -1,4 +1,4 @@
-"""Estimate what a training takes before it starts: memory of each GPU, arithmetic, time.
+"""Estimate what a training takes before it starts: memory of each GPU, FLOPs, time.
 
 pe-spatial plan projects/coco_detection/deta/stage4_coco_1824.py --gpus 64 --gpu-memory 80
 pe-spatial plan configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b16,l14,g14 --json plan.json

@@ -1,4 +1,4 @@
-"""Memory and arithmetic of a training step, measured on the meta device: nothing is allocated and nothing computed.
+"""Memory and FLOPs of a training step, measured on the meta device: nothing is allocated and nothing computed.
 
 Every operation of a forward and a backward pass runs on tensors without values, and a ledger tracks the storages that
 are alive, as they would be on a GPU: attention keeps what the fused kernels keep, autocast casts what it casts on CUDA,

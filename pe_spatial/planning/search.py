@@ -33,7 +33,7 @@ class Hardware:
         return (self.gpu_memory - self.reserve) * GB
 
     def seconds(self, step: Step) -> float:
-        """Return the time that the arithmetic of a step takes."""
+        """Return the time that the computation of a step takes."""
         rates = {torch.float32: self.float32_rate, torch.bfloat16: self.bfloat16_rate}
         return sum(n / (rates[dtype] * TERA * self.efficiency) for dtype, n in step.step_flops.items())
 
@@ -121,7 +121,7 @@ def plan(
 def _row(
     weights: Weights, step: Step, larger: Step, hardware: Hardware, batch_size: int, *, copies: bool
 ) -> dict[str, Any]:
-    """Return the memory and arithmetic of a step, and from one with another image the largest batch that fits."""
+    """Return the memory and FLOPs of a step, and from one with another image the largest batch that fits."""
     activations, next_activations = (x.activations if copies else x.activations_without_copies for x in (step, larger))
     free = hardware.usable - weights.kept
     fitting = batch_size + (free - activations) // (next_activations - activations)

@@ -1,4 +1,4 @@
-# DPT on the frozen encoder in the package, on the embedded synthetic world: a small version of pe_spatial_dpt_nyu.py
+# DPT on the frozen encoder in the package, on the built-in synthetic dataset: a small version of pe_spatial_dpt_nyu.py
 # without any download.
 #
 #   command   python tools/render_synthetic.py work_dirs/depth_world --train 400 --val 60 --size 192 192 --workers 2

@@ -1,4 +1,4 @@
-# A linear probe of the frozen encoder in the package, on the embedded synthetic world: a small version of
+# A linear probe of the frozen encoder in the package, on the built-in synthetic dataset: a small version of
 # pe_spatial_lin1_nyu.py.
 #
 #   command   as in synthetic_dpt.py, with this config

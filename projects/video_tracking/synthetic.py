@@ -1,4 +1,4 @@
-# SAM 2 on the frozen encoder that the package ships, trained from scratch on clips of the embedded synthetic world: a
+# SAM 2 on the frozen encoder that the package ships, trained from scratch on clips of the built-in synthetic dataset: a
 # small version of pe_spatial_sam2_davis.py without downloads.
 #
 #   command   python tools/render_synthetic.py work_dirs/video_world --train 600 --val 24 --frames 16 --duration 4 \

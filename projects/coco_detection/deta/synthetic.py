@@ -1,4 +1,4 @@
-# Does DETA learn? A small one on the embedded synthetic world, from the small encoder that ships with the package.
+# Does DETA learn? A small one on the built-in synthetic dataset, from the small encoder that ships with the package.
 #
 #   command   python tools/render_synthetic.py data/synthetic_192 --train 400 --val 60 --size 192 192 --workers 2
 #             python tools/train.py projects/coco_detection/deta/synthetic.py
