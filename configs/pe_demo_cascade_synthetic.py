@@ -99,10 +99,6 @@ model = dict(
 
 data_root = 'work_dirs/demo/world/'
 dataset = dict(type='CheckedCocoDataset', data_root=data_root, metainfo=dict(classes=classes))
-load = [
-    dict(type='LoadCheckedImage'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-]
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
@@ -112,7 +108,8 @@ train_dataloader = dict(
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         pipeline=[
-            *load,
+            dict(type='pe_spatial.LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PhotoMetricDistortion'),
             dict(type='PackDetInputs'),
@@ -127,8 +124,9 @@ val_dataloader = dict(
         data_prefix=dict(img='val/'),
         test_mode=True,
         pipeline=[
-            *load,
+            dict(type='pe_spatial.LoadImageFromFile'),
             dict(type='Resize', scale=(size, size), keep_ratio=True),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),  # in pixels of the original, as results are
             dict(
                 type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
         ]))

@@ -2,7 +2,7 @@
 
 pe-spatial test pe_spatial::pe_spatial_cascade_coco.py work_dirs/pe_spatial_cascade_coco/iter_66375.pth
 pe-spatial test pe_spatial::pe_spatial_maskrcnn_coco_g14.py hf://facebook/PE-Detection/mask_rcnn_PEspatial_G_coco36ep.pth
-pe-spatial test CONFIG CHECKPOINT --out predictions.pkl --show-dir images
+pe-spatial test CONFIG CHECKPOINT --out predictions.json --show-dir images
 tools/dist_test.sh CONFIG CHECKPOINT 8      # on eight GPUs
 """
 
@@ -14,7 +14,7 @@ from pe_spatial.cli.arguments import add_config_arguments, add_verbose, load_con
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("checkpoint", help="weights: a file, or a released detector at hf://owner/repo/file")
-    parser.add_argument("--out", help="write the predictions to this .pkl file")
+    parser.add_argument("--out", help="write the predictions to this file: .pkl, or .json in COCO's format")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="draw the predictions beside the ground truth, into this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits for each image (2)")
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with quiet_start(args):
-        from pe_spatial.detection.limit import limit_test
-        from pe_spatial.engine.evaluation import augment_test, draw_predictions, test, write_predictions
+        import pe_spatial.detection  # noqa: F401  (registers the evaluators that a limit or a json needs, and drawing)
+        from pe_spatial.engine.evaluation import augment_test, draw_predictions, limit_test, test, write_predictions
 
         cfg = load_config(args)
-        cfg.load_from = args.checkpoint
+        cfg.load_from, cfg.resume = args.checkpoint, False
         if args.show or args.show_dir:
             draw_predictions(cfg, folder=args.show_dir, window=args.show, seconds=args.wait_time)
         if args.tta:

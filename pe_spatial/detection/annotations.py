@@ -5,7 +5,6 @@ What is accepted, counted and refused: docs/inputs.md.
 
 import json
 import math
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 
+from pe_spatial.engine.checks import listed, neighbors
 from pe_spatial.errors import DatasetError
 
-_NAMED = 5  # how many items an error lists before 'and N more'
 _ROUNDING = 0.5  # pixels by which a box may leave its image: it stays as it is and is not counted as clipped
 _FAR = 10  # a polygon that leaves its image by more than this many long sides is not usable
 
@@ -87,20 +86,6 @@ def read_coco(
 def as_nfc(names: Iterable[str]) -> tuple[str, ...]:
     """Return names in one form of Unicode: an accent may be written as a part of its letter or after it."""
     return tuple(unicodedata.normalize("NFC", name) for name in names)
-
-
-def listed(values: Sequence[Any], limit: int = _NAMED) -> str:
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
-
-
-def neighbors(path: str) -> str:
-    """Say which JSON files are beside a path that does not exist."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        return f"there is no folder {folder}"
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith("."))
-    return f"{folder} contains {listed(files, 20) or 'no json'}"
 
 
 class _Problem(Exception):

@@ -5,6 +5,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
+from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.runner import build_runner, explain_workers, load_weights_of_any_layout
 from pe_spatial.engine.summary import summarize
 from pe_spatial.errors import ConfigError
@@ -15,6 +16,8 @@ def draw_predictions(cfg: Config, *, folder: str | None = None, window: bool = F
     hook = cfg.get("default_hooks", {}).get("visualization")
     if hook is None:
         raise ConfigError(f"{cfg.filename} has no default_hooks.visualization to draw with")
+    if hook.type == "DetVisualizationHook":
+        hook.type = "DrawDetectionsHook"
     hook.draw = True
     if window:
         hook.show, hook.wait_time = True, seconds
@@ -37,21 +40,55 @@ def augment_test(cfg: Config) -> None:
 
 
 def write_predictions(cfg: Config, path: str) -> None:
-    """Let the test write its predictions as a pickle."""
+    """Let the test write its predictions: as a pickle, or as COCO's results json."""
+    metrics = _checked_metrics(cfg)
+    if path.endswith(".json"):
+        writers = [metric for metric in metrics if metric.type in CHECKED_METRICS]
+        if not writers:
+            raise ConfigError(f"--out {path} needs an evaluator of COCO or LVIS; end the name in .pkl")
+        writers[0].out_file = path
+        return
     if not path.endswith((".pkl", ".pickle")):
-        raise ConfigError(f"--out {path} must end in .pkl")
+        raise ConfigError(f"--out {path} must end in .pkl, or in .json for COCO's format")
     writer = dict(type="DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults", out_file_path=path)
-    metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     cfg.test_evaluator = [*metrics, writer]
+
+
+def limit_test(cfg: Config, number: int) -> None:
+    """Limit the test of a config to the first `number` images of its dataset."""
+    dataset = cfg.test_dataloader.dataset
+    if number < 1 or "dataset" in dataset or "datasets" in dataset:
+        raise ConfigError(f"first {number} images of {dataset.get('type')}: give at least 1, and a set without wrapper")
+    others = [m.type for m in _checked_metrics(cfg) if "ann_file" in m and m.type not in CHECKED_METRICS]
+    if others:
+        raise ConfigError(f"{others[0]} evaluates all images of its file; a limit needs {' or '.join(CHECKED_METRICS)}")
+    dataset.indices = number
+
+
+CHECKED_METRICS = ("CheckedCocoMetric", "FastLVISMetric")
+"""Evaluators that evaluate the images that were tested, and write json."""
+
+
+def _checked_metrics(cfg: Config) -> list[ConfigDict]:
+    """Return the test's evaluators, mmdet's CocoMetric replaced by ours, after putting them into the config."""
+    single = not isinstance(cfg.test_evaluator, list | tuple)
+    cfg.test_evaluator = [cfg.test_evaluator] if single else list(cfg.test_evaluator)
+    for metric in cfg.test_evaluator:
+        if metric.type in ("CocoMetric", "mmdet.CocoMetric") and metric.get("ann_file"):
+            metric.type = "CheckedCocoMetric"
+    return cfg.test_evaluator
 
 
 def test(cfg: Config) -> dict[str, float]:
     """Evaluate the checkpoint `load_from` of a config; return its metrics."""
+    check_files(cfg, "test")
     runner = build_runner(cfg)
+    runner.register_hook(CheckClassesHook())
     load_weights_of_any_layout(runner)
     runner.logger.info(f"Evaluation\n{summarize(runner, training=False)}")
     try:
-        return runner.test()
+        with empty_sets_as_errors(cfg, "test"):
+            return runner.test()
     except RuntimeError as error:
         explained = explain_workers("test_dataloader", cfg.test_dataloader, "the test", error)
         if explained is error:

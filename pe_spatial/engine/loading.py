@@ -7,7 +7,7 @@ from mmcv.transforms import BaseTransform
 from mmengine import fileio
 from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import TRANSFORMS, Registry
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import decode_rgb
@@ -39,9 +39,14 @@ def log_skipped(skipped: set[str], kind: str, path: str, problem: Exception) -> 
         MMLogger.get_current_instance().warning(f"skipped ({len(skipped)} {kind} so far in this process): {problem}")
 
 
-@TRANSFORMS.register_module()
+_TRANSFORMS = Registry("transform", parent=TRANSFORMS, scope="pe_spatial", locations=[__name__])
+
+
+@_TRANSFORMS.register_module("LoadImageFromFile")  # MMDetection's DetInferencer looks for this name, in any scope
 class LoadCheckedImage(BaseTransform):
     """Read an image of any mode as 8-bit BGR, rotated by its EXIF, and compare its size with the annotations.
+
+    In configs it is `pe_spatial.LoadImageFromFile`.
 
     Gray, palette, transparent (transparency is dropped), CMYK and 16-bit images become three channels of 8 bits. PIL
     decodes, as in the released recipe.

@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
+from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.determinism import make_deterministic
 from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
 from pe_spatial.engine.runner import build_runner, explain_workers, load_strictly, start_processes
@@ -73,12 +74,16 @@ def _was_restarted() -> bool:
 
 def train(cfg: Config) -> Runner:
     """Train what a prepared config describes; errors that a user can fix become sentences."""
+    for split in ("train", "val"):
+        check_files(cfg, split)
     runner = build_runner(cfg)
+    runner.register_hook(CheckClassesHook())
     if cfg.get("resume"):
         load_strictly(runner)
     runner.logger.info(f"Training\n{summarize(runner, training=True)}")
     try:
-        runner.train()
+        with empty_sets_as_errors(cfg, "train"):
+            runner.train()
     except CheckpointError as error:
         raise explain_missing_weights(cfg, error) from error
     except RuntimeError as error:

@@ -16,7 +16,7 @@ size = (512, 512)
 eight = [7, 8, 9, 13, 14, 15, 20, 21]
 iterations = 400
 pipeline = [
-    dict(type='LoadCheckedImage'),
+    dict(type='pe_spatial.LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(

@@ -21,7 +21,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     init_default_scope(cfg.default_scope)
     import_modules_from_strings(**cfg.custom_imports)
-    load = [step for step in cfg.train_dataloader.dataset.pipeline if step.type in ("LoadCheckedImage", "LoadDepth")]
+    loaders = ("pe_spatial.LoadImageFromFile", "LoadDepth")
+    load = [step for step in cfg.train_dataloader.dataset.pipeline if step.type in loaders]
     train = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": load})
     test = DATASETS.build(cfg.test_dataloader.dataset)
     metric = METRICS.build(cfg.test_evaluator)

@@ -30,14 +30,16 @@ train_dataloader = dict(
     persistent_workers=False,
     dataset=dict(
         **dataset,
-        pipeline=[dict(type='LoadCheckedImage'), dict(type='LoadDepth'), shrink, dict(type='PackDepthInputs')]))
+        pipeline=[
+            dict(type='pe_spatial.LoadImageFromFile'), dict(type='LoadDepth'), shrink, dict(type='PackDepthInputs')]))
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
         **dataset,
         test_mode=True,  # the truth keeps its size, at which it is compared
-        pipeline=[dict(type='LoadCheckedImage'), shrink, dict(type='LoadDepth'), dict(type='PackDepthInputs')]))
+        pipeline=[
+            dict(type='pe_spatial.LoadImageFromFile'), shrink, dict(type='LoadDepth'), dict(type='PackDepthInputs')]))
 test_dataloader = val_dataloader
 
 model = dict(

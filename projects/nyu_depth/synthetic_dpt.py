@@ -25,7 +25,7 @@ train_dataloader = dict(
         **dataset,
         data_prefix=dict(img_path='train', depth_path='depth/train'),
         pipeline=[
-            dict(type='LoadCheckedImage'),
+            dict(type='pe_spatial.LoadImageFromFile'),
             dict(type='LoadDepth'),
             dict(type='DepthRandomFlip', prob=0.5),
             dict(type='PackDepthInputs'),

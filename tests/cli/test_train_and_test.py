@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py on a tiny detector and a tiny set, as a user runs them."""
 
+import json
 import os
 import pickle
 import re
@@ -178,6 +179,34 @@ def test_test_writes_predictions_and_images(trained, tmp_path):
     assert len(list((tmp_path / "shown").glob("*"))) == 4
 
 
+def test_config_of_a_run_evaluates_as_it_stands(trained, tmp_path):
+    """It has the options of its training; its limited test writes COCO's results json."""
+    project, _ = trained
+    shutil.copy(project / "run" / "tiny.py", tmp_path)
+    log = command(
+        "test", tmp_path / "tiny.py", "run/iter_4.pth", "--limit", 2, "--out", tmp_path / "results.json",
+        "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", cwd=project,
+    )  # fmt: skip
+    assert "evaluates the 2 of the 4 images" in log
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2}
+    assert {result["category_id"] for result in results} <= {1, 7}
+    assert {"bbox", "score", "segmentation"} <= results[0].keys()
+
+
+def test_inferencer_of_mmdetection(trained, log):
+    project, _ = trained
+    from mmdet.apis import DetInferencer
+
+    weights, image = str(project / "run" / "iter_4.pth"), str(project / "data" / "val2017" / "1.png")
+    inferencer = DetInferencer(str(project / "tiny.py"), weights, device="cpu", show_progress=False)
+    assert inferencer.model.dataset_meta["classes"] == ("red", "blue")
+    (predicted,) = inferencer(image, out_dir=str(project / "inferred"))["predictions"]
+    assert set(predicted["labels"]) <= {0, 1}
+    assert (project / "inferred" / "vis" / "1.png").is_file()
+    assert not [line for line, level in log if level >= 30 and "pe_spatial" in line]
+
+
 def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
     project, _ = trained
     log = command(
@@ -193,9 +222,12 @@ def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
     ("args", "message"),
     [
         (("absent.py",), "absent.py"),
-        (("tiny.py", "--cfg-options", "model.backbone.type=Nothing"), "Nothing is not in the"),
+        (("tiny.py", "--data-root", "data", "--cfg-options", "model.backbone.type=Nothing"), "Nothing is not in the"),
         (("tiny.py", "--cfg-options", "model.backbone.variant=pe_x"), "=pe_x: the config has a group of options"),
-        (("named.py", "--cfg-options", "model.backbone.variant=pe_x"), "unknown variant 'pe_x'; allowed are"),
+        (
+            ("named.py", "--data-root", "data", "--cfg-options", "model.backbone.variant=pe_x"),
+            "unknown variant 'pe_x'; allowed are",
+        ),
         (("tiny.py", "--data-root", "nowhere"), "no annotation file at nowhere/annotations/instances_train2017.json"),
         (("tiny.py", "--resume", "absent.pth"), "no checkpoint at absent.pth"),
         (

@@ -5,7 +5,7 @@ data_root = 'data/coco/'
 size = (1024, 1024)  # (w, h) in pixels; model.data_preprocessor.pad_size_divisor pads to it
 
 train_pipeline = [
-    dict(type='LoadCheckedImage', skip_broken=True),
+    dict(type='pe_spatial.LoadImageFromFile', skip_broken=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(
         type='RandomResize',
@@ -22,13 +22,13 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadCheckedImage'),
+    dict(type='pe_spatial.LoadImageFromFile'),
     dict(type='Resize', scale=size, keep_ratio=True, backend='pillow'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 tta_pipeline = [
-    dict(type='LoadCheckedImage'),
+    dict(type='pe_spatial.LoadImageFromFile'),
     dict(
         type='TestTimeAug',
         transforms=[

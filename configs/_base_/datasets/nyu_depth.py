@@ -7,7 +7,7 @@ max_depth = 10.0  # meters
 crop_size = (416, 544)  # (h, w) in pixels
 
 train_pipeline = [
-    dict(type='LoadCheckedImage', skip_broken=True),
+    dict(type='pe_spatial.LoadImageFromFile', skip_broken=True),
     dict(type='LoadDepth', skip_empty=True),
     dict(type='DepthCrop', box=(43, 45, 608, 472)),  # remove the white border: 427 x 565
     dict(type='DepthRandomRotate', degrees=2.5, prob=0.5),
@@ -16,7 +16,7 @@ train_pipeline = [
     dict(type='DepthColorAug', gamma=(0.9, 1.1), brightness=(0.75, 1.25), color=(0.9, 1.1), prob=0.5),
     dict(type='PackDepthInputs'),
 ]
-test_pipeline = [dict(type='LoadCheckedImage'), dict(type='LoadDepth'), dict(type='PackDepthInputs')]
+test_pipeline = [dict(type='pe_spatial.LoadImageFromFile'), dict(type='LoadDepth'), dict(type='PackDepthInputs')]
 
 dataset = dict(
     type='DepthPairDataset',

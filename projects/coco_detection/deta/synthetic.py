@@ -40,7 +40,7 @@ model = dict(
 
 data_root = 'data/synthetic_192/'
 dataset = dict(type='CheckedCocoDataset', data_root=data_root, metainfo=dict(classes=classes))
-load = [dict(type='LoadCheckedImage'), dict(type='LoadAnnotations', with_bbox=True)]
+load = [dict(type='pe_spatial.LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
