@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from pe_spatial import VARIANTS
 from pe_spatial.convert.converter import convert
 from pe_spatial.encoder.files import CheckpointFile
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
 from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config
 
 pytestmark = pytest.mark.mmdet
@@ -38,7 +37,7 @@ def test_builds_at_full_width(path):
     assert encoder.config == expected
     assert encoder.patch_size == 16
     assert encoder.geometry.window_size == 32 == encoder.config.grid_size
-    assert encoder.geometry.global_attn_indexes == GLOBAL_BLOCKS[expected.depth]
+    assert encoder.geometry.global_attn_indexes == VITDET_RECIPES[expected.depth].global_attn_indexes
     assert encoder.blocks[-1].drop_path == pytest.approx(VITDET_RECIPES[expected.depth].drop_path_rate)
     norms = [m for m in model.roi_head.modules() if type(m).__name__ == "ChannelLayerNorm"]
     assert norms

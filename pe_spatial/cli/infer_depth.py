@@ -14,6 +14,7 @@ The model gets images with the short side of its training images, and its depth 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import_quietly("pe_spatial.depth")
+    # Its advice on the geometry is for training; here the checkpoint determines it.
+    logging.getLogger("pe_spatial.encoder.vit").setLevel(logging.ERROR)
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
     from pe_spatial.depth.inference import DepthPredictor, Sources
     from pe_spatial.engine.configs import config_in, read_config

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pe_spatial.convert.layouts import ENCODERS, released_configs
 from pe_spatial.encoder.files import CheckpointError, CheckpointFile, join_names
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS, PRESETS, Geometry
+from pe_spatial.encoder.geometry import PRESETS, Geometry
+from pe_spatial.encoder.variants import VITDET_RECIPES
 
 _DETA_RANGE = 16  # tokens: the rotary range of the released DETA, see PRESETS
 
@@ -135,9 +136,10 @@ def recipe_tables(kind: str, sizes: Mapping[str, int]) -> RopeTables | None:
     """Return the geometry of the released detectors: images of 1024 or 1824 pixels, windows of the learned grid."""
     deta = kind == "DETA"
     heads = {config.num_heads for config in released_configs(sizes, letters="emdts" if deta else "emndts")}
-    if len(heads) != 1 or sizes["d"] not in GLOBAL_BLOCKS or (deta and sizes["n"] != 24**2):
+    if len(heads) != 1 or sizes["d"] not in VITDET_RECIPES or (deta and sizes["n"] != 24**2):
         return None
     side = math.isqrt(sizes["n"])
     rope_grid = _DETA_RANGE if deta else side
-    geometry = detector_geometry(pos_grid=side, window_size=side, rope_grid=rope_grid, blocks=GLOBAL_BLOCKS[sizes["d"]])
+    blocks = VITDET_RECIPES[sizes["d"]].global_attn_indexes
+    geometry = detector_geometry(pos_grid=side, window_size=side, rope_grid=rope_grid, blocks=blocks)
     return RopeTables(geometry=geometry, num_heads=heads.pop(), image_grid=(1824 if deta else 1024) // 16)

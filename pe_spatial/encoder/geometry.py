@@ -15,16 +15,9 @@ from torch import Tensor
 from pe_spatial.errors import ConfigError, one_of
 
 from .resize import POS_EMBED_MODES
-from .variants import EncoderConfig
+from .variants import VITDET_RECIPES, EncoderConfig, vitdet_recipe
 
 ROPE_MODES = ("extrapolate", "interpolate")
-
-GLOBAL_BLOCKS: dict[int, tuple[int, ...]] = {
-    12: (2, 5, 8, 11),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
-    24: (5, 11, 17, 23),  # PE paper, Tab. 24
-    50: (12, 24, 36, 49),  # PE paper, Tab. 24
-}
-"""Depth -> the blocks that keep global attention in the published ViTDet models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +40,7 @@ class Geometry:
             global attention in every block. A class token is copied into every window, and the copies are
             averaged before the next global block.
         global_attn_indexes: blocks that keep global attention (with `window_size`), negatives count from the end; None
-            takes the published ones for the depth (`GLOBAL_BLOCKS`).
+            takes those of the recipe for the depth (`vitdet_recipe`).
         mask_window_padding: exclude the padding of windows that do not divide the grid from the attention. The released
             detectors let it take part as keys.
     """
@@ -73,6 +66,9 @@ class Geometry:
             raise ValueError(
                 f"window_size is {window!r}; allowed are a number of tokens from 1, 'pretraining' and None (no windows)"
             )
+        blocks = self.global_attn_indexes
+        if window is not None and blocks is None:
+            blocks = vitdet_recipe(config.depth).global_attn_indexes
         return ResolvedGeometry(
             patch_size=_at_least_one("patch_size", self.patch_size, config.patch_size, "pixels"),
             pos_embed_mode=one_of("pos_embed_mode", self.pos_embed_mode, POS_EMBED_MODES),
@@ -80,7 +76,7 @@ class Geometry:
             rope_mode=one_of("rope_mode", self.rope_mode, ROPE_MODES),
             rope_grid=_rope_grid(self.rope_grid, self.rope_mode, config.grid_size),
             window_size=window,
-            global_attn_indexes=() if window is None else _global_blocks(self.global_attn_indexes, config.depth),
+            global_attn_indexes=() if window is None else block_indices("global_attn_indexes", blocks, config.depth),
             mask_window_padding=self.mask_window_padding,
         )
 
@@ -134,7 +130,7 @@ def get_geometry(geometry: str | Geometry | Mapping[str, Any], **overrides: Any)
 def preset_name(geometry: ResolvedGeometry, config: EncoderConfig) -> str | None:
     """Return the preset that gives `geometry` for an encoder of `config`, whatever its patch size, or None."""
     for name, preset in PRESETS.items():
-        resolvable = preset.window_size is None or preset.global_attn_indexes or config.depth in GLOBAL_BLOCKS
+        resolvable = preset.window_size is None or preset.global_attn_indexes or config.depth in VITDET_RECIPES
         if resolvable and replace(preset, patch_size=geometry.patch_size).resolve(config) == geometry:
             return name
     return None
@@ -168,15 +164,6 @@ def patch_grid(images: Tensor, patch_size: int, in_chans: int = 3) -> tuple[int,
             f"pad or resize to {max(-(-h // p), 1) * p}x{max(-(-w // p), 1) * p}"
         )
     return h // p, w // p
-
-
-def _global_blocks(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    if indices is None and depth not in GLOBAL_BLOCKS:
-        raise ValueError(
-            f"no global blocks are published for {depth} blocks, only for {', '.join(map(str, GLOBAL_BLOCKS))}; give "
-            "global_attn_indexes, for instance the last block of each quarter, or [] for windows everywhere"
-        )
-    return block_indices("global_attn_indexes", GLOBAL_BLOCKS[depth] if indices is None else indices, depth)
 
 
 def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: int) -> tuple[int, int] | None:

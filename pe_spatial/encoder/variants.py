@@ -3,9 +3,13 @@
 Source of the released rows: facebookresearch/perception_models@3e352cc:core/vision_encoder/config.py.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +122,45 @@ def get_config(variant: str | EncoderConfig | Mapping[str, Any]) -> EncoderConfi
 class ViTDetRecipe(NamedTuple):
     """What the published ViTDet fine-tuning sets by the depth of the encoder."""
 
+    global_attn_indexes: tuple[int, ...]  # blocks that keep global attention
     drop_path_rate: float
     layer_decay_rate: float
 
 
 VITDET_RECIPES: dict[int, ViTDetRecipe] = {
-    12: ViTDetRecipe(0.1, 0.7),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
-    24: ViTDetRecipe(0.4, 0.8),  # PE paper, Tab. 24
-    50: ViTDetRecipe(0.5, 0.9),  # PE paper, Tab. 24
+    12: ViTDetRecipe((2, 5, 8, 11), 0.1, 0.7),  # detectron2@02b5c4e:projects/ViTDet (ViT-B)
+    24: ViTDetRecipe((5, 11, 17, 23), 0.4, 0.8),  # PE paper, Tab. 24
+    50: ViTDetRecipe((12, 24, 36, 49), 0.5, 0.9),  # PE paper, Tab. 24
 }
 """Depth -> recipe. Only these depths were published."""
+
+
+def quarters(depth: int) -> list[int]:
+    """Return the last blocks of four equal parts of an encoder; fewer below four blocks."""
+    return sorted({depth * (k + 1) // 4 - 1 for k in range(4)} - {-1})
+
+
+def nearest_recipe(depth: int) -> tuple[ViTDetRecipe, str]:
+    """Return a recipe for `depth` blocks, and a note that says what was assumed, which is empty for a published one."""
+    if depth in VITDET_RECIPES:
+        return VITDET_RECIPES[depth], ""
+    nearest = min(VITDET_RECIPES, key=lambda published: abs(published - depth))
+    recipe = VITDET_RECIPES[nearest]._replace(global_attn_indexes=tuple(quarters(depth)))
+    return recipe, (
+        f"no ViTDet recipe is published for {depth} blocks: blocks {list(recipe.global_attn_indexes)} get global "
+        f"attention (with geometry 'vitdet'), and drop path and layer decay are those of {nearest} blocks: "
+        f"{recipe.drop_path_rate} and {recipe.layer_decay_rate}"
+    )
+
+
+@cache
+def vitdet_recipe(depth: int) -> ViTDetRecipe:
+    """Return the recipe of `nearest_recipe`, and log its note once."""
+    recipe, note = nearest_recipe(depth)
+    if note:
+        _log.warning(note)
+    return recipe
+
 
 DETECTOR_PIXELS = 127.0
 """Mean and standard deviation of the pixels in the published ViTDet fine-tuning: unlike `EncoderConfig.mean` and `std`.
@@ -137,17 +170,12 @@ Source: perception_models@3e352cc:apps/detection/detectron2_pe, the configs.
 
 
 def recipe_rate(name: str, rate: float | str, depth: int) -> float:
-    """Return `rate`, or for 'vitdet' the published `name` (a field of `ViTDetRecipe`) for an encoder of `depth` blocks.
+    """Return `rate`, or for 'vitdet' the `name` of the recipe for an encoder of `depth` blocks (see `vitdet_recipe`).
 
-    Raises ValueError for another text, and for a depth without a published recipe.
+    Raises ValueError for another text.
     """
     if not isinstance(rate, str):
         return float(rate)
     if rate != "vitdet":
         raise ValueError(f"{name} is {rate!r}; allowed are a number and 'vitdet'")
-    if depth not in VITDET_RECIPES:
-        raise ValueError(
-            f"no ViTDet recipe is published for {depth} blocks, only for {', '.join(map(str, VITDET_RECIPES))}; "
-            f"give {name} as a number"
-        )
-    return float(getattr(VITDET_RECIPES[depth], name))
+    return float(getattr(vitdet_recipe(depth), name))

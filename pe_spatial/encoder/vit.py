@@ -7,7 +7,7 @@ as in apps/detection/detectron2_pe/modeling/backbone/pev1_det.py of the same com
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -22,7 +22,7 @@ from .geometry import Geometry, block_indices, check_frozen_stages, get_geometry
 from .layer_decay import layer_of
 from .resize import resize_pos_embed
 from .rope import apply_rope, rope_table
-from .variants import EncoderConfig, get_config, recipe_rate, variant_key
+from .variants import VARIANTS, EncoderConfig, get_config, recipe_rate, variant_key
 from .windows import valid_tokens, window_partition, window_unpartition
 
 _EPS = 1e-5  # of every LayerNorm, as in pe.py
@@ -31,6 +31,7 @@ _EPS = 1e-5  # of every LayerNorm, as in pe.py
 # of DAVIS, YouTube-VOS and MOSE (DINOv3 paper, Tab. 5).
 _LARGE = 2.0
 _warned = False
+_log = logging.getLogger(__name__)
 
 
 class Attention(nn.Module):
@@ -254,13 +255,12 @@ class PerceptionEncoder(nn.Module):
         native = self.config.grid_size
         if torch.compiler.is_compiling() or _warned or min(grid) <= _LARGE * native:
             return
-        if preset_name(self.geometry, self.config) == "release":
+        if self.config in VARIANTS.values() and preset_name(self.geometry, self.config) == "release":
             _warned = True
-            warnings.warn(
+            _log.warning(
                 f"images of {grid[0]}x{grid[1]} patches are more than {_LARGE:g} times the pretraining grid of "
                 f"{native}x{native}, and the geometry is 'release', with which PE-Spatial gets worse at such sizes; "
-                "use geometry='vitdet' (windows of the pretraining grid) or smaller images",
-                stacklevel=2,
+                "use geometry='vitdet' (windows of the pretraining grid) or smaller images"
             )
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:

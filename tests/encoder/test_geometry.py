@@ -1,6 +1,5 @@
 """Geometry: what each preset is in numbers, overrides, and the warning for sizes that the released one is bad at."""
 
-import warnings
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 
 from pe_spatial import VARIANTS, Geometry, PerceptionEncoder
 from pe_spatial.encoder import vit
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS, PRESETS, get_geometry, preset_name
+from pe_spatial.encoder.geometry import PRESETS, get_geometry
+from pe_spatial.encoder.variants import VITDET_RECIPES, vitdet_recipe
 
 # In the order of the fields, for pe_core_b16_224 and pe_spatial_g14_448.
 RESOLVED = {
@@ -47,15 +47,10 @@ def test_presets_build_every_variant_and_say_so(preset, name):
     config = VARIANTS[name]
     detector = preset in ("vitdet", "deta")
     with torch.device("meta"):
-        if detector and config.depth not in GLOBAL_BLOCKS:
-            words = f"no global blocks are published for {config.depth} blocks, only for 12, 24, 50; give global_attn_"
-            with pytest.raises(ValueError, match=words):
-                PerceptionEncoder(name, geometry=preset)
-            return
         model = PerceptionEncoder(name, geometry=preset)
     assert model.geometry.resolve(config) == model.geometry
-    assert preset_name(model.geometry, config) == preset
-    assert f"geometry={preset}" in repr(model)
+    said = "custom" if detector and config.depth not in VITDET_RECIPES else preset
+    assert f"geometry={said}" in repr(model)
     assert {block.drop_path for block in model.blocks} == {0.0}
     if detector:  # windowed blocks alternate with four global blocks, and the last block is global
         assert [window is not None for window, _ in model._block_groups] == [True, False] * 4
@@ -81,7 +76,6 @@ def test_overrides_change_single_fields(tiny):
         ({"geometry": None}, ValueError, "geometry is None; allowed are a Geometry, its fields and release"),
         ({"norm_layer": "LN"}, TypeError, "unknown option norm_layer; the fields of a geometry are patch_size, pos_"),
         ({"geometry": {"window": 3}}, TypeError, "unknown option window;"),
-        ({"window_size": 3}, ValueError, r"no global blocks are published for 4 blocks.* \[\] for windows everywhere"),
         ({"window_size": "all"}, ValueError, "window_size is 'all'; allowed are a number of tokens from 1"),
         ({"patch_size": 0}, ValueError, "patch_size is 0 pixels; give at least 1"),
     ],
@@ -91,20 +85,35 @@ def test_bad_geometries_are_named(tiny, options, error, words):
         tiny(**options)
 
 
-def test_one_warning_where_the_released_geometry_meets_large_images(tiny, monkeypatch):
+def test_another_depth_takes_the_nearest_recipe_and_says_so_once(caplog):
+    vitdet_recipe.cache_clear()
+    with torch.device("meta"):
+        for _ in range(2):
+            model = PerceptionEncoder("pe_synthetic_xs8_192", geometry="vitdet", drop_path_rate="vitdet")
+    assert model.geometry.global_attn_indexes == (0, 1, 2, 4)
+    assert model.blocks[-1].drop_path == 0.1
+    assert [record.getMessage() for record in caplog.records] == [
+        "no ViTDet recipe is published for 5 blocks: blocks [0, 1, 2, 4] get global attention (with geometry "
+        "'vitdet'), and drop path and layer decay are those of 12 blocks: 0.1 and 0.7"
+    ]
+
+
+def test_one_warning_where_the_released_geometry_meets_large_images(tiny, monkeypatch, caplog):
     monkeypatch.setattr(vit, "_warned", False)
+    caplog.set_level("WARNING", logger=vit.__name__)
     release, windowed = tiny(), tiny(geometry="vitdet", global_attn_indexes=[3])
     large, twice = torch.zeros(1, 3, 144, 144), torch.zeros(1, 3, 128, 256)
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
+    with torch.no_grad():
+        release(large)  # not a released variant, so the advice does not apply
+        monkeypatch.setitem(vit.VARIANTS, "tiny", release.config)
         release(twice)
         windowed(large)
         tiny(geometry="timm")(large)
         torch.compile(release, backend="eager", fullgraph=True)(large)
-        assert not caught
+        assert not caplog.records
         release(large)
         release(large)
-    assert [str(warning.message) for warning in caught] == [
+    assert [record.getMessage() for record in caplog.records] == [
         "images of 9x9 patches are more than 2 times the pretraining grid of 4x4, and the geometry is 'release', with "
         "which PE-Spatial gets worse at such sizes; use geometry='vitdet' (windows of the pretraining grid) or smaller "
         "images"

@@ -302,8 +302,9 @@ def test_rate_follows_the_depth_and_ddp_is_looked_through():
     detector = Detector(variant=dict(SMALL, depth=12), global_attn_indexes=(2, 5, 8, 11))
     found = settings(detector, wrapper(DDP(detector), layer_decay_rate="vitdet"))
     assert found["backbone.encoder.pos_embed"][0] == pytest.approx(1e-3 * 0.7**13)
-    with pytest.raises(ValueError, match="no ViTDet recipe is published for 4 blocks"):
-        wrapper(Detector(), layer_decay_rate="vitdet")
+    detector = Detector()  # 4 blocks: the rate of 12
+    found = settings(detector, wrapper(detector, layer_decay_rate="vitdet"))
+    assert found["backbone.encoder.pos_embed"][0] == pytest.approx(1e-3 * 0.7**5)
 
 
 @pytest.mark.parametrize("paramwise", [dict(), dict(layer_decay_rate=0.9, num_layers=12), dict(decay_norm_bias=True)])

@@ -13,8 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
-from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config
+from pe_spatial.encoder.variants import DETECTOR_PIXELS, VITDET_RECIPES, get_config, nearest_recipe, quarters
 from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.integrations.openmmlab import HEAD_OPTIONS, build_encoder
 from pe_spatial.integrations.swap.probe import Level, evaluation_level, find_feature_specs, find_unused, type_name
@@ -159,7 +158,7 @@ def _encoder_options(
     options = _geometry(variant, geometry, notes)
     if layers is None and adapter == "fused":
         depth = _shape(variant).depth
-        layers = _quarters(depth)
+        layers = quarters(depth)
     if layers is not None:
         layers = list(layers)
         if adapter == "simple" and len(layers) != 1:
@@ -184,24 +183,12 @@ def _geometry(variant: str | Mapping[str, Any], geometry: str, notes: list[str])
         return patch
     if geometry != "vitdet":
         return {"geometry": geometry, **patch}
-    if config.depth in GLOBAL_BLOCKS:
+    recipe, note = nearest_recipe(config.depth)
+    if not note:
         return {"geometry": geometry, "drop_path_rate": "vitdet"}
-    blocks = _quarters(config.depth)
-    nearest = _nearest_depth(config.depth)
-    notes.append(
-        f"no ViTDet recipe is published for {config.depth} blocks: blocks {blocks} get global attention, and drop path "
-        f"and layer decay are those of {nearest} blocks"
-    )
-    return {
-        "geometry": geometry,
-        "global_attn_indexes": [i for i in dict.fromkeys(blocks) if i >= 0],
-        "drop_path_rate": VITDET_RECIPES[nearest].drop_path_rate,
-    }
-
-
-def _quarters(depth: int) -> list[int]:
-    """Return the last blocks of four equal parts of an encoder."""
-    return [depth * (k + 1) // 4 - 1 for k in range(4)]
+    notes.append(note)
+    blocks = list(recipe.global_attn_indexes)
+    return {"geometry": geometry, "global_attn_indexes": blocks, "drop_path_rate": recipe.drop_path_rate}
 
 
 def _of_timm(variant: str | Mapping[str, Any]) -> bool:
@@ -214,10 +201,6 @@ def _shape(variant: str | Mapping[str, Any]) -> Any:
         return _checked(get_config, variant)
     with torch.device("meta"):
         return _checked(build_encoder, variant).config
-
-
-def _nearest_depth(depth: int) -> int:
-    return min(VITDET_RECIPES, key=lambda published: abs(published - depth))
 
 
 def _statistics(variant: str | Mapping[str, Any], geometry: str) -> tuple[list[float], list[float]]:
@@ -323,7 +306,7 @@ def _set_optimizer(cfg: Config, variant: str | Mapping[str, Any], lr: float | No
     heads = {k: v for k, v in paramwise.items() if k in HEAD_OPTIONS and k != "custom_keys"}
     custom = {k: v for k, v in (paramwise.get("custom_keys") or {}).items() if not k.startswith(_OLD_KEYS)}
     depth = _shape(variant).depth
-    rate = "vitdet" if depth in VITDET_RECIPES else VITDET_RECIPES[_nearest_depth(depth)].layer_decay_rate
+    rate = "vitdet" if depth in VITDET_RECIPES else nearest_recipe(depth)[0].layer_decay_rate
     cfg.optim_wrapper = ConfigDict(
         {k: v for k, v in old.items() if k not in ("optimizer", "paramwise_cfg", "constructor")},
         optimizer=dict(type="AdamW", lr=lr, **kept),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import load_checkpoint, mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS, PRESETS, Geometry
+from pe_spatial.encoder.geometry import PRESETS, Geometry
 from pe_spatial.encoder.pyramid import SimpleFeaturePyramid
 from pe_spatial.encoder.variants import EncoderConfig, get_config
 from pe_spatial.encoder.vit import PerceptionEncoder
@@ -122,12 +122,6 @@ def _geometry(config: EncoderConfig, grid: int) -> Geometry:
     native = config.grid_size
     if grid <= native:
         return PRESETS["release"]
-    if config.depth not in GLOBAL_BLOCKS:
-        raise ConfigError(
-            f"grid {grid} is above the pretraining grid {native}, and no global blocks are published for an encoder of "
-            f"{config.depth} blocks; take a grid up to {native}, or give encoder_options=dict(geometry='vitdet', "
-            f"window_size={native}, patch_size={config.patch_size}, global_attn_indexes=...)"
-        )
     # The released detectors let padding take part as keys; a frozen encoder has never seen any.
     return replace(PRESETS["vitdet"], patch_size=None, mask_window_padding=grid % native != 0)
 
