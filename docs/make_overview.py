@@ -64,7 +64,7 @@ def detect(images, checkpoint):
         bgr = torch.from_numpy(resized(image, SEEN)[..., ::-1].copy()).permute(2, 0, 1)
         with torch.no_grad():
             (result,) = model.test_step(dict(inputs=[bgr], data_samples=[DetDataSample(metainfo=meta)]))
-        objects = result.pred_instances[result.pred_instances.scores > 0.5]
+        objects = result.pred_instances[result.pred_instances.scores > 0.4]
         rgb, labels = image.copy(), objects.labels.tolist()
         for label, mask in zip(labels, objects.masks.numpy(), strict=True):
             blend(rgb, mask, COLORS[label])
