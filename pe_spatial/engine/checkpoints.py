@@ -185,10 +185,10 @@ class AtomicCheckpointHook(CheckpointHook):
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
 
-    def save_now(self, runner: Runner) -> str:
-        """Save after the current step, in addition to the regular checkpoints, and return the path."""
-        name = f"iter_{runner.iter + 1}.pth"
-        meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
+    def save_now(self, runner: Runner, steps: int) -> str:
+        """Save after `steps` training steps, in addition to the regular checkpoints, and return the path."""
+        name = f"iter_{steps}.pth"
+        meta = dict(epoch=runner.epoch, iter=steps)
         runner.save_checkpoint(self.out_dir, name, meta=meta, by_epoch=False, backend_args=self.backend_args)
         path = self.file_backend.join_path(self.out_dir, name)
         if is_main_process():

@@ -6,6 +6,7 @@
 import atexit
 import gc
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank, is_distributed
 from mmengine.fileio.backends import register_backend
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import FUNCTIONS, HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -36,7 +37,8 @@ WORKER_TIMEOUT = 600
 class StopOnSignalHook(Hook):
     """On SIGTERM or SIGUSR1 finish the step, save, and exit with `EXIT_RETRY`; `--resume` continues the run.
 
-    A signal to one process stops all of them after the same step.
+    A signal to one process stops all of them after the same step. In validation the run stops after the current batch,
+    and `--resume` repeats the validation.
     """
 
     priority = "LOWEST"
@@ -45,10 +47,14 @@ class StopOnSignalHook(Hook):
     def __init__(self) -> None:
         self._received = 0
         self._previous: dict[int, Any] = {}
+        self._repeat_validation = False
 
-    def before_train(self, _: Runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Install the handlers."""
         self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        if self._repeat_validation:
+            self._repeat_validation = False
+            runner.val_loop.run()
 
     def after_train(self, _: Runner) -> None:
         """Restore the previous handlers."""
@@ -58,16 +64,45 @@ class StopOnSignalHook(Hook):
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
         """Save and exit if any process received a signal."""
         number = int(max_across_ranks(self._received))
-        if not number:
+        if number:
+            self._save_and_exit(runner, number, steps=runner.iter + 1)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Count the batches that every process has: in those they can agree to stop."""
+        self._common_batches = -max_across_ranks(-len(runner.val_dataloader))
+
+    def after_val_iter(self, runner: Runner, *, batch_idx: int, **_: Any) -> None:
+        """Save and exit as after a training step."""
+        number = int(max_across_ranks(self._received)) if batch_idx < self._common_batches else 0
+        if not number or not self._previous:  # not in training
             return
+        self._repeat_validation = True
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.after_val_epoch(runner)  # puts the trained weights back in place of their averages
+        self._save_and_exit(runner, number, steps=runner.iter)
+
+    def before_save_checkpoint(self, _: Runner, checkpoint: dict[str, Any]) -> None:
+        """Record whether a validation was stopped."""
+        checkpoint["meta"]["repeat_validation"] = self._repeat_validation
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Read whether a validation was stopped."""
+        meta = checkpoint.get("meta") or {}
+        self._repeat_validation = bool(runner.cfg.get("resume") and meta.get("repeat_validation"))
+
+    def _save_and_exit(self, runner: Runner, number: int, *, steps: int) -> None:
         hooks = [hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)]
         if hooks:
-            path = hooks[0].save_now(runner)
+            path = hooks[0].save_now(runner, steps)
             runner.logger.warning(f"{signal.Signals(number).name} received: saved {path}. Continue with --resume.")
         raise SystemExit(EXIT_RETRY)
 
     def _receive(self, number: int, _: Any) -> None:
         self._received = number
+        name = signal.Signals(number).name
+        notice = f"{name} received: the run stops after the current batch, saves, and exits with code {EXIT_RETRY}\n"
+        os.write(2, notice.encode())  # unlike print, allowed in a handler at any time
 
 
 @HOOKS.register_module()

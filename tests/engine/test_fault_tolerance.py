@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ import torch
 pytest.importorskip("mmengine")
 from helpers.repository import REPO
 from helpers.tiny_run import build, losses, tiny_config
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.registry import METRICS
 from mmengine.runner import find_latest_checkpoint
 from torch.testing import assert_close
 
@@ -63,6 +66,53 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, epochs, workers, number):
     assert seen == drawn
     assert resumed.iter == whole.iter == (20 if epochs else 10)
     assert resumed.optim_wrapper.optimizer.state_dict()["state"][0]["step"] == whole.iter
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_a_stopped_validation_is_repeated(tmp_path, step, capfd):
+    """Also the last one, and with the trained weights in the checkpoint, not the averages that are validated."""
+    changes = dict(
+        val_dataloader=dict(batch_size=5, sampler=dict(type="DefaultSampler"), dataset=dict(type="Numbers")),
+        val_evaluator=dict(type="CountSamples"),
+        val_cfg=dict(type="ValLoop"),
+        custom_hooks=[dict(type="EMAHook")],
+        **{"train_cfg.val_interval": 2, "default_hooks.checkpoint.interval": 100},
+    )
+    changes["val_dataloader"]["dataset"]["pipeline"] = [dict(type="Jitter")]
+    stopped = build(tiny_config(tmp_path, **changes))
+    trained = {}
+
+    class Stop(Hook):
+        def before_val(self, runner):
+            trained.update({name: p.clone() for name, p in runner.model.state_dict().items()})
+
+        def after_val_iter(self, runner, batch_idx, **_):
+            if (runner.iter, batch_idx) == (step, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped.register_hook(Stop())
+    with pytest.raises(SystemExit) as end:
+        stopped.train()
+    assert end.value.code == EXIT_RETRY
+    notice = "SIGTERM received: the run stops after the current batch, saves, and exits with code 75"
+    assert notice in capfd.readouterr().err
+    saved = torch.load(tmp_path / f"iter_{step}.pth", weights_only=False)
+    assert_close({name[7:]: p for name, p in saved["ema_state_dict"].items() if name != "steps"}, trained)
+    CountSamples.counts.clear()
+    build(tiny_config(tmp_path, **changes, resume=True)).train()
+    assert CountSamples.counts == [20] * (1 + (10 - step) // 2)
+
+
+@METRICS.register_module()
+class CountSamples(BaseMetric):
+    counts: ClassVar[list[int]] = []
+
+    def process(self, _, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        self.counts.append(len(results))
+        return dict(count=len(results))
 
 
 def watch(runner, draws):
