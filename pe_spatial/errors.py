@@ -21,3 +21,9 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
     return value
+
+
+def listed(values: Sequence[Any], limit: int = 5) -> str:
+    """Return the first `limit` values, separated by commas, and the number of the others."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more

@@ -26,13 +26,14 @@ ARROWS = {
     "atomic": {"errors"},
     "images": {"errors"},
     "video": {"errors", "atomic", "images"},
+    "data": {"data"} | GROUND,
     "encoder": {"encoder", "errors"},
     "convert": {"convert", "encoder"} | GROUND,
     "integrations": {"integrations", "encoder"} | GROUND,
     "planning": {"planning", "integrations", "encoder"} | GROUND,
-    "engine": SERVICES | {"encoder"} | GROUND,
-    **{room: {room, "encoder"} | SERVICES | GROUND for room in sorted(TASKS)},
-    "cli": {"cli", "encoder"} | TASKS | SERVICES | GROUND,
+    "engine": SERVICES | {"encoder", "data"} | GROUND,
+    **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
+    "cli": {"cli", "encoder", "data"} | TASKS | SERVICES | GROUND,
 }
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 
-from pe_spatial.engine.checks import listed, neighbors
-from pe_spatial.errors import DatasetError
+from pe_spatial.engine.checks import neighbors
+from pe_spatial.errors import DatasetError, listed
 
 _ROUNDING = 0.5  # pixels by which a box may leave its image: it stays as it is and is not counted as clipped
 _FAR = 10  # a polygon that leaves its image by more than this many long sides is not usable

@@ -14,9 +14,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 
 from pe_spatial.detection.annotations import IGNORED, SKIPPED, as_nfc, read_coco
-from pe_spatial.engine.checks import listed
 from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError, DatasetError, listed
 
 
 @DATASETS.register_module()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner
 
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError, DatasetError, listed
 
 NOT_OF_THE_DATA = ("rpn_head", "backbone", "data_preprocessor", "reid", "semantic_head")
 """Parts of a model with classes of their own: objects or not, persons, stuff."""
-
-
-def listed(values: Sequence[Any], limit: int = 5) -> str:
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
 
 
 def neighbors(path: str) -> str:

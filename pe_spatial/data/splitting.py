@@ -1,0 +1,75 @@
+"""A validation part split off from the training images."""
+
+import hashlib
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+from pe_spatial.data.files import progress
+
+
+def split_off(
+    paths: Mapping[str, str], classes: Mapping[str, set[Hashable]], *, fraction: float, seed: int
+) -> tuple[set[str], int]:
+    """Choose images for validation, stratified by class: rare classes first, and never the last image of a class.
+
+    Args:
+        paths: image id -> file. Identical files stay together.
+        classes: image id -> classes of its objects.
+        fraction: of the images; at least one group of identical files is taken, and one is left.
+        seed: of the choice.
+
+    Returns:
+        Ids of the chosen images (empty if all files are identical), and the number of duplicates.
+    """
+    groups = identical_files(paths)
+    if len(groups) < 2:
+        return set(), len(paths) - len(groups)
+    random.Random(seed).shuffle(groups)
+    labels = [set().union(*(classes.get(image, set()) for image in group)) for group in groups]
+    total = Counter(label for found in labels for label in found)
+    wanted = max(1, round(fraction * len(groups)))
+    chosen: set[int] = set()
+    taken: Counter[Hashable] = Counter()
+
+    def take(candidates: Sequence[int], count: int) -> None:
+        for i in candidates:
+            if count < 1 or len(chosen) >= wanted:
+                return
+            if i not in chosen and all(total[label] - taken[label] > 1 for label in labels[i]):
+                chosen.add(i)
+                taken.update(labels[i])
+                count -= 1
+
+    members: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for i, found in enumerate(labels):
+        for label in found:
+            members[label].append(i)
+    for label in sorted(members, key=lambda label: (total[label], str(label))):
+        take(members[label], round(fraction * total[label]) - taken[label])
+    negatives = [i for i, found in enumerate(labels) if not found]
+    take(negatives, round(fraction * len(negatives)))
+    take(sorted(range(len(groups)), key=lambda i: -len(labels[i])), wanted)
+    if not any(labels[i] for i in chosen):  # each class is in one image alone
+        chosen = {max(range(len(groups)), key=lambda i: len(labels[i]))}
+    return {image for i in chosen for image in groups[i]}, len(paths) - len(groups)
+
+
+def identical_files(paths: Mapping[str, str]) -> list[list[str]]:
+    """Group ids by the bytes of their files; only files of equal size are read."""
+    same_file: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+    sizes: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
+    for image, path in paths.items():
+        status = os.stat(path)
+        same_file[status.st_dev, status.st_ino].append(image)
+        sizes[status.st_size].add((status.st_dev, status.st_ino))
+    groups: defaultdict[Hashable, list[str]] = defaultdict(list)
+    for file, images in progress(same_file.items(), "comparing images"):
+        path = paths[images[0]]
+        key: Hashable = file
+        if len(sizes[os.path.getsize(path)]) > 1:
+            with open(path, "rb") as opened:
+                key = hashlib.sha256(opened.read()).digest()
+        groups[key] += images
+    return list(groups.values())
