@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    import_quietly("pe_spatial.depth")
-    # Its advice on the geometry is for training; here the checkpoint determines it.
+    import_quietly("mmseg.datasets")
+    # The encoder's advice on geometry is for training; here the checkpoint determines it.
     logging.getLogger("pe_spatial.encoder.vit").setLevel(logging.ERROR)
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
     from pe_spatial.depth.inference import DepthPredictor, Sources

@@ -21,7 +21,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.errors import ConfigError, DatasetError
 
 SHOWN = 10  # problems that are printed
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    import_quietly("pe_spatial.depth")
     from pe_spatial.depth.nyu import SPLITS, check_split
 
     if args.every < 1:
