@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)
     limits: dict[str, Any] = dict(color_range=args.range and tuple(args.range), percentiles=tuple(args.percentiles))
     options = OutputOptions(**files, **limits, colors=args.colors, edge_ratio=args.drop_edges)
+    if args.tile and args.size:
+        raise ConfigError("--tile predicts in full resolution, so --size cannot be given with it; omit one of them")
     sources = Sources(args.images, exclude=args.out)
     truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)

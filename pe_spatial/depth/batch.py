@@ -163,7 +163,7 @@ class DepthFolder:
             if tile and max(rgb.shape[:2]) > tile:
                 self._save(image, predictor.tiled(rgb, tile=tile, overlap=overlap, batch_size=batch_size))
                 continue
-            if waiting and (len(waiting) == batch_size or waiting[0][1].shape != rgb.shape):
+            if waiting and waiting[0][1].shape != rgb.shape:
                 flush()
             waiting.append((image, rgb))
             if len(waiting) == batch_size:

@@ -572,6 +572,7 @@ def test_another_size_is_another_prediction(infer):
         (("--checkpoint", "absent.pth"), r"error: no checkpoint at absent\.pth"),
         (("--gt", "absent"), "error: absent is neither a folder nor"),
         (("--write", "png", "rgb.png"), "2"),
+        (("--tile", "32", "--size", "64"), "error: --tile predicts in full resolution"),
     ],
 )
 def test_common_mistakes_are_one_sentence(infer, options, error):
