@@ -1,5 +1,6 @@
 """Files and folders that are complete or as they were before, whenever the process that writes them dies."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,15 +17,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The parent folder is created. The temporary name is hidden and keeps the suffix, by which some libraries choose a
     format. The file gets the permissions of a new file, even from libraries that restrict theirs (safetensors).
     """
-    unfinished = _temporary(path)
-    try:
+    with _named(path), _temporary(path) as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode
         yield unfinished
         unfinished.chmod(mode)
         os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -40,18 +38,39 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     If the block fails, or if `path` exists by then and is not empty (OSError), the temporary folder is removed. A
     process that is killed leaves it behind: `.<name>.*` beside `path`.
     """
-    unfinished = _temporary(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with _named(path), _temporary(path) as unfinished:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         yield unfinished
         os.rename(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _temporary(path: str | Path) -> Path:
-    """Name a hidden sibling of `path` that no other process uses, and create the parent folder."""
+@contextmanager
+def _temporary(path: str | Path) -> Iterator[Path]:
+    """Yield a hidden sibling of `path` that no other process uses, in a folder that exists; remove it at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get('RANK', 0)}{path.suffix}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get('RANK', 0)}{path.suffix}")
+    try:
+        yield unfinished
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Let errors of the file system name `path`: a full disk names nothing, and others the temporary file."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or path)  # None, a parent, the temporary file, or a file that the block reads
+        if error.errno is None or not (str(path).startswith(name) or Path(path).name in name):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error")):
+            raise
+        raise OSError(errno.ENOSPC, "cannot be written completely", str(path)) from error

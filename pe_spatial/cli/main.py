@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import errno
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,22 +70,38 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
 
 @contextmanager
 def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
-    """End the process with one sentence and exit code 1 at an error that the user can fix."""
+    """End the process with one sentence and exit code 1 at an error that the user can fix; quietly at Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # of `pe-spatial ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         from pe_spatial.encoder.files import CheckpointError  # needs torch
         from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
-        if isinstance(error, OSError) and error.strerror and not traceback:
-            where = f"{error.filename}: " if error.filename else ""
-            sys.exit(f"error: {where}{error.strerror}; check the path, its permissions and the free space")
-        if traceback or not isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError):
+        ours = isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError)
+        system = error.strerror if isinstance(error, OSError) else None
+        if traceback or not (ours or system or (isinstance(error, OSError) and "DataLoader worker" in str(error))):
             raise
+        if isinstance(error, OSError) and system:
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = REMEDIES.get(error.errno or 0, "check the path, or give another one")
+            sys.exit(f"error: {where}{system}; {remedy}")
         # A data loader's worker hands its error over with the traceback in the text; the sentence is its last line.
         kind = type(error)
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         sys.exit(f"error: {sentence}")
+
+
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or write to another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give another folder, or change its permissions"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files: ulimit -n 65536"),
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ scores.json, the heads, and the cache, which may be deleted.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 
 from pe_spatial.cli.arguments import add_config_arguments, layers, load_config
 
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.probing.sweep import LayerSweep, ProgressBar
 
     cfg = load_config(args)
-    folder = args.work_dir or str(Path("work_dirs") / f"{Path(args.config).stem}_layers")
+    folder = args.work_dir or f"{cfg.work_dir}_layers"
     MMLogger.get_instance("layer_sweep", log_level="WARNING")  # the progress bars are enough
     try:
         blocks = None if args.layers == "all" else args.layers

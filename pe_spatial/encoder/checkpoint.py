@@ -82,7 +82,7 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
 
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
-    path = locate(_released(model.variant, model.config) if str(source) == "released" else source)
+    path = locate(released_source(model.variant, model.config) if str(source) == "released" else source)
     return load_state(model, read_state_dict(path), path=path)
 
 
@@ -117,7 +117,7 @@ def from_pretrained(
             variant = variant or variant_key(str(source))
         except ValueError as error:
             raise CheckpointError(f"{error}; or give a folder, or a file that ends in {', '.join(SUFFIXES)}") from None
-        path = locate(_released(variant_key(str(source)), str(source)))
+        path = locate(released_source(variant_key(str(source)), str(source)))
     state = to_timm_names(read_state_dict(path))[0]
     pos_grid = None
     if variant is None:
@@ -133,7 +133,8 @@ def from_pretrained(
     return model.to(dtype).eval()
 
 
-def _released(variant: str | None, config: object) -> str:
+def released_source(variant: str | None, config: object) -> str:
+    """Return the address of a variant's weights; CheckpointError, which names `config`, if there are none."""
     if variant is None:
         raise CheckpointError(
             f"no weights were released for {config}; give a file, or start from random weights on purpose"

@@ -33,6 +33,7 @@ def check_files(cfg: Config, split: str) -> None:
         return
     for place, dataset in _with_files(loader.dataset, f"{split}_dataloader.dataset"):
         _check_exists(_path(dataset), f"{place}.ann_file")
+        _check_folders(dataset, place)
     evaluators = cfg.get(f"{split}_evaluator") or []
     single = not isinstance(evaluators, list | tuple)
     for i, evaluator in enumerate([evaluators] if single else evaluators):
@@ -70,6 +71,17 @@ def _check_exists(path: str | None, option: str) -> None:
         raise DatasetError(
             f"no annotation file at {path}; {neighbors(path)}. Check data_root (--data-root), or set {option}"
         )
+
+
+def _check_folders(dataset: Mapping[str, Any], place: str) -> None:
+    """Check the folders of the images; a prefix without a slash at its end may be the beginning of names."""
+    root, prefixes = dataset.get("data_root") or "", dataset.get("data_prefix")
+    for key, prefix in prefixes.items() if isinstance(prefixes, Mapping) else ():
+        folder = os.path.dirname(os.path.join(root, prefix)) if isinstance(prefix, str) else ""
+        if folder and "://" not in folder and not os.path.isdir(folder):
+            raise DatasetError(
+                f"there is no folder {folder}; check data_root (--data-root), or set {place}.data_prefix.{key}"
+            )
 
 
 @contextmanager

@@ -101,11 +101,15 @@ def check_overrides(path: str) -> None:
 
 @contextmanager
 def as_config_error(filename: str | None) -> Iterator[None]:
-    """Turn the errors of a config that cannot be read or built into ConfigError."""
+    """Turn the errors of a config that cannot be read or built into ConfigError; not those of files, which say more."""
     try:
         yield
     except (CheckpointError, ConfigError, DatasetError, TrainingError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, SyntaxError) as error:
+    except OSError as error:
+        if error.strerror:  # of the system
+            raise
+        raise ConfigError(f"{filename} cannot be used: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, SyntaxError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise ConfigError(f"{filename} cannot be used: {' '.join(text.split()) or type(error).__name__}") from error

@@ -6,8 +6,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
-from pe_spatial.engine.runner import build_runner, explain_workers, load_weights_of_any_layout
+from pe_spatial.engine.runner import build_runner, explain_workers, load_weights_of_any_layout, start_processes
 from pe_spatial.engine.summary import summarize
+from pe_spatial.engine.weights import check_weights
 from pe_spatial.errors import ConfigError
 
 
@@ -81,6 +82,8 @@ def _checked_metrics(cfg: Config) -> list[ConfigDict]:
 
 def test(cfg: Config) -> dict[str, float]:
     """Evaluate the checkpoint `load_from` of a config; return its metrics."""
+    start_processes(cfg)
+    check_weights(cfg.load_from)
     check_files(cfg, "test")
     runner = build_runner(cfg)
     runner.register_hook(CheckClassesHook())

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,14 +36,14 @@ WORKER_TIMEOUT = 600
 
 @HOOKS.register_module()
 class StopOnSignalHook(Hook):
-    """On SIGTERM or SIGUSR1 finish the step, save, and exit with `EXIT_RETRY`; `--resume` continues the run.
+    """On SIGTERM, SIGUSR1 or Ctrl-C finish the step, save, and exit with `EXIT_RETRY`; `--resume` continues the run.
 
     A signal to one process stops all of them after the same step. In validation the run stops after the current batch,
-    and `--resume` repeats the validation.
+    and `--resume` repeats the validation. A second Ctrl-C stops at once.
     """
 
     priority = "LOWEST"
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self._received = 0
@@ -50,8 +51,9 @@ class StopOnSignalHook(Hook):
         self._repeat_validation = False
 
     def before_train(self, runner: Runner) -> None:
-        """Install the handlers."""
-        self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        """Install the handlers, which Python allows in the main thread alone."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
         if self._repeat_validation:
             self._repeat_validation = False
             runner.val_loop.run()
@@ -60,6 +62,7 @@ class StopOnSignalHook(Hook):
         """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
         """Save and exit if any process received a signal."""
@@ -99,9 +102,13 @@ class StopOnSignalHook(Hook):
         raise SystemExit(EXIT_RETRY)
 
     def _receive(self, number: int, _: Any) -> None:
+        if number == self._received == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = number
         name = signal.Signals(number).name
-        notice = f"{name} received: the run stops after the current batch, saves, and exits with code {EXIT_RETRY}\n"
+        again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        text = f"the run stops after the current batch, saves, and exits with code {EXIT_RETRY}{again}"
+        notice = f"{name} received: {text}\n"
         os.write(2, notice.encode())  # unlike print, allowed in a handler at any time
 
 

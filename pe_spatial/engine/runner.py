@@ -1,5 +1,6 @@
 """Build the runner of a config, and load its weights."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,12 @@ def start_processes(cfg: Config) -> None:
     launcher = cfg.get("launcher", "none")
     if launcher == "none" or is_distributed():
         return
+    needed = dict(pytorch="RANK", slurm="SLURM_PROCID", mpi="OMPI_COMM_WORLD_LOCAL_RANK").get(launcher)
+    if needed and needed not in os.environ:
+        raise ConfigError(
+            f"--launcher {launcher}, but no launcher started this process ({needed} is not set). Start with "
+            "tools/dist_train.sh or tools/dist_test.sh, or omit --launcher."
+        )
     if launcher == "pytorch" and not torch.cuda.is_available():  # where mmengine would ask for a driver
         torch.distributed.init_process_group("gloo")
     else:

@@ -7,12 +7,13 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from pe_spatial.encoder.files import CheckpointError
-from pe_spatial.engine.checkpoints import check_complete, find_checkpoint
+from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.determinism import make_deterministic
-from pe_spatial.engine.fault_tolerance import add_fault_tolerance, end_workers, max_across_ranks
+from pe_spatial.engine.fault_tolerance import StopOnSignalHook, add_fault_tolerance, end_workers, max_across_ranks
 from pe_spatial.engine.runner import build_runner, explain_workers, load_strictly, start_processes
 from pe_spatial.engine.summary import encoders, summarize
+from pe_spatial.engine.weights import check_pretrained, check_weights
 from pe_spatial.errors import ConfigError, TrainingError
 
 
@@ -54,8 +55,9 @@ def prepare_training(
     cfg.resume = bool(checkpoint)
     if checkpoint:  # otherwise the run starts as its config says, with its load_from
         cfg.load_from = checkpoint
-    if not cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
-        check_complete(cfg.load_from)
+    if not checkpoint:
+        check_weights(cfg.get("load_from"))
+        check_pretrained(cfg)
     add_fault_tolerance(cfg, non_finite_steps=non_finite_steps)
     if deterministic:
         make_deterministic(cfg, seed or 0)
@@ -93,6 +95,9 @@ def train(cfg: Config) -> Runner:
         raise explained from error
     finally:
         end_workers()
+        for hook in runner.hooks:
+            if isinstance(hook, StopOnSignalHook):
+                hook.after_train(runner)
     return runner
 
 

@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_sentence():
         with errors_as_sentences(traceback=False):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(SystemExit, match=r"^error: No space left on device; check"):
+    with pytest.raises(SystemExit, match=r"^error: No space left on device; free some space"):
         fail()
 
 
