@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         try:
-            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+            return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
             if action.option_strings and action.nargs in ("+", "*"):
                 error.message += f"; positional arguments go before {action.option_strings[0]}"

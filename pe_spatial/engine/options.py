@@ -155,7 +155,7 @@ def _read(text: str, old: Any, key: str) -> Any:
     return value
 
 
-def _read_list(text: str, old: Sequence[Any]) -> Any:
+def _read_list(text: str, old: list[Any] | tuple[Any, ...]) -> Any:
     """Read a list of the kind of `old`, or a number or a plain word in its place."""
     body, items = text.strip(), None
     if body[:1] in ("[", "(") and body.endswith(_BRACKETS[body[0]]):

@@ -4,14 +4,14 @@ import os
 
 from mmengine.config import Config
 
-from pe_spatial.encoder.checkpoint import SUFFIXES, released_source
-from pe_spatial.encoder.files import CheckpointError, locate
+from pe_spatial.encoder.checkpoint import released_source
+from pe_spatial.encoder.files import SUFFIXES, CheckpointError, locate
 from pe_spatial.engine.checkpoints import check_complete
 from pe_spatial.engine.summary import encoders
 
 
 def check_weights(source: str | None) -> None:
-    """Raise CheckpointError if the weights are missing or damaged; addresses of mmengine's own pass, and plain names."""
+    """Raise CheckpointError if the weights are missing or damaged; mmengine's own addresses and plain names pass."""
     if not source or ("://" in source and not source.startswith(("hf://", "http://", "https://", "package://"))):
         return
     path = locate(source)
@@ -20,7 +20,7 @@ def check_weights(source: str | None) -> None:
     if path.is_file():
         check_complete(path)
     elif not path.is_dir() and (path.suffix or os.sep in str(path)):  # others are names, such as 'released'
-        raise CheckpointError(f"no checkpoint at {path}; check the path")
+        raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a file that exists")
 
 
 def check_pretrained(cfg: Config) -> None:
