@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from helpers.repository import CONFIGS
 pytest.importorskip("mmdet")
 from helpers.configs import load
 from helpers.golden import read_json
-from mmengine.registry import MODELS
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import HOOKS, MODELS
 from safetensors.torch import load_file
 
 from pe_spatial import VARIANTS
@@ -131,3 +133,22 @@ def test_demo_starts_from_the_encoder_that_the_package_ships():
     state = backbone.encoder.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], weights[name].float()) for name in state)
+
+
+@pytest.mark.parametrize("first", ["coco/bbox_mAP", "lvis/bbox_AP"])
+def test_detectors_keep_the_best_checkpoint_by_box_ap(first, tmp_path):
+    cfg = load(CONFIGS / "pe_spatial_cascade_coco.py")
+    hook = HOOKS.build(dict(cfg.default_hooks.checkpoint, out_dir=str(tmp_path)))
+    saved, message_hub = [], MessageHub(first)
+    runner = SimpleNamespace(
+        epoch=0,
+        work_dir=str(tmp_path),
+        message_hub=message_hub,
+        logger=MMLogger.get_current_instance(),
+        save_checkpoint=lambda _, filename, **options: saved.append((filename, options["save_optimizer"])),
+    )
+    hook.before_train(runner)
+    for runner.iter, score in enumerate((0.1, 0.3, float("nan"), 0.2)):
+        hook.after_val_epoch(runner, {first: score, "other": 1 - score})
+    names = [f"best_{first.replace('/', '_')}_iter_{i}.pth" for i in (0, 1)]
+    assert saved == [(name, False) for name in names]

@@ -34,7 +34,9 @@ def set_options(cfg: Config, options: Mapping[str, str]) -> None:
     - Where the config has a number, a truth value or a list, so must the value be.
     - Elsewhere (None, or a new key), numbers, true, false, None, `1,2`, `[1,2]`, `(1,2)` and `{'a': 1}` are read.
     - One pair of quotes around a value is removed; what is in quotes is text.
+    - Where the test is the validation, as in most configs, it stays so: `val_*` sets `test_*` too.
     """
+    same = [part for part in ("dataloader", "evaluator") if cfg.get(f"test_{part}") == cfg.get(f"val_{part}")]
     for key, text in options.items():
         for path, old in _places(cfg, key):
             try:
@@ -42,6 +44,9 @@ def set_options(cfg: Config, options: Mapping[str, str]) -> None:
             except ValueError as error:
                 raise ConfigError(f"{key}={text}: {error}") from None
             cfg[path[0]] = _assign(cfg.get(path[0]), path[1:], value)
+    for part in same:
+        if f"val_{part}" in cfg and not any(key.startswith(f"test_{part}") for key in options):
+            cfg[f"test_{part}"] = copy.deepcopy(cfg[f"val_{part}"])
 
 
 def places_of(node: Any, value: Any, place: str = "") -> Iterator[str]:

@@ -452,6 +452,50 @@ def test_results_do_not_depend_on_the_parts(tmp_path, monkeypatch):
     assert evaluate(path, {1: rows}, classes=("rare", "frequent"))["lvis/bbox_AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.update(id=a["id"] - 1000),  # from 0
+        lambda a: a.update(id="x"),
+        lambda a: a.update(area=1e13),
+        lambda a: a.update(iscrowd=None),
+        lambda a: a.update(category_id=str(a["category_id"])),
+    ],
+    ids=["ids from 0", "ids of text", "area", "iscrowd", "category_id of text"],
+)
+def test_damaged_files_score_one(tmp_path, change):
+    annotations = objects(1, 1, 2, 3)
+    for entry in annotations:
+        change(entry)
+    path = write(tmp_path / "lvis.json", content([image(1)], annotations))
+    assert evaluate(path, {1: [(GRID[i], i, 0.5) for i in range(3)]})["lvis/bbox_AP"] == 1.0
+
+
+def test_tested_images_are_evaluated_alone(tmp_path, log):
+    path = write(tmp_path / "lvis.json", content([image(1), image(2)], [*objects(1, 1), *objects(2, 1)]))
+    assert evaluate(path, {2: [(GRID[0], 0, 0.5)]})["lvis/bbox_AP"] == 1.0
+    assert any("the 1 of the 2 images" in line for line, _ in log)
+    with pytest.raises(ConfigError, match="label 7 but the dataset has 3 classes"):
+        evaluate(path, {2: [(GRID[0], 7, 0.5)]})
+
+
+def test_results_as_json(tmp_path):
+    path = write(tmp_path / "lvis.json", content([image(1)], objects(1, 3)))
+    evaluate(path, {1: [(GRID[0], 2, 0.5)]}, out_file=str(tmp_path / "out" / "results.json"))
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result == dict(image_id=1, category_id=3, score=0.5, bbox=GRID[0])
+    metric = FastLVISMetric(ann_file=str(path), out_file=str(tmp_path / "masks.json"))
+    metric.dataset_meta = dict(classes=NAMES)
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[0, 1:7, 1:7] = True
+    found = dict(bboxes=torch.tensor([[1.0, 1, 7, 7]]), labels=torch.tensor([2]), scores=torch.ones(1), masks=mask)
+    metric.process(None, [dict(img_id=1, pred_instances=found)])
+    assert metric.evaluate(1)["lvis/segm_AP"] == 1.0
+    (result,) = json.loads((tmp_path / "masks.json").read_text())
+    assert result["segmentation"]["size"] == list(SIZE)
+    assert result["bbox"] == GRID[0]
+
+
 def test_metric_says_what_it_cannot_use(lvis):
     path = lvis / "annotations" / "lvis_v1_val.json"
     with pytest.raises(DatasetError, match=f"image 9 is not in {path}"):

@@ -258,3 +258,22 @@ def test_any_value_arrives_in_its_type(given):
 def test_any_text_is_a_number_or_is_refused(text):
     with contextlib.suppress(ConfigError):
         assert not isinstance(typed("train_dataloader.batch_size", text), str) or text[0] in "'\""
+
+
+@pytest.mark.parametrize(
+    ("key", "tested"),
+    [
+        ("val_dataloader.dataset.ann_file", "b.json"),
+        ("test_dataloader.dataset.ann_file", "b.json"),
+        ("val_evaluator.x", "a.json"),
+    ],
+)
+def test_the_test_follows_the_validation(key, tested):
+    loader = dict(dataset=dict(ann_file="a.json"))
+    cfg = Config(dict(val_dataloader=loader, test_dataloader=loader, val_evaluator=dict(x=1)))
+    set_options(cfg, {key: "b.json" if "file" in key else "2"})
+    assert cfg.test_dataloader.dataset.ann_file == tested
+    assert "test_evaluator" not in cfg
+    other = Config(dict(val_dataloader=loader, test_dataloader=dict(dataset=dict(ann_file="c.json"))))
+    set_options(other, {"val_dataloader.dataset.ann_file": "b.json"})
+    assert other.test_dataloader.dataset.ann_file == "c.json"

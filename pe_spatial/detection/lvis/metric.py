@@ -1,6 +1,7 @@
 """Average precision of LVIS v1."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 from mmengine.registry import METRICS
 
+from pe_spatial.atomic import atomic_write
 from pe_spatial.detection.annotations import as_nfc
 from pe_spatial.detection.coco_metric import check_samples, log_tested
 from pe_spatial.detection.lvis.dataset import FREQUENCIES, read_lvis
@@ -34,6 +36,7 @@ class FastLVISMetric(BaseMetric):
         metric: 'bbox', 'segm' or both.
         max_dets: number of detections of an image that count, the best of all classes together.
         backend_args: options of mmengine's file backend.
+        out_file: write the detections there too, as a results json.
         options: options of mmengine's `BaseMetric`.
     """
 
@@ -47,6 +50,7 @@ class FastLVISMetric(BaseMetric):
         metric: str | Sequence[str] = ("bbox", "segm"),
         max_dets: int = 300,
         backend_args: Mapping[str, Any] | None = None,
+        out_file: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -54,7 +58,7 @@ class FastLVISMetric(BaseMetric):
         if not self.metrics or not set(self.metrics) <= {"bbox", "segm"}:
             raise ConfigError(f"metric is {metric!r}; give 'bbox', 'segm' or both")
         self.max_dets = max_dets
-        self.ann_file = ann_file
+        self.ann_file, self.out_file = ann_file, out_file
         content, _ = read_lvis(ann_file, annotated=True, masks="segm" in self.metrics, backend_args=backend_args)
         self.categories = content["categories"]
         self.truth = COCO(content)
@@ -81,19 +85,16 @@ class FastLVISMetric(BaseMetric):
             self.results.append(result)
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        out = {}
+        out: dict[str, float] = {}
         tested = [r["image"] for r in results]
         log_tested(MMLogger.get_current_instance(), tested, self.truth.imgs, self.ann_file)
+        if self.out_file:
+            detections = [d for r in results for d in _as_json(r, *self.metrics)]
+            with atomic_write(self.out_file) as unfinished:
+                unfinished.write_text(json.dumps(detections, default=bytes.decode))  # counts of masks are bytes
         for metric in self.metrics:
-            key = "bbox" if metric == "bbox" else "segmentation"  # without a box, the area is that of the mask
-            detections = [
-                {"image_id": r["image"], "category_id": category, "score": score, key: shape}
-                for r in results
-                for category, score, shape in zip(r["categories"], r["scores"], r[metric], strict=True)
-            ]
-            out.update(
-                {f"{metric}_{name}": value for name, value in self._evaluate(metric, detections, tested).items()}
-            )
+            detections = [d for r in results for d in _as_json(r, metric)]
+            out.update({f"{metric}_{k}": value for k, value in self._evaluate(metric, detections, tested).items()})
         return out
 
     @cached_property
@@ -124,6 +125,14 @@ class FastLVISMetric(BaseMetric):
             **{f"AP{area}": _mean(precision[..., 1 + i]) for i, area in enumerate("sml")},
             **{f"AP{group}": _mean(everywhere[:, :, frequency == group]) for group in FREQUENCIES},
         }
+
+
+def _as_json(result: dict[str, Any], *metrics: str) -> Iterator[dict[str, Any]]:
+    """Yield the detections of an image; one without a box has the area of its mask."""
+    keys = ["bbox" if metric == "bbox" else "segmentation" for metric in metrics]
+    shapes = zip(*(result[metric] for metric in metrics), strict=True)
+    for category, score, shape in zip(result["categories"], result["scores"], shapes, strict=True):
+        yield dict(image_id=result["image"], category_id=category, score=score, **dict(zip(keys, shape, strict=True)))
 
 
 def _mean(precision: np.ndarray) -> float:
