@@ -228,6 +228,15 @@ def test_test_with_augmentation_evaluates_boxes(trained, tmp_path):
             ("named.py", "--data-root", "data", "--cfg-options", "model.backbone.variant=pe_x"),
             "unknown variant 'pe_x'; allowed are",
         ),
+        (
+            ("tiny.py", "--data-root", "data", "--cfg-options", "model.roi_head.bbox_head.1.num_classes=5"),
+            "the train set has 2 classes .red, blue., but model.roi_head.bbox_head.1.num_classes is 5; set "
+            "--cfg-options model.roi_head.bbox_head.num_classes=2",
+        ),
+        (
+            ("tiny.py", "--data-root", "data", "--cfg-options", "val_dataloader.dataset.ann_file=annotations/x.json"),
+            "no annotation file at .*x.json; data/annotations contains instances_train2017.json, ",
+        ),
         (("tiny.py", "--data-root", "nowhere"), "no annotation file at nowhere/annotations/instances_train2017.json"),
         (("tiny.py", "--resume", "absent.pth"), "no checkpoint at absent.pth"),
         (

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmdet")
+from helpers.configs import load
+from helpers.repository import CONFIGS
 from mmengine.registry import DATASETS, METRICS, init_default_scope
 
 import pe_spatial.detection  # noqa: F401  (registers)
+from pe_spatial.engine.options import set_options
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet
@@ -350,6 +353,22 @@ def test_masks_as_runs_name_the_option(coco):
         for loader in loaders:
             assert f"{loader}.dataset.pipeline.1.poly2mask=True" in str(error.value)
     assert counts(dataset(path, poly2mask=True)) == [(1, 0)] * 2
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_as_runs_in_the_shipped_config(coco, split):
+    """B16: the options as they are typed, on the config that people use."""
+    path = coco(every(segmentation=RLE))
+    place = dict(data_root=str(path.parent), ann_file=path.name, data_prefix=dict(img="img/"), serialize_data=False)
+    place["metainfo"] = dict(classes=("ball",))
+    cfg = load(CONFIGS / "pe_spatial_cascade_coco.py")
+    with pytest.raises(DatasetError, match="use --cfg-options") as error:
+        DATASETS.build({**cfg[f"{split}_dataloader"].dataset, **place})
+    options = str(error.value).partition("--cfg-options ")[2].split()
+    set_options(cfg, dict(option.split("=") for option in options))
+    data = DATASETS.build({**cfg[f"{split}_dataloader"].dataset, **place})
+    assert [len(data.get_data_info(i)["instances"]) for i in range(2)] == [1, 1]
+    assert len(data[0]["data_samples"].gt_instances) <= 1
 
 
 def test_absent_file_lists_its_neighbors(coco):
