@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmengine.config import Config
 
+CONFIG_HELP = "config file, or a config of an installed package: pe_spatial::NAME.py, mmdet::folder/name.py"
 SWAP_OPTIONS = ("layers", "adapter", "strides", "channels", "geometry", "checkpoint", "lr")
 
 
@@ -39,7 +40,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config and the options that change it; `load_config` reads them."""
-    parser.add_argument("config", help="config file, or a config of an installed package: mmdet::folder/name.py")
+    parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
     parser.add_argument("--data-root", help="folder of the data; replaces data_root in the paths that start with it")
     add_cfg_options(parser)
@@ -77,9 +78,14 @@ def load_config(args: argparse.Namespace, cfg: Config | None = None) -> Config:
     return cfg
 
 
+def without_prints() -> AbstractContextManager[Any]:
+    """Return a context that drops what is printed: OpenMMLab's packages print which optional packages they lack."""
+    return redirect_stdout(io.StringIO())
+
+
 def import_quietly(package: str) -> None:
-    """Import a package without what it prints: MMSegmentation prints which optional packages it lacks."""
-    with redirect_stdout(io.StringIO()):
+    """Import a package without what it prints."""
+    with without_prints():
         importlib.import_module(package)
 
 

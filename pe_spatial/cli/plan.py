@@ -10,30 +10,31 @@ import argparse
 import dataclasses
 import importlib
 import json
+import warnings
 
-from pe_spatial.cli.arguments import add_cfg_options
+from pe_spatial.cli.arguments import CONFIG_HELP, add_cfg_options, without_prints
 
 # Packages with the examples of a framework's own models; other configs import what they need (custom_imports).
 _PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="config file, or a config of an installed package: mmdet::folder/name.py")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU (default 80)")
-    parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free (default 4)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="images or clips per GPU (default: the config's)")
+    parser.add_argument("config", help=CONFIG_HELP)
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes (default: 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
+    parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free (default: 4)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images or clips per GPU (default: the config's)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size, if the config has none")
-    parser.add_argument("--variants", metavar="T16,S16", help="plan each of these variants: t16, s16, b16, l14, g14")
-    parser.add_argument(
-        "--images", type=int, default=117266, help="images per epoch (default 117266: COCO with objects)"
-    )
-    parser.add_argument(
-        "--efficiency", type=float, default=0.4, help="fraction of the peak rates reached (default 0.4)"
-    )
-    peak = "peak rate (default 989 in bfloat16, 67 in float32: H100 SXM, dense, no TF32)"
-    parser.add_argument("--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help=peak)
-    parser.add_argument("--float32-rate", type=float, default=67, metavar="TFLOPS", help=peak)
+    variants = "plan each of these variants: t16, s16, b16, l14, g14 (PE-Spatial) or complete names"
+    parser.add_argument("--variants", metavar="t16,s16", help=variants)
+    counted = "images or clips per epoch (default: those of the config's dataset, or COCO's 117266 if it is not there)"
+    parser.add_argument("--images", type=int, metavar="N", help=counted)
+    reached = "fraction of the peak rates that a training reaches (default: 0.4)"
+    parser.add_argument("--efficiency", type=float, default=0.4, metavar="FRACTION", help=reached)
+    peak = "peak rate of one GPU in {} (default: {}, H100 SXM, dense{})"
+    brain, single = peak.format("bfloat16", 989, ""), peak.format("float32", 67, ", without TF32")
+    parser.add_argument("--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help=brain)
+    parser.add_argument("--float32-rate", type=float, default=67, metavar="TFLOPS", help=single)
     parser.add_argument("--json", metavar="OUT", help="also write the rows to this file, in bytes and operations")
     add_cfg_options(parser)
 
@@ -45,25 +46,35 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.engine.configs import read_config
     from pe_spatial.engine.options import set_options
     from pe_spatial.errors import ConfigError
-    from pe_spatial.planning.report import describe, format_table
-    from pe_spatial.planning.search import Hardware, plan, with_variants
+    from pe_spatial.planning.report import describe, explain, format_table
+    from pe_spatial.planning.search import COCO_IMAGES, Hardware, build_dataset, plan, run_length, with_variants
 
     MMLogger.get_current_instance().setLevel("ERROR")  # mmengine logs the learning rate of every parameter
     for name in ("gpus", "batch_size", "images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    cfg = read_config(args.config)
-    set_options(cfg, args.cfg_options)
-    if cfg.get("default_scope") in _PACKAGES:
-        importlib.import_module(_PACKAGES[cfg.default_scope])
     hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})
-    rows = [
-        dict(variant=variant, **row)
-        for variant, changed in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()
-        for row in plan(changed, hardware, images=args.images, batch_size=args.batch_size, size=args.size)
-    ]
-    print(describe(rows[0], hardware, config=args.config, images=args.images))
+    with without_prints(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = read_config(args.config)
+        set_options(cfg, args.cfg_options)
+        if cfg.get("default_scope") in _PACKAGES:
+            importlib.import_module(_PACKAGES[cfg.default_scope])
+        dataset, reason = build_dataset(cfg) if cfg.get("train_dataloader") else (None, "")
+        images = args.images or (COCO_IMAGES if dataset is None else len(dataset))
+        options = dict(images=images, batch_size=args.batch_size, size=args.size, dataset=dataset)
+        rows = [
+            dict(variant=variant, **row)
+            for variant, changed in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()
+            for row in plan(changed, hardware, **options)
+        ]
+    epoch = f"{images}"
+    if args.images is None and dataset is None:
+        epoch += f" (assumed, as in COCO; --images N. The dataset cannot be read: {reason})"
+    unit, number = run_length(cfg) or ("its length is not in the config", "")
+    print(describe(rows[0], hardware, config=args.config, images=epoch, run=f"{number} {unit}".strip()))
     print(format_table(rows, hardware))
+    print(explain(rows, hardware))
     if args.json:
         with atomic_write(args.json) as unfinished:
             unfinished.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """What the planner must know about models and pipelines. The task packages register it when they are imported."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 Example = Callable[[Any, Tensor, int, ExitStack], Tensor]
 
 _examples: dict[type, tuple[Example, str]] = {}
+_UNLIMITED = 100_000  # pixels; a larger scale leaves a side free
 _steps: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
 
 
@@ -55,12 +57,44 @@ def register_step(name: str, shape: Callable[[Mapping[str, Any]], dict[str, Any]
 
 
 def read_shape(pipeline: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the shape of a batch from the steps of a pipeline; of several the last one counts."""
+    """Return the shape of a batch from the steps of a pipeline; of several the last one counts, of choices the largest.
+
+    Where a step draws a size, the largest counts, in landscape.
+    """
     shape: dict[str, Any] = {}
     for step in pipeline:
-        if step["type"] in _steps:
+        if step["type"] == "RandomChoice":
+            choices = [read_shape(steps if isinstance(steps, list) else [steps]) for steps in step["transforms"]]
+            shape.update(max(choices, key=lambda choice: math.prod(choice.get("size", ())), default={}))
+        elif step["type"] in _steps:
             shape.update(_steps[step["type"]](step))
     return shape
 
 
-register_step("Resize", lambda step: {} if step.get("keep_ratio") else dict(size=tuple(step["scale"][::-1])))
+def _resized(step: Mapping[str, Any]) -> dict[str, Any]:
+    scales = step.get("scales") or step.get("scale") or ()
+    scales = [scales] if scales and isinstance(scales[0], int) else scales
+    factor = max(step.get("ratio_range") or (1,))
+    if not scales:
+        return {}
+    w, h = max(scales, key=math.prod)
+    keep_ratio = step.get("keep_ratio", (step.get("resize_cfg") or {}).get("keep_ratio", False))
+    if keep_ratio:  # scale is (long, short) in any order
+        h, w = sorted((h, w))
+    return {} if max(h, w) > _UNLIMITED else dict(size=(round(h * factor), round(w * factor)))
+
+
+def _cropped(step: Mapping[str, Any]) -> dict[str, Any]:
+    size = step.get("crop_size", step.get("size"))
+    size = (size, size) if isinstance(size, int) else size
+    return dict(size=tuple(size)) if size and step.get("crop_type", "absolute") == "absolute" else {}
+
+
+def _padded(step: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(size=tuple(step["size"][::-1])) if step.get("size") else {}
+
+
+for name in ("Resize", "RandomResize", "RandomChoiceResize"):
+    register_step(name, _resized)
+register_step("RandomCrop", _cropped)
+register_step("Pad", _padded)

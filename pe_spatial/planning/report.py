@@ -7,8 +7,9 @@ from pe_spatial.planning.search import GB, TERA, Hardware
 
 COLUMNS = (
     "variant", "weights", "recomputed", "parameters", "gradients", "optimizer", "extra", "activations", "total", "fits",
-    "largest batch", "TFLOP forward", "TFLOP step", "hours/epoch",
+    "largest batch", "TFLOP forward", "TFLOP step", "hours/epoch", "hours/run",
 )  # fmt: skip
+SHORT_STEP = 0.05  # seconds
 _MEMORY = ("parameters", "gradients", "optimizer", "extra", "activations", "total")
 
 
@@ -19,28 +20,38 @@ def format_table(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
             f"{row['variant']} ({row['number'] / 1e6:.1f} M)", row["weights"], "yes" if row["recomputed"] else "no",
             *(f"{row[key] / GB:.2f}" for key in _MEMORY),
             "yes" if row["total"] <= hardware.usable else "no", str(row["largest_batch"]),
-            f"{row['forward_flops'] / TERA:.2f}", f"{row['step_flops'] / TERA:.2f}", f"{row['hours']:.2f}",
+            f"{row['forward_flops'] / TERA:.2f}", f"{row['step_flops'] / TERA:.2f}", f"{row['hours']:.3g}",
+            f"{row['run_hours']:.3g}" if row["run_hours"] else "",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def describe(row: Mapping[str, Any], hardware: Hardware, *, config: str, images: int) -> str:
-    """Explain the columns and assumptions of a plan, from any of its rows; an epoch has `images` images or clips."""
-    (h, w), batch_size = row["size"], row["batch"]
-    precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
-    unit = f"clips of {row['frames']} frames" if "frames" in row else "images"
-    return f"""\
-{config}: {h} x {w} px, {batch_size} {unit} on each of {hardware.gpus} GPUs of {hardware.gpu_memory:g} GB, {precision}.
-Counted: {row["counted"]}.
+def describe(row: Mapping[str, Any], hardware: Hardware, *, config: str, images: str, run: str) -> str:
+    """Return the line above the table of a plan: what is trained, from any of its rows.
 
-- Memory in GB (1e9 bytes) of one GPU. weights: complete on each GPU (DDP) or sharded over all (FSDP, one unit for each
-  block). extra: DDP's buckets, or the weights that FSDP gathers at a time. activations: their peak, recomputed blocks
-  included. total: the sum, with the optimizer's temporary memory instead of the activations where it is larger.
-- fits: total leaves {hardware.reserve:g} GB for the CUDA context, buffers of libraries and fragmentation.
-- TFLOP for one of the {unit}: matrix products, convolutions and attention; a multiplication and an addition are two
-  operations. step: forward, backward and recomputation.
-- hours for {images} {unit} at {hardware.efficiency:.0%} of {hardware.bfloat16_rate:g} TFLOP/s in bfloat16 and of \
-{hardware.float32_rate:g} TFLOP/s in float32; without data loading,
-  communication and validation.
-"""
+    `images` is the number of images of an epoch and where it is from, `run` the length of the run.
+    """
+    h, w = row["size"]
+    precision = "bfloat16 under autocast" if row["bfloat16"] else "float32"
+    kind = f"clips of {row['frames']} frames" if "frames" in row else "images"
+    return (
+        f"{config}: {h} x {w} px, {row['batch']} {kind} on each of {hardware.gpus} GPUs of {hardware.gpu_memory:g} GB, "
+        f"{precision}; epoch: {images}; run: {run}.\n"
+    )
+
+
+def explain(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
+    """Return the lines below the table; docs/nodes.md explains the columns."""
+    lines = [
+        f"\nGB (1e9 bytes) of one GPU; fits: total leaves {hardware.reserve:g} GB. Counted: {rows[0]['counted']}.",
+        f"Hours assume {hardware.efficiency:.0%} of {hardware.bfloat16_rate:g} TFLOP/s in bfloat16 and of "
+        f"{hardware.float32_rate:g} TFLOP/s in float32 (--efficiency), without data loading and validation.",
+    ]
+    fastest = min(row["seconds"] for row in rows)
+    if fastest < SHORT_STEP:
+        lines.append(
+            f"A step of {fastest * 1000:.2g} ms does not reach these rates: below {SHORT_STEP * 1000:g} ms, data "
+            "loading and the start of kernels take longer, so its hours are a lower bound."
+        )
+    return "\n".join(lines)

@@ -2,18 +2,25 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 
-from pe_spatial.encoder.variants import VARIANTS
-from pe_spatial.errors import ConfigError
+from pe_spatial.encoder.variants import DEMO_VARIANTS, VARIANTS
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import read_size
 from pe_spatial.planning.planner import Step, Weights, build_on_meta, measure_step, measure_weights, set_checkpointing
 from pe_spatial.planning.registry import read_shape
 
 GB, TERA = 1e9, 1e12
+SIZES = ("t16", "s16", "b16", "l14", "g14")
+"""Short names of the PE-Spatial variants."""
+COCO_IMAGES = 117266
+"""Training images of COCO with objects: assumed where a dataset cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +54,10 @@ def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
     for key in keys or (None,):
         changed = copy.deepcopy(cfg)
         if key is not None:
-            names = [name for name in VARIANTS if name == key or name.startswith(f"pe_spatial_{key}_")]
+            ours, all_names = key.strip().lower().replace("-", "_"), [*VARIANTS, *DEMO_VARIANTS]
+            names = [name for name in all_names if name == ours or name.startswith(f"pe_spatial_{ours}_")]
             if len(names) != 1:
-                raise ConfigError(f"unknown variant {key!r}; use one of t16, s16, b16, l14, g14, {', '.join(VARIANTS)}")
+                raise ConfigError(f"unknown variant {key!r}; use one of {', '.join(SIZES)}, {', '.join(all_names)}")
             changed.merge_from_dict({f"model.{'tracker' if 'tracker' in cfg.model else 'backbone'}.variant": names[0]})
         encoder = changed.model.get("tracker") or changed.model.backbone
         variant = encoder.get("variant", encoder.get("type"))
@@ -57,44 +65,73 @@ def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
     return result
 
 
-def batch_shape(cfg: Config) -> dict[str, Any]:
+def batch_shape(cfg: Config, images: Any = None) -> dict[str, Any]:
     """Return the size (h, w) of the images when they reach the model, in pixels, and frames and objects of clips.
 
-    The size is omitted if neither the preprocessor nor the training pipeline determines it.
+    The size is that of the preprocessor, of the training pipeline, or of the first image of the dataset; it is omitted
+    if none of them determines it.
     """
     dataset = cfg.train_dataloader.dataset
     while "pipeline" not in dataset:
         dataset = dataset.get("dataset") or next(iter(dataset.get("datasets", ())), dict(pipeline=()))
     shape = read_shape(dataset["pipeline"])
     preprocessor = cfg.model.get("data_preprocessor") or {}
-    side = preprocessor.get("pad_size_divisor", 1)
+    side = preprocessor.get("pad_size_divisor") or 1
     size = preprocessor.get("size") or (side, side)
-    return {**shape, "size": tuple(size)} if min(size) >= 128 else shape  # smaller ones are divisors
+    if min(size) >= 128:  # smaller ones are divisors
+        return {**shape, "size": tuple(size)}
+    if "size" not in shape and images is not None:
+        with suppress(DatasetError, KeyError, IndexError, TypeError):
+            shape["size"] = read_size(images.get_data_info(0)["img_path"])
+    if "size" in shape:
+        shape["size"] = tuple(-(-n // side) * side for n in shape["size"])
+    return shape
+
+
+def build_dataset(cfg: Config) -> tuple[Any, str]:
+    """Return the training set and "", or None and why it cannot be read."""
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    try:
+        return DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset)), ""
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        return None, " ".join(str(error).split())[:200]
+
+
+def run_length(cfg: Config) -> tuple[str, int] | None:
+    """Return ('epochs' or 'iterations', number) of a training, or None if its loop says neither."""
+    loop = cfg.get("train_cfg") or {}
+    keys = {"epochs": "max_epochs", "iterations": "max_iters"}
+    return next(((unit, loop[key]) for unit, key in keys.items() if loop.get(key)), None)
 
 
 def plan(
-    cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+    cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None,
+    dataset: Any = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Plan one config: a row for each of DDP and FSDP, activations kept and recomputed, in bytes and operations.
 
     Args:
         cfg, hardware: the config of a training, and the GPUs.
         images: number of images or clips in an epoch.
         batch_size, size: images or clips on one GPU, and (h, w) of the images in pixels; by default the config's.
+        dataset: the training set, for the size of its images where the config does not determine it.
 
     Raises ConfigError for configs that do not train, cannot be built, or whose losses need values.
     """
     for name in ("optim_wrapper", "train_dataloader"):
         if not cfg.get(name):
             raise ConfigError(f"{cfg.filename} has no {name}, so there is no training to plan")
-    shape = {**batch_shape(cfg), **(dict(size=tuple(size)) if size else {})}
+    shape = {**batch_shape(cfg, dataset), **(dict(size=tuple(size)) if size else {})}
     if "size" not in shape:
-        raise ConfigError(f"{cfg.filename} does not say how large the images are; give --size HEIGHT WIDTH")
+        raise ConfigError(
+            f"{cfg.filename} does not determine how large the images are, and there is no image of its dataset to "
+            "look at; give --size HEIGHT WIDTH, or create the dataset first"
+        )
     batch_size = batch_size or cfg.train_dataloader.batch_size
     bfloat16 = cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
     try:
         model, optimizer = build_on_meta(cfg)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
     buckets = hardware.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
     weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
@@ -111,10 +148,14 @@ def plan(
                 f"{cfg.filename} cannot be planned: {type(model).__name__} or its losses need values to run on "
                 f"({' '.join(str(error).split())[:200]})"
             ) from error
-        hours = images / hardware.gpus * hardware.seconds(step) / batch_size / 3600
+        seconds = hardware.seconds(step)
+        hours = images / hardware.gpus * seconds / batch_size / 3600
+        unit, number = run_length(cfg) or ("epochs", 0)
+        times = dict(seconds=seconds, hours=hours)
+        times["run_hours"] = number * (hours if unit == "epochs" else seconds / 3600) or None
         for kind, kept in weights.items():
             row = _row(kept, step, larger, hardware, batch_size, copies=kind == "DDP" or not bfloat16)
-            rows.append({**common, "weights": kind, "recomputed": recomputed, **row, "hours": hours})
+            rows.append({**common, "weights": kind, "recomputed": recomputed, **row, **times})
     return rows
 
 

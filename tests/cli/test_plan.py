@@ -10,6 +10,7 @@ from helpers.repository import REPO
 
 pytest.importorskip("mmseg")
 from mmengine.config import Config
+from PIL import Image
 
 from pe_spatial.cli import plan as tool
 from pe_spatial.cli.main import build_parser
@@ -17,6 +18,7 @@ from pe_spatial.engine.configs import read_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.planning import search
 from pe_spatial.planning.planner import measure_weights
+from pe_spatial.planning.registry import read_shape
 
 pytestmark = pytest.mark.mmseg
 
@@ -52,6 +54,9 @@ def test_rows_follow_from_one_another(capsys, tmp_path):
     assert "512 x 512 px, 3 images on each of 4 GPUs of 6 GB, float32" in out
     assert "50% of 989 TFLOP/s in bfloat16 and of 10 TFLOP/s in float32" in out
     assert "Counted: backbone, decode head and its loss." in out
+    assert "epoch: 1000; run: 40000 iterations." in out
+    assert rows[0]["run_hours"] == pytest.approx(40000 * rows[0]["seconds"] / 3600)
+    assert "does not reach these rates" in out
     assert len([line for line in out.splitlines() if line.startswith("| pe_")]) == 8
 
 
@@ -107,6 +112,41 @@ def test_size_of_depth_images_comes_from_their_augmentation(config, size):
     assert search.batch_shape(read_config(str(REPO / config))) == dict(size=size)
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "size"),
+    [
+        ([dict(type="Resize", scale=(1333, 800), keep_ratio=True)], (800, 1333)),
+        ([dict(type="Resize", scale=(640, 480))], (480, 640)),
+        ([dict(type="RandomResize", scale=(100, 60), ratio_range=(0.5, 2.0), keep_ratio=True)], (120, 200)),
+        ([dict(type="RandomChoiceResize", scales=[(480, 1333), (800, 1333)], keep_ratio=True)], (800, 1333)),
+        ([dict(type="Resize", scale=(99999999, 512), keep_ratio=True), dict(type="RandomCrop", crop_size=8)], (8, 8)),
+        ([dict(type="Resize", scale=(60, 60)), dict(type="Pad", size=(64, 96))], (96, 64)),
+        ([dict(type="RandomChoice", transforms=[[], [dict(type="Resize", scale=(8, 4))]])], (4, 8)),
+        ([dict(type="Pad", size_divisor=32)], None),
+    ],
+)
+def test_size_of_pipelines(pipeline, size):
+    assert read_shape(pipeline).get("size") == size
+
+
+def test_number_and_size_of_the_images_come_from_the_dataset(capsys, tmp_path):
+    for folder in ("train", "depth/train"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (48, 32)).save(tmp_path / f"data/train/{name}.jpg")
+        Image.new("I;16", (48, 32)).save(tmp_path / f"data/depth/train/{name}.png")
+    options = ["--gpus", "1", "--cfg-options", f"train_dataloader.dataset.data_root={tmp_path / 'data'}/"]
+    out, rows = plan(capsys, tmp_path, *options, config=str(REPO / "projects" / "nyu_depth" / "synthetic_dpt.py"))
+    assert rows[0]["size"] == [32, 48]
+    assert "epoch: 2; run: 200 iterations" in out
+    assert rows[0]["variant"] == "pe_synthetic_xs8_192"
+
+
+def test_an_assumed_number_is_said(capsys, tmp_path):
+    out, _ = plan(capsys, tmp_path, "--variants", "PE-Spatial-T16-512", "--gpus", "1")
+    assert "epoch: 117266 (assumed, as in COCO; --images N. The dataset cannot be read: there is no folder" in out
+
+
 def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
     pytest.importorskip("sam2")
     options = ["--variants", "t16", "--gpus", "1", "--cfg-options", "model.tracker.grid=4"]
@@ -123,7 +163,10 @@ def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
     [
         (["--variants", "t16,x"], "unknown variant 'x'"),
         (["--cfg-options", "optim_wrapper=None"], "has no optim_wrapper"),
-        (["--cfg-options", "model.data_preprocessor.size=None"], "give --size HEIGHT WIDTH"),
+        (
+            ["--cfg-options", "model.data_preprocessor.size=None", "train_dataloader.dataset.pipeline=[]"],
+            "give --size HEIGHT WIDTH",
+        ),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--gpus", "0"], "--gpus is 0"),
         (["--cfg-options", "train_dataloader=None"], "has no train_dataloader"),
