@@ -34,11 +34,12 @@ class DrawDetectionsHook(DetVisualizationHook):
         if not self.draw:
             return
         dataset = runner.test_dataloader.dataset
+        folder = getattr(dataset, "data_prefix", {}).get("img", "")
         for sample in outputs:
             self._test_index += 1
             if _resizes_truth(dataset):
                 _scale_truth(sample)
-            out_file = self.test_out_dir and self._out_file(sample.img_path, dataset.data_prefix.get("img", ""))
+            out_file = self.test_out_dir and self._out_file(sample.img_path, folder)
             self._visualizer.add_datasample(
                 os.path.basename(sample.img_path) if self.show else "test_img",
                 read_as_tested(sample, self.backend_args),
@@ -51,7 +52,7 @@ class DrawDetectionsHook(DetVisualizationHook):
             )
 
     def _out_file(self, path: str, folder: str) -> str:
-        name = os.path.relpath(path, folder)
+        name = os.path.relpath(path, folder or os.curdir)
         if name.startswith(os.pardir):  # not below the folder of the images
             name = os.path.splitdrive(os.path.abspath(path))[1].lstrip(os.sep)
         if os.path.splitext(name)[1].lower() not in _FORMATS:
@@ -67,7 +68,8 @@ def read_as_tested(sample: DetDataSample, backend_args: Any = None) -> np.ndarra
 
 def _resizes_truth(dataset: Any) -> bool:
     """Return whether the pipeline loads annotations before it resizes: then they are in pixels of the resized image."""
-    names = [type(step).__name__ for step in dataset.pipeline.transforms]
+    pipeline = getattr(dataset, "pipeline", None)  # a wrapper has none
+    names = [type(step).__name__ for step in getattr(pipeline, "transforms", ())]
     loads = [i for i, name in enumerate(names) if name == "LoadAnnotations"]
     return bool(loads) and any("Resize" in name for name in names[loads[0] :])
 

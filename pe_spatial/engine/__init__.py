@@ -1,7 +1,8 @@
 """Long runs on mmengine: the runner, fault tolerance, determinism, precision, FSDP, loading of images.
 
-Importing this package registers what configs name: BFloat16OptimWrapper and ResumeWithoutPretrained.
+Importing this package registers what configs name, and what training adds to the config that it writes.
 """
 
-import pe_spatial.engine.checkpoints
-import pe_spatial.engine.precision  # noqa: F401
+from pe_spatial.engine import checkpoints, determinism, fault_tolerance, loading, precision, resuming
+
+__all__ = ["checkpoints", "determinism", "fault_tolerance", "loading", "precision", "resuming"]

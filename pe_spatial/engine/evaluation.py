@@ -85,6 +85,8 @@ def test(cfg: Config) -> dict[str, float]:
     start_processes(cfg)
     check_weights(cfg.load_from)
     check_files(cfg, "test")
+    if cfg.filename:  # the runner writes the config under this name; that of a training in the same folder stays
+        object.__setattr__(cfg, "_filename", str(Path(cfg.filename).with_name(f"test_{Path(cfg.filename).name}")))
     runner = build_runner(cfg)
     runner.register_hook(CheckClassesHook())
     load_weights_of_any_layout(runner)

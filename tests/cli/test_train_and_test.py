@@ -188,6 +188,8 @@ def test_config_of_a_run_evaluates_as_it_stands(trained, tmp_path):
         "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", cwd=project,
     )  # fmt: skip
     assert "evaluates the 2 of the 4 images" in log
+    assert "indices" in (project / "run" / "test_tiny.py").read_text()
+    assert "indices" not in (project / "run" / "tiny.py").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     assert {result["image_id"] for result in results} == {1, 2}
     assert {result["category_id"] for result in results} <= {1, 7}

@@ -1,12 +1,14 @@
 """Files and classes that do not fit together are found before the first step, with the options that fix them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mmdet")
 from mmengine.config import Config, ConfigDict
 
+import pe_spatial.engine
 from pe_spatial.engine.checks import check_classes, check_files, empty_sets_as_errors
 from pe_spatial.engine.configs import installed_config
 from pe_spatial.engine.evaluation import limit_test, write_predictions
@@ -157,3 +159,10 @@ def test_predictions_as_json_need_an_evaluator_that_writes_them(cfg):
         write_predictions(cfg, "out.json")
     with pytest.raises(ConfigError, match=r"must end in \.pkl, or in \.json"):
         write_predictions(cfg, "out.csv")
+
+
+def test_the_engine_registers_what_a_config_of_a_run_names():
+    """Such a config evaluates in a new process, which imports less than the training did."""
+    folder = Path(pe_spatial.engine.__file__).parent
+    registering = {path.stem for path in folder.glob("*.py") if "register_module(" in path.read_text()}
+    assert registering - {"fsdp"} <= set(pe_spatial.engine.__all__)  # fsdp needs a newer torch; the runner imports it
