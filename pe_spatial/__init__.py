@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOME = {
     "PerceptionEncoder": "pe_spatial.encoder.vit",
     "EncoderConfig": "pe_spatial.encoder.variants",

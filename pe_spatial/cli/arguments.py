@@ -38,10 +38,10 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=_Options, default={}, metavar="KEY=VALUE", help=replaced)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, folder: str = "work_dirs/<name of the config>") -> None:
     """Add the config and the options that change it; `load_config` reads them."""
     parser.add_argument("config", help=CONFIG_HELP)
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
+    parser.add_argument("--work-dir", help=f"folder to write (default: {folder})")
     parser.add_argument("--data-root", help="folder of the data; replaces data_root in the paths that start with it")
     add_cfg_options(parser)
     launchers = ["none", "pytorch", "slurm", "mpi"]

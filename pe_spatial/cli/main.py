@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pe_spatial
+
 
 @dataclass(frozen=True)
 class Command:
@@ -53,6 +55,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     name, *rest = [command, *argv] if command else argv or ["--help"]
     if name in ("-h", "--help"):
         print(_overview())
+        return
+    if name == "--version":
+        print(f"pe_spatial {pe_spatial.__version__}")
         return
     name = name.replace("-", "_")
     if name not in COMMANDS:

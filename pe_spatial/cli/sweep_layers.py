@@ -16,7 +16,7 @@ from pe_spatial.cli.arguments import add_config_arguments, layers, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    add_config_arguments(parser, folder="work_dirs/<name of the config>_layers")
     parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help="encoder blocks, 0-based")
     parser.add_argument("--epochs", type=int, help="passes over the images, instead of the config's schedule")
     parser.add_argument("--limit", type=int, metavar="N", help="train on N images, evenly spaced in the list")

@@ -147,13 +147,14 @@ def locate(source: str | Path) -> Path:
     if not owner or not repo:
         raise CheckpointError(f"{text!r} is not an address on the hub; write hf://owner/repo or hf://owner/repo/file")
     filename = filename or (f"{repo}.pt" if owner == "facebook" else "model.safetensors")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         try:  # first, because without a network the client asks for it again and again
             return Path(hf_hub_download(f"{owner}/{repo}", filename, local_files_only=True))
         except LocalEntryNotFoundError:
+            get_hf_file_metadata(hf_hub_url(f"{owner}/{repo}", filename))  # asks once; the download asks six times
             return Path(hf_hub_download(f"{owner}/{repo}", filename))
     except Exception as error:
         # the hub client raises its own errors, the HTTP library's and OSError; all of them mean: no file

@@ -2,8 +2,10 @@
 
 import ast
 import difflib
+import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
 def read_config(name: str) -> Config:
     """Read a config file, or a config of an installed package such as mmdet::detr/detr_r50_8xb2-150e_coco.py."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where custom_imports finds a user's modules, as with `python -m`
     with as_config_error(name):
         path = installed_config(name)
         if path == name:  # a config of one's own
@@ -99,6 +103,17 @@ def check_overrides(path: str) -> None:
                 )
 
 
+def mixed_packages() -> str | None:
+    """Name packages of OpenMMLab that are installed twice: its own and onedl-*, which write into the same folders."""
+    ours = dict(mmdet="onedl-mmdetection", mmsegmentation="onedl-mmsegmentation", mmcv="onedl-mmcv")
+    ours.update(mmengine="onedl-mmengine")
+    names = {str(one.name).lower() for one in importlib.metadata.distributions()}
+    mixed = [f"{theirs} and {onedl}" for theirs, onedl in ours.items() if {theirs, onedl} <= names]
+    if not mixed:
+        return None
+    return f"{', '.join(mixed)} overwrite each other; pip uninstall all of them, then install pe_spatial[openmmlab]"
+
+
 @contextmanager
 def as_config_error(filename: str | None) -> Iterator[None]:
     """Turn the errors of a config that cannot be read or built into ConfigError; not those of files, which say more."""
@@ -112,4 +127,6 @@ def as_config_error(filename: str | None) -> Iterator[None]:
         raise ConfigError(f"{filename} cannot be used: {' '.join(str(error).split())}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, SyntaxError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise ConfigError(f"{filename} cannot be used: {' '.join(text.split()) or type(error).__name__}") from error
+        mixed = mixed_packages() if isinstance(error, ImportError | AttributeError) else None
+        text = mixed or " ".join(text.split()) or type(error).__name__
+        raise ConfigError(f"{filename} cannot be used: {text}") from error

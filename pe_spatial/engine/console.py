@@ -12,7 +12,10 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
+from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+from tqdm import tqdm
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 NOISE = ("deprecated", "is skipped since", "prefix is not set")
@@ -47,6 +50,7 @@ class QuietStart(AbstractContextManager["QuietStart"]):
         _active = self
         self.started = False
         self.stdout: TextIO = sys.stdout
+        self._bar: tqdm[Any] | None = None
         self._undo: list[Callable[[], None]] = []
         # It holds the records until there is a log file.
         self._file = MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1)
@@ -70,11 +74,28 @@ class QuietStart(AbstractContextManager["QuietStart"]):
     def __exit__(self, *_: object) -> None:
         global _active
         _active = None
+        self.advance(None)
         sys.stdout = self.stdout
         logging.captureWarnings(False)
         for undo in self._undo:
             undo()
         self._file.close()
+
+    def advance(self, runner: Runner | None, *, steps: int = 0) -> None:
+        """Show a progress bar of the training if stderr is a terminal; None removes it."""
+        if runner is not None and self._bar is None and sys.stderr.isatty() and is_main_process():
+            total, start = runner.max_iters, runner.iter
+            self._bar = tqdm(total=total, initial=start, desc="training", unit="step", leave=False, dynamic_ncols=True)
+        if self._bar is None:
+            return
+        if runner is None:
+            self._bar.close()
+            self._bar = None
+            return
+        losses = runner.message_hub.log_scalars.get("train/loss")
+        if steps and losses is not None:
+            self._bar.set_postfix(loss=f"{losses.current():.4g}", refresh=False)
+        self._bar.update(steps)
 
     def attach(self, logger: logging.Logger) -> None:
         """Limit what the logger of a run shows, and write into its file what was kept until now."""
@@ -97,6 +118,10 @@ class QuietStart(AbstractContextManager["QuietStart"]):
                 self._undo.append(partial(handler.removeFilter, self._is_shown))
 
     def _is_shown(self, record: logging.LogRecord) -> bool:
+        if self._bar is not None:
+            if "(train)" in record.getMessage():
+                return False
+            self._bar.clear()  # the next step draws it again, below the line
         if self.started or record.pathname.startswith(PACKAGE):
             return True
         return record.levelno >= logging.WARNING and not any(text in record.getMessage() for text in NOISE)
@@ -117,3 +142,6 @@ class QuietStartMixin:
         if fn_name in ("before_train_iter", "before_val_iter", "before_test_iter") and _active:
             _active.started = True
         super().call_hook(fn_name, **options)  # type: ignore[misc]
+        if _active and fn_name in ("before_train_iter", "after_train_iter", "after_train"):
+            ended = fn_name == "after_train"
+            _active.advance(None if ended else self, steps=fn_name == "after_train_iter")

@@ -9,6 +9,7 @@ import sys
 import pytest
 from helpers.repository import REPO
 
+import pe_spatial
 from pe_spatial.atomic import atomic_write
 from pe_spatial.cli.main import COMMANDS, Command, build_parser, errors_as_sentences, main
 
@@ -98,3 +99,13 @@ def test_errors_of_the_program_keep_their_traceback():
     for error in (OSError("a library's"), TypeError("a bug")):
         with pytest.raises(type(error)):
             fail(error)
+
+
+def test_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"pe_spatial {pe_spatial.__version__}\n"
+    assert "version = attr: pe_spatial.__version__" in (REPO / "setup.cfg").read_text()
+
+
+def test_help_names_the_folder_that_is_written():
+    assert "work_dirs/<name of the config>_layers" in " ".join(build_parser("sweep_layers").format_help().split())

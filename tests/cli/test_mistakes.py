@@ -1,5 +1,8 @@
 """Common mistakes end in one sentence before anything is built."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("mmdet")
@@ -7,6 +10,7 @@ from helpers.coco import write_coco
 from helpers.repository import CONFIGS
 
 from pe_spatial.cli.main import main
+from pe_spatial.engine.configs import mixed_packages, read_config
 
 CONFIG = f"""
 _base_ = [{str(CONFIGS / 'pe_spatial_cascade_coco.py')!r}]
@@ -98,3 +102,22 @@ def test_the_work_dir_of_an_installed_config(monkeypatch):
     with pytest.raises(Stop):
         main(["sweep_layers", name, "--layers", "all", "--work-dir", "mine"])
     assert folders == ["work_dirs/pe_spatial_lin1_nyu_layers"] * 2 + ["mine"]
+
+
+def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
+    """C6: custom_imports of a module beside the user's config."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    (tmp_path / "my_module_of_c6.py").write_text("here = True")
+    (tmp_path / "c.py").write_text("custom_imports = dict(imports=['my_module_of_c6'])")
+    read_config("c.py")
+    assert sys.modules.pop("my_module_of_c6").here
+
+
+def test_mixed_packages_are_named(monkeypatch):
+    """K2: OpenMMLab's own packages have the import names of onedl-*, and overwrite their files or are overwritten."""
+    names = ["mmdet", "onedl-mmdetection", "torch"]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [SimpleNamespace(name=name) for name in names])
+    assert "mmdet and onedl-mmdetection" in mixed_packages()
+    names.remove("mmdet")
+    assert mixed_packages() is None

@@ -88,7 +88,10 @@ def sentence(project, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(project):
-    return project, tool("train", "tiny.py", "--data-root", "data", "--work-dir", "run", cwd=project)
+    workers = ("--cfg-options", *(f"{split}_dataloader.num_workers=1" for split in ("train", "val")))
+    workers += ("train_dataloader.persistent_workers=True", "val_dataloader.persistent_workers=True")
+    options = ("--data-root", "data", "--work-dir", "run", *workers)
+    return project, tool("train", "tiny.py", *options, cwd=project, silent=True)
 
 
 def test_train_evaluates_and_saves(trained):

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -279,6 +280,7 @@ def test_hub_is_asked_for_the_right_file_and_its_cache_first(checkpoint, monkeyp
             raise LocalEntryNotFoundError("not there")
         return str(checkpoint)
 
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda _: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     ours = "someone/weights"
     for address in (ours, f"{ours}/sub/best.pt", f"{ours}:sub/best.pt", "facebook/PE-Core-B16-224"):
@@ -293,6 +295,20 @@ def test_hub_is_asked_for_the_right_file_and_its_cache_first(checkpoint, monkeyp
         )
         for local in ([True] if cached else [True, False])
     ]
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+
+    def fail(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-3, "no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="no network"):
+        locate("hf://facebook/PE-Spatial-B16-512")
+    assert len(asked) <= 2  # addresses of two kinds
 
 
 def test_url_goes_through_the_cache_of_torch_hub(checkpoint, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("mmengine")
 from helpers.tiny_run import tiny_config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger, print_log
+from tqdm import tqdm
 
 from pe_spatial.engine.console import QuietStart
 from pe_spatial.engine.training import prepare_training, train
@@ -62,3 +64,24 @@ def test_loggers_are_as_before(capsys):
     assert [logging.getLogger(name).handlers for name in ("stdout", "py.warnings", "pe_spatial")] == before
     MMLogger.get_current_instance().info("shown again")
     assert "shown again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_one_line_of_progress(tmp_path, capsys, monkeypatch, terminal):
+    options = dict(log_level="INFO", log_processor=dict(by_epoch=False))
+    with QuietStart():
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        monkeypatch.setattr("pe_spatial.engine.console.tqdm", partial(tqdm, mininterval=0))
+        cfg = tiny_config(tmp_path, **options)
+        prepare_training(cfg)
+        train(cfg)
+    shown = capsys.readouterr()
+    if terminal:
+        assert "training" in shown.err
+        assert "/10 [" in shown.err
+        assert "loss=" in shown.err
+        assert "\n" not in shown.err
+        assert "Iter(train)" not in shown.out
+    else:
+        assert shown.err == ""
+        assert "Iter(train)" in shown.out

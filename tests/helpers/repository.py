@@ -26,8 +26,8 @@ def shared_folder(environ: Mapping[str, str]) -> Path:
     return path
 
 
-def tool(name, *args, cwd):
-    """Run tools/NAME.py and return what it prints; it must succeed."""
+def tool(name, *args, cwd, silent=False):
+    """Run tools/NAME.py and return what it prints; it must succeed, and if `silent` print nothing on stderr."""
     done = subprocess.run(
         [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, args)],
         cwd=cwd,
@@ -37,6 +37,7 @@ def tool(name, *args, cwd):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not silent or done.stderr == ""
     return done.stdout + done.stderr
 
 
