@@ -20,10 +20,10 @@ from pe_spatial.convert.layouts import (
     ALIAS,
     COCO_CATEGORY_IDS,
     DETA_CLASSES,
+    DETECTOR_MARKS,
+    ENCODER_MARKS,
     ENCODERS,
-    MARKS,
     NO_PLACE,
-    PREFIXES,
     ROPE,
     ROWS,
     SYNONYMS,
@@ -32,7 +32,7 @@ from pe_spatial.convert.layouts import (
     released_configs,
 )
 from pe_spatial.convert.rope_tables import RopeTables, read_tables, recipe_tables, stored_tables
-from pe_spatial.encoder.checkpoint import OMITTED, rename
+from pe_spatial.encoder.checkpoint import OMITTED, encoder_prefix, rename
 from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, join_names
 from pe_spatial.encoder.resize import resize_patch_kernel
 
@@ -75,7 +75,8 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
     prefix, kind, layout = layout_in
     target = _target(file.path, kind, to)
     state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    dropped = {name: "text tower" for name in weights if not name.startswith(prefix)} | _omitted_entries(file.rest)
+    why = "text tower" if "visual." in prefix else f"not the {kind}"
+    dropped = {name: why for name in weights if not name.startswith(prefix)} | _omitted_entries(file.rest)
     if kind == "encoder":
         dropped |= {prefix + name: why for name, why in _remove_unused(file.path, state).items()}
     rope = {name: state.pop(name) for name in list(state) if layout in ENCODERS and ROPE.fullmatch(name)}
@@ -112,8 +113,8 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
 
 def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
     """Return the weights of released detectors under MMDetection's names, and those of any other file as they are."""
-    layout = _find_layout(_with_released_names(file.state))
-    return convert(file, "mmdet").state if layout and layout[2] in ENCODERS and layout[1] != "encoder" else file.state
+    layout = _find_detector(_with_released_names(file.state))
+    return convert(file, "mmdet").state if layout and layout[2] in ENCODERS else file.state
 
 
 def check_destination(path: str | Path, source: str | Path) -> None:
@@ -168,12 +169,23 @@ def _with_released_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _find_layout(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
     """Return (prefix of the names, kind, layout), or None."""
-    for prefix in PREFIXES:
-        for mark, (kind, layout) in MARKS.items():
+    detector = _find_detector(state)
+    if detector is not None:
+        return detector
+    prefix = encoder_prefix(state)
+    for mark, layout in ENCODER_MARKS.items():
+        if any(name.startswith(prefix + mark) for name in state):
+            positions = state.get(f"{prefix}positional_embedding")  # (1, n, e) in what detectors start from
+            initial = layout == "release" and positions is not None and positions.ndim == 3
+            return prefix, "encoder", "detectron2" if initial else layout
+    return None
+
+
+def _find_detector(state: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    for mark, (kind, layout) in DETECTOR_MARKS.items():
+        for prefix in ("", "model."):  # which Lightning adds
             if any(name.startswith(prefix + mark) for name in state):
-                positions = state.get(f"{prefix}positional_embedding")  # (1, n, e) in what detectors start from
-                initial = layout == "release" and positions is not None and positions.ndim == 3
-                return prefix, kind, "detectron2" if initial else layout
+                return prefix, kind, layout
     return None
 
 

@@ -149,9 +149,7 @@ ROWS = {
 THEIRS = ("release", "detectron2", "deta")
 """Layouts whose names are the first column; those of the others are the second."""
 
-MARKS = {
-    "transformer.resblocks.0.": ("encoder", "release"),
-    "blocks.0.": ("encoder", "pe_spatial"),
+DETECTOR_MARKS = {
     "backbone.net.transformer.resblocks.0.": ("detector", "detectron2"),
     "backbone.0.body.transformer.resblocks.0.": ("DETA", "deta"),
     "pix_trans_fc.": ("DETA", "mmdet"),
@@ -159,7 +157,8 @@ MARKS = {
 }
 """How a name begins -> (kind, layout); the first match counts."""
 
-PREFIXES = ("module.visual.", "visual.", "module.", "")  # of data-parallel training and of contrastive models
+ENCODER_MARKS = {"transformer.resblocks.0.": "release", "blocks.0.": "pe_spatial"}
+"""How a name begins -> layout, for the encoder of any other file."""
 
 SYNONYMS = {
     ("encoder", "mmdet"): "pe_spatial",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import SUFFIXES, CheckpointError, join_names, locate, read_state_dict
+from .files import SUFFIXES, CheckpointError, join_names, locate, read_state_dict, split_entry, weights_in
 from .geometry import Geometry, get_geometry, preset_name
 from .resize import resize_patch_kernel, resize_pos_embed
 from .variants import DEMO_VARIANTS, RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
@@ -102,22 +102,23 @@ def from_pretrained(
         variant: as in `PerceptionEncoder`; None takes it from the name or else from the shapes in the file.
         geometry: as in `PerceptionEncoder`. Where it sets no patch size or grid of learned positions, those of the file
             are kept.
-        dtype: dtype of the weights; None keeps that of the file, and such tensors are mapped from it.
+        dtype: dtype of the weights; None keeps that of the file. They are copied, so that the file may be overwritten.
         options: the other options of `PerceptionEncoder`, such as `out_indices`.
 
     Raises CheckpointError as `load_checkpoint` does, and for weights of no released variant where `variant` is None.
     """
-    path = Path(str(source))
+    path, _ = split_entry(source)
     if path.is_dir():
-        path = _weights_in(path, variant)
-    elif "://" in str(source) or path.suffix in SUFFIXES:
+        key = variant_key(variant) if isinstance(variant, str) else ""
+        path = weights_in(path, RELEASED_NAMES.get(key, key))
+    elif "://" in str(source) or path.is_file() or len(path.parts) > 1 or re.fullmatch(r"\.\w{2,11}", path.suffix):
         path = locate(source)
     else:
         try:
-            variant = variant or variant_key(str(source))
+            key = variant_key(str(source))
         except ValueError as error:
             raise CheckpointError(f"{error}; or give a folder, or a file that ends in {', '.join(SUFFIXES)}") from None
-        path = locate(released_source(variant_key(str(source)), str(source)))
+        path, variant = locate(released_source(key, str(source))), variant or key
     state = to_timm_names(read_state_dict(path))[0]
     pos_grid = None
     if variant is None:
@@ -129,8 +130,8 @@ def from_pretrained(
     geometry = replace(geometry, patch_size=geometry.patch_size or patch_size, pos_grid=geometry.pos_grid or pos_grid)
     with torch.device("meta"):
         model = PerceptionEncoder(variant, geometry=geometry, **options)
-    load_state(model, state, path=path)
-    return model.to(dtype).eval()
+    load_state(model, state, path=path, dtype=dtype)
+    return model.eval()
 
 
 def released_source(variant: str | None, config: object) -> str:
@@ -142,17 +143,6 @@ def released_source(variant: str | None, config: object) -> str:
     if variant in DEMO_VARIANTS:
         return f"package://pe_spatial/synthetic/{variant}.safetensors"
     return f"hf://facebook/{RELEASED_NAMES[variant]}"
-
-
-def _weights_in(folder: Path, variant: object) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if isinstance(variant, str):
-        key = variant_key(variant)
-        files = [path for path in files if path.stem == RELEASED_NAMES.get(key, key)] or files
-    if len(files) != 1:
-        names = ", ".join(path.name for path in files) or "none"
-        raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {names}")
-    return files[0]
 
 
 def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, int | None]:
@@ -173,16 +163,45 @@ def _variant_of(state: Mapping[str, Tensor], path: Path) -> tuple[str, int | Non
                 other_grid.setdefault(config, (variant, math.isqrt(positions[1] - config.class_token)))
     if len(other_grid) == 1:  # a Core and a Spatial encoder may differ in the grid alone, and then it is ambiguous
         return other_grid.popitem()[1]
-    raise CheckpointError(f"{path} holds no released variant; give variant=dict(img_size=..., patch_size=..., ...)")
+    raise CheckpointError(f"{path} holds no released variant; give variant={_implied_config(state)}")
 
 
-def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: str | Path = "state dict") -> LoadReport:
+def _implied_config(state: Mapping[str, Tensor]) -> str:
+    """Write down what the shapes tell of an `EncoderConfig`, for an error."""
+    hidden, positions, kernel = (state.get(name) for name in ("blocks.0.mlp.fc1.bias", _POSITIONS, _KERNEL))
+    if hidden is None or positions is None or kernel is None or kernel.ndim != 4:
+        return "dict(img_size=..., patch_size=..., ...)"
+    token, width, patch = "cls_token" in state, kernel.shape[0], kernel.shape[-1]
+    fields = dict(
+        img_size=math.isqrt(positions.numel() // width - token) * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        mlp_ratio=hidden.numel() / width,
+        in_chans=kernel.shape[1],
+        class_token=token,
+        init_values=0.1 if "blocks.0.gamma_1" in state else None,
+    )
+    return (
+        f"dict({', '.join(f'{name}={value}' for name, value in fields.items())}), which its shapes imply, with "
+        f"num_heads, which they do not tell ({max(width // 64, 1)} if a head has 64 channels)"
+    )
+
+
+def load_state(
+    model: PerceptionEncoder,
+    state: Mapping[str, Tensor],
+    *,
+    path: str | Path = "state dict",
+    dtype: torch.dtype | None = None,
+) -> LoadReport:
     """Load a state dict of the released or timm's layout into `model`, as `load_checkpoint` does with a file.
 
     Args:
-        model: the encoder; one on the meta device takes the tensors over as they are.
+        model: the encoder; one on the meta device gets memory of its own.
         state: name -> tensor.
         path: where it came from, for errors and the report.
+        dtype: dtype of a model that was on the meta device; None keeps those of `state`.
     """
     state, layout, omitted = to_timm_names(state)
     for name in list(state):
@@ -197,7 +216,10 @@ def load_state(model: PerceptionEncoder, state: Mapping[str, Tensor], *, path: s
             f"{path} does not hold the weights of this encoder ({model.config}). {problems}. "
             "Build the variant that the file belongs to"
         )
-    model.load_state_dict(state, assign=any(parameter.is_meta for parameter in model.parameters()))
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if on_meta:  # one tensor at a time: the pages of a mapped file are cache, which the system takes back when needed
+        state = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items()}
+    model.load_state_dict(state, assign=on_meta)
     _log.info(
         "%s: %s layout, geometry %s, omitted %s",
         path, layout, preset_name(model.geometry, model.config) or model.geometry, sorted(set(omitted.values())),
@@ -211,7 +233,7 @@ def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, 
     The encoder may be a part of the model, such as a detector's backbone: the rest is omitted. Returns the state dict,
     the layout of the file ('release' or 'timm'), and what was omitted with the reason.
     """
-    prefix = _encoder_prefix(state)
+    prefix = encoder_prefix(state)
     reason = "text tower" if prefix.endswith("visual.") else "not the encoder"
     omitted = {name: reason for name in state if not name.startswith(prefix)}
     state = {name.removeprefix(prefix): value for name, value in state.items() if name not in omitted}
@@ -229,7 +251,8 @@ def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, 
     return out, layout, omitted
 
 
-def _encoder_prefix(state: Mapping[str, Tensor]) -> str:
+def encoder_prefix(state: Mapping[str, Tensor]) -> str:
+    """Return how the names of the only encoder in `state` begin; CheckpointError for several, '' for none."""
     marks = {"conv1.weight": "transformer.resblocks.0.ln_1.weight", "patch_embed.proj.weight": "blocks.0.norm1.weight"}
     prefixes = [
         name.removesuffix(stem)

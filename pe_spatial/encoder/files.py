@@ -1,8 +1,10 @@
 """Find checkpoint files (local, hub, package) and read them without running the code that a pickle may contain."""
 
-import pickle
+import hashlib
+import json
+import logging
+import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,8 +15,30 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
+from .unpickling import explain, unpickle
+
 SUFFIXES = (".pt", ".pth", ".safetensors")
-_CONTAINERS = ("state_dict", "weights", "model")
+"""Of files that are written here; any file is read."""
+
+_CONTAINERS = (
+    "state_dict", "model", "weights", "model_state_dict", "model_state", "network", "net", "module", "params",
+    "encoder", "backbone",
+)  # fmt: skip
+# averaged weights, or one of two networks: taken where they are alone, named where they stand beside others
+_CHOICES = (
+    "ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema_state", "params_ema", "teacher",
+    "student", "target_encoder",
+)  # fmt: skip
+# names that torch.compile, FSDP and recomputation put into the name of every module that they wrap
+_WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_INDEX = ".index.json"
+# files of weights in a folder: not hidden, no state of a trainer, no part of a file with an index
+_WEIGHTS = re.compile(
+    r"(?i)(?!\.|optimizer|scheduler|scaler|training_args|random_states|rng_state|.+-\d{5}-of-\d{5}\.)"
+    r".+\.(pt|pth|ckpt|(safetensors|bin)(\.index\.json)?)"
+)
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -33,7 +57,8 @@ class CheckpointFile:
 
     Args:
         path: the file.
-        state: name -> tensor, mapped from the file rather than read where its format allows it.
+        state: name -> tensor, mapped from the file where its format allows it: copy the tensors before anything is
+            written to the file. What wrappers add to names ('module.', '_orig_mod.') is removed.
         rest: the file's other entries ('optimizer', 'iteration', 'meta', ...), or the metadata of a safetensors file.
     """
 
@@ -42,42 +67,22 @@ class CheckpointFile:
     rest: dict[str, Any] = field(default_factory=dict)
 
 
-class _Inert:
-    """Replaces an object that trainers save beside weights: takes any state, does nothing, imports nothing."""
+def read_checkpoint(path: str | Path, *, in_parts: bool = False) -> CheckpointFile:
+    """Read a file that torch or safetensors wrote, or the .index.json of several; pickled code never runs.
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-# torch finds an allowed object by its full name, so a class of that name stands for it
-_INERT = [
-    type(name.rpartition(".")[2], (_Inert,), {"__module__": name.rpartition(".")[0]})
-    for name in (
-        "argparse.Namespace",
-        "mmengine.logging.history_buffer.HistoryBuffer",
-        "builtins.getattr",  # how a HistoryBuffer keeps its methods
-        "builtins.slice",
-        *(f"{home}.multiarray.{name}" for home in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")),
-        *(f"numpy.{name}" for name in ("ndarray", "dtype")),
-        *(f"numpy.dtypes.{name}DType" for name in ("Bool", "Int32", "Int64", "UInt8", "UInt32", "Float32", "Float64")),
-    )
-]
-
-
-def read_checkpoint(path: str | Path) -> CheckpointFile:
-    """Read a .pt, .pth or .safetensors file; pickled code never runs.
+    Args:
+        path: the file; 'FILE#ENTRY' takes the weights from that entry of it, for instance 'w.pth#model_ema'.
+        in_parts: accept a file of ShardedRunner whose weights lie in a folder beside it; they are meta tensors.
 
     Raises CheckpointError for a file that is missing or truncated, contains objects that could run code, or no weights.
     """
-    path = Path(path)
+    path, entry = split_entry(path)
     content, rest = _read(path)
     while isinstance(content, Mapping):
-        inner = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        inner = _choose(path, content, entry)
         if inner is None:
             break
+        entry = None
         rest |= {str(key): value for key, value in content.items() if key != inner}
         content = content[inner]
     if not isinstance(content, Mapping):
@@ -85,9 +90,15 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         found = ", ".join(sorted(map(str, content))) or "nothing"
-        raise CheckpointError(f"{path} holds no weights, only {found}; give a file with the weights")
+        holders = [f"{path}#{key}" for key in content if _holds_weights(content[key])]
+        choice = f", for instance {join_names(holders)}" if holders else ""
+        raise CheckpointError(f"{path} holds no weights, only {found}; give a file with the weights{choice}")
     rest |= {str(name): value for name, value in content.items() if not isinstance(value, Tensor)}
-    return CheckpointFile(path, state, rest)
+    if "parts" in rest and not in_parts:
+        raise CheckpointError(
+            f"{path} has its weights in parts. Merge them: pe-spatial consolidate_checkpoint {path} FILE"
+        )
+    return CheckpointFile(path, _without_wrappers(state), rest)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -95,44 +106,112 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path).state
 
 
+def split_entry(path: str | Path) -> tuple[Path, str | None]:
+    """Split 'FILE#ENTRY' into the file and the entry; a file whose own name has a '#' is itself."""
+    file, mark, entry = str(path).rpartition("#")
+    return (Path(file), entry) if mark and file and not Path(path).exists() else (Path(path), None)
+
+
+def unwrap(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Return `state` without the prefix ('model.', 'module.' and both) that hides most of the `expected` names."""
+    names = list(expected)
+    prefixes = {""}
+    for name in state:
+        parts = name.split(".")
+        depth = next(i for i, part in enumerate([*parts, ""]) if part not in ("model", "module"))
+        prefixes |= {".".join(parts[:i]) + "." for i in range(1, depth + 1)}
+    prefix = max(sorted(prefixes), key=lambda prefix: sum(prefix + name in state for name in names))
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _choose(path: Path, content: Mapping[Any, Any], entry: str | None) -> str | None:
+    """Return the entry of a checkpoint that holds the weights; None if they are not in an entry."""
+    if entry is not None:
+        if not isinstance(content.get(entry), Mapping):
+            raise CheckpointError(f"{path} has no entry {entry!r} with weights; it has {join_names(map(str, content))}")
+        return entry
+    plain = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    others = [key for key in _CHOICES if _holds_weights(content.get(key))]
+    if "meta" in content:  # mmengine's EMAHook swaps the two when it saves: its state_dict is the average
+        others = [key for key in others if key != "ema_state_dict"]
+    if plain is None and len(others) > 1:
+        raise CheckpointError(f"{path} holds several sets of weights; give one of {', '.join(f'{path}#{o}' for o in others)}")
+    if plain is not None and others:
+        choice = ", ".join(f"{path}#{other}" for other in others)
+        _log.warning("%s: loads the entry %s; it also holds %s, for which give %s", path, plain, ", ".join(others), choice)
+    return plain or (others[0] if others else None)
+
+
+def _holds_weights(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
+    return any(isinstance(name, str) and isinstance(x, Tensor) for name, x in inner.items())
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what wrappers add to names: torch.compile and FSDP anywhere, data parallel training at the start."""
+    names = {name: _WRAPPED.sub("", name) for name in state}
+    while all(name.startswith("module.") for name in names.values()):
+        names = {old: name.removeprefix("module.") for old, name in names.items()}
+    return {names[old]: value for old, value in state.items()} if len(set(names.values())) == len(names) else state
+
+
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a .pt or .safetensors file")
+    if path.name.endswith(_INDEX):
+        return _read_shards(path), {}
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head == b"version h":
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the file; run `git lfs pull`, or download it")
+        pickled = head[:2] == b"PK" or head[:1] == b"\x80"
+        if head[8:] == b"{" or (path.suffix.lower() == ".safetensors" and not pickled):
             from safetensors import safe_open
 
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-        with torch.serialization.safe_globals(list(_INERT)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own message advises to read it nevertheless
-        if code:
-            raise CheckpointError(
-                f"{path} holds more than tensors and plain data ({code[1]}), so it is not read: it could run code. "
-                "Save its state dict alone and load that"
-            ) from None
-        raise CheckpointError(
-            f"{path} is truncated or not written by torch.save; download it again, or save its state dict anew"
-        ) from None
-    except Exception as error:
-        # safetensors and torch raise many types for broken files: RuntimeError, EOFError, SafetensorError, ...
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({reason}); download it again") from error
+            with safe_open(path, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}, dict(tensors.metadata() or {})
+        return unpickle(path, mmap=True), {}
+    except CheckpointError:
+        raise
+    except Exception as error:  # of safetensors, pickle, zipfile and torch
+        raise CheckpointError(explain(path, error)) from error
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Read the weights that a 'model.safetensors.index.json' spreads over several files beside it."""
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, OSError):
+        raise CheckpointError(f"{index} is not an index of weights: it has no 'weight_map' of names and files") from None
+    if any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{index} names files outside of its folder ({join_names(files)}); put all of them beside it")
+    missing = [name for name in files if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index} names {join_names(missing)}, not beside it; download all of its {len(files)} files")
+    shards = {name: _read(index.parent / name)[0] for name in files}
+    lost = [name for name, file in places.items() if not isinstance(shards[file], Mapping) or name not in shards[file]]
+    if lost:
+        raise CheckpointError(f"{index} names weights that its files do not hold ({join_names(lost)}); download them again")
+    return {name: shards[file][name] for name, file in places.items()}
 
 
 def locate(source: str | Path) -> Path:
     """Return the local path of a checkpoint.
 
     Args:
-        source: a file; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it) 'hf://owner/repo:file' for the
+        source: a file, or a folder with one file of weights; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it) 'hf://owner/repo:file' for the
             hub, through its cache, so that it works offline afterwards; 'https://...', through torch.hub's cache; or
             'package://module/file', a file that an installed package ships.
 
     Raises CheckpointError for a file that is not here and cannot be downloaded: what to download, and where to put it.
     """
-    text = str(source)
+    text, _, entry = str(source).partition("#") if "://" in str(source) else (str(source), "", "")
+    if entry:
+        return Path(f"{locate(text)}#{entry}")
     if text.startswith("package://"):
         module, _, filename = text.removeprefix("package://").partition("/")
         try:
@@ -142,7 +221,7 @@ def locate(source: str | Path) -> Path:
     if text.startswith(("https://", "http://")):
         return _download(text)
     if not text.startswith("hf://"):
-        return Path(text)
+        return weights_in(Path(text)) if os.path.isdir(text) else Path(text)
     owner, repo, filename = [*text.removeprefix("hf://").replace(":", "/", 1).split("/", 2), "", ""][:3]
     if not owner or not repo:
         raise CheckpointError(f"{text!r} is not an address on the hub; write hf://owner/repo or hf://owner/repo/file")
@@ -166,8 +245,26 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
+def weights_in(folder: Path, stem: str | None = None) -> Path:
+    """Return the file of weights in a folder: the index of several, the one called `stem`, or the only one.
+
+    What trainers write beside them (optimizers, random states, arguments) does not count. A folder of Hugging Face may
+    have the weights twice, and then safetensors come first. Raises CheckpointError for none and for several.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _WEIGHTS.fullmatch(path.name))
+    for known in (rf"model\.safetensors{_INDEX}", r"model\.safetensors", rf"pytorch_model\.bin{_INDEX}", r"pytorch_model\.bin"):
+        files = [path for path in files if re.fullmatch(known, path.name)] or files
+    files = [path for path in files if path.stem == stem] or files
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(f"{folder} should hold one file of weights ({', '.join(SUFFIXES)}) but holds {names}")
+    return files[0]
+
+
 def _download(url: str) -> Path:
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    name = Path(urlparse(url).path)  # two addresses may end in one name
+    key = hashlib.sha256(url.encode()).hexdigest()[:12]
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{name.stem}-{key}{name.suffix}")
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
