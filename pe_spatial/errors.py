@@ -1,5 +1,6 @@
 """Errors that a user can fix. Commands print them as one sentence; `CheckpointError` belongs to the encoder."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,3 +28,11 @@ def listed(values: Sequence[Any], limit: int = 5) -> str:
     """Return the first `limit` values, separated by commas, and the number of the others."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more
+
+
+def integer(name: str, value: Any) -> int:
+    """Return `value` as an int; TypeError for floats, texts and truth values."""
+    try:
+        return operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; give an integer") from None

@@ -135,10 +135,14 @@ def _choose(path: Path, content: Mapping[Any, Any], entry: str | None) -> str | 
     if "meta" in content:  # mmengine's EMAHook swaps the two when it saves: its state_dict is the average
         others = [key for key in others if key != "ema_state_dict"]
     if plain is None and len(others) > 1:
-        raise CheckpointError(f"{path} holds several sets of weights; give one of {', '.join(f'{path}#{o}' for o in others)}")
+        raise CheckpointError(
+            f"{path} holds several sets of weights; give one of {', '.join(f'{path}#{o}' for o in others)}"
+        )
     if plain is not None and others:
         choice = ", ".join(f"{path}#{other}" for other in others)
-        _log.warning("%s: loads the entry %s; it also holds %s, for which give %s", path, plain, ", ".join(others), choice)
+        _log.warning(
+            "%s: loads the entry %s; it also holds %s, for which give %s", path, plain, ", ".join(others), choice
+        )
     return plain or (others[0] if others else None)
 
 
@@ -186,16 +190,24 @@ def _read_shards(index: Path) -> dict[str, Any]:
         places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, OSError):
-        raise CheckpointError(f"{index} is not an index of weights: it has no 'weight_map' of names and files") from None
+        raise CheckpointError(
+            f"{index} is not an index of weights: it has no 'weight_map' of names and files"
+        ) from None
     if any(Path(name).name != name for name in files):
-        raise CheckpointError(f"{index} names files outside of its folder ({join_names(files)}); put all of them beside it")
+        raise CheckpointError(
+            f"{index} names files outside of its folder ({join_names(files)}); put all of them beside it"
+        )
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{index} names {join_names(missing)}, not beside it; download all of its {len(files)} files")
+        raise CheckpointError(
+            f"{index} names {join_names(missing)}, not beside it; download all of its {len(files)} files"
+        )
     shards = {name: _read(index.parent / name)[0] for name in files}
     lost = [name for name, file in places.items() if not isinstance(shards[file], Mapping) or name not in shards[file]]
     if lost:
-        raise CheckpointError(f"{index} names weights that its files do not hold ({join_names(lost)}); download them again")
+        raise CheckpointError(
+            f"{index} names weights that its files do not hold ({join_names(lost)}); download them again"
+        )
     return {name: shards[file][name] for name, file in places.items()}
 
 
@@ -203,9 +215,10 @@ def locate(source: str | Path) -> Path:
     """Return the local path of a checkpoint.
 
     Args:
-        source: a file, or a folder with one file of weights; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta writes it) 'hf://owner/repo:file' for the
-            hub, through its cache, so that it works offline afterwards; 'https://...', through torch.hub's cache; or
-            'package://module/file', a file that an installed package ships.
+        source: a file, or a folder with one file of weights; 'hf://owner/repo', 'hf://owner/repo/file' or (as Meta
+            writes it) 'hf://owner/repo:file' for the hub, through its cache, so that it works offline afterwards;
+            'https://...', through torch.hub's cache; or 'package://module/file', a file that an installed package
+            ships. '#ENTRY' behind any of them is kept, see `read_checkpoint`.
 
     Raises CheckpointError for a file that is not here and cannot be downloaded: what to download, and where to put it.
     """
@@ -252,7 +265,12 @@ def weights_in(folder: Path, stem: str | None = None) -> Path:
     have the weights twice, and then safetensors come first. Raises CheckpointError for none and for several.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and _WEIGHTS.fullmatch(path.name))
-    for known in (rf"model\.safetensors{_INDEX}", r"model\.safetensors", rf"pytorch_model\.bin{_INDEX}", r"pytorch_model\.bin"):
+    for known in (
+        rf"model\.safetensors{_INDEX}",
+        r"model\.safetensors",
+        rf"pytorch_model\.bin{_INDEX}",
+        r"pytorch_model\.bin",
+    ):
         files = [path for path in files if re.fullmatch(known, path.name)] or files
     files = [path for path in files if path.stem == stem] or files
     if len(files) != 1:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pe_spatial.errors import ConfigError, one_of
+from pe_spatial.errors import ConfigError, integer, one_of
 
-from .resize import POS_EMBED_MODES
+from .resize import POS_EMBED_MODES, sizes_of
 from .variants import VITDET_RECIPES, EncoderConfig, vitdet_recipe
 
 ROPE_MODES = ("extrapolate", "interpolate")
@@ -62,7 +63,7 @@ class Geometry:
         window = config.grid_size if self.window_size == "pretraining" else self.window_size
         if window is None and (self.global_attn_indexes or self.mask_window_padding):
             raise ValueError("global_attn_indexes and mask_window_padding need window_size; set it too")
-        if window is not None and (isinstance(window, str) or window < 1):
+        if window is not None and (isinstance(window, str) or integer("window_size", window) < 1):
             raise ValueError(
                 f"window_size is {window!r}; allowed are a number of tokens from 1, 'pretraining' and None (no windows)"
             )
@@ -136,9 +137,17 @@ def preset_name(geometry: ResolvedGeometry, config: EncoderConfig) -> str | None
     return None
 
 
-def block_indices(name: str, indices: Iterable[int], depth: int, *, allow_none: bool = True) -> tuple[int, ...]:
-    """Return `indices` counted from 0; ConfigError if one is not a block of `depth`, or for none unless allowed."""
-    indices = tuple(indices)
+def block_indices(name: str, indices: int | Iterable[int], depth: int, *, allow_none: bool = True) -> tuple[int, ...]:
+    """Return one index or several, counted from 0.
+
+    Raises TypeError for what is not an integer, ConfigError if one is not a block of `depth`, or for none unless
+    allowed.
+    """
+    several = isinstance(indices, Iterable) and not isinstance(indices, str)
+    try:
+        indices = tuple(integer(name, i) for i in (indices if several else (indices,)))  # type: ignore[union-attr]
+    except TypeError:
+        raise TypeError(f"{name} is {indices!r}; give block numbers, such as 3 or (2, 5)") from None
     if not (indices or allow_none):
         raise ConfigError(f"{name} is empty; name at least one block, for instance (-1,) for the last")
     if any(not -depth <= i < depth for i in indices):
@@ -148,16 +157,38 @@ def block_indices(name: str, indices: Iterable[int], depth: int, *, allow_none: 
 
 def check_frozen_stages(frozen_stages: int, depth: int) -> int:
     """Return `frozen_stages`; ConfigError unless it is -1 to `depth`."""
-    if not -1 <= frozen_stages <= depth:
+    if not -1 <= integer("frozen_stages", frozen_stages) <= depth:
         raise ConfigError(f"frozen_stages is {frozen_stages}; -1 (none) to {depth} (all blocks) are allowed")
     return frozen_stages
 
 
+def check_images(images: Tensor, weights: Tensor) -> None:
+    """Raise TypeError unless `images` is a tensor of floating-point numbers that the weights of an encoder can take."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images are a {type(images).__name__}; pass a tensor (B, 3, H, W)")
+    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (images, weights)]
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images are {kinds[0]}; convert them to float and normalize them with config.mean and config.std"
+        )
+    if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(
+            f"images are {kinds[0]} and the weights {kinds[1]}; convert either with .to(torch.{kinds[1]}) or "
+            f".to(torch.{kinds[0]}), or use torch.autocast"
+        )
+
+
 def patch_grid(images: Tensor, patch_size: int, in_chans: int = 3) -> tuple[int, int]:
     """Return (h, w), the grid of patches of `images` (B, in_chans, H, W); ValueError for other shapes and sizes."""
-    if images.ndim != 4 or images.shape[1] != in_chans:
-        raise ValueError(f"images are {tuple(images.shape)}; expected (B, {in_chans}, H, W)")
-    (h, w), p = images.shape[2:], patch_size
+    shape = sizes_of(images)
+    if len(shape) != 4 or shape[1] != in_chans:
+        last = (
+            "; if channels come last, use images.permute(0, 3, 1, 2)"
+            if len(shape) == 4 and shape[3] == in_chans
+            else ""
+        )
+        raise ValueError(f"images are {shape}; expected (B, {in_chans}, H, W){last}")
+    (h, w), p = shape[2:], patch_size
     if h % p or w % p or not h or not w:
         raise ValueError(
             f"image size {h}x{w} is not a multiple of patch_size {p}; "
@@ -173,13 +204,14 @@ def _rope_grid(rope_grid: int | Sequence[int] | None, rope_mode: str, default: i
         return None
     if rope_grid is None:
         rope_grid = default
-    pair = (rope_grid, rope_grid) if isinstance(rope_grid, int) else tuple(rope_grid)
+    several = rope_grid if isinstance(rope_grid, Iterable) and not isinstance(rope_grid, str) else (rope_grid,) * 2
+    pair = [integer("rope_grid", side) for side in several]
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"rope_grid is {rope_grid}; give one positive number, or two: (windows, global)")
     return pair[0], pair[1]
 
 
 def _at_least_one(name: str, value: int | None, default: int, unit: str) -> int:
-    if value is not None and value < 1:
+    if value is not None and integer(name, value) < 1:
         raise ValueError(f"{name} is {value} {unit}; give at least 1, or None for the pretrained value")
     return default if value is None else value

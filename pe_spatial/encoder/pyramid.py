@@ -1,12 +1,14 @@
 """From the encoder's single-scale maps to the pyramid that detection and segmentation heads expect."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pe_spatial.errors import integer
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -42,7 +44,9 @@ class _Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.strides, self.in_stride, self.unused = tuple(strides), in_stride, tuple(unused)
-        self.out_channels = (out_channels,) * len(strides) if isinstance(out_channels, int) else tuple(out_channels)
+        several = isinstance(out_channels, Iterable) and not isinstance(out_channels, str)
+        channels = out_channels if several else (out_channels,) * len(strides)
+        self.out_channels = tuple(integer("out_channels", number) for number in channels)  # type: ignore[union-attr]
         self.levels = nn.ModuleList()
         if len(self.out_channels) != len(strides):
             raise ValueError(f"out_channels {self.out_channels} and strides {self.strides} differ in length")

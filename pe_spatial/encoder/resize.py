@@ -1,5 +1,7 @@
 """Learned positions and patch kernels at other sizes than the pretraining one."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> 
 
     On the pretraining grid itself every mode returns `pos_embed` unchanged.
     """
-    side = pos_embed.shape[1]
+    side = sizes_of(pos_embed)[1]
     if grid == (side, side):
         return pos_embed
     if mode == "tile":
@@ -38,3 +40,12 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
         return kernel
     resized = F.interpolate(kernel.to(torch.float32), size=(size, size), mode="bicubic", align_corners=False)
     return resized.to(kernel.dtype)
+
+
+def sizes_of(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of `x`, in numbers even where torch.jit.trace would follow it: a trace is of one image size."""
+    if not torch.jit.is_tracing():
+        return tuple(x.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(map(int, x.shape))

@@ -87,7 +87,9 @@ def _stand_ins(table: str, base: type) -> list[type]:
     return [type(name, (base,), {"__module__": home}) for home, names in rows for name in names.split()]
 
 
-STAND_INS = _stand_ins(_CLASSES, _Inert) + _stand_ins(_MAPPINGS, _InertDict) + _stand_ins("collections: deque", _InertList)
+STAND_INS = (
+    _stand_ins(_CLASSES, _Inert) + _stand_ins(_MAPPINGS, _InertDict) + _stand_ins("collections: deque", _InertList)
+)
 
 
 def unpickle(path: Path, *, real: Sequence[Any] = (), map_location: Any = "cpu", mmap: bool | None = None) -> Any:

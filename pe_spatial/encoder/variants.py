@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+from pe_spatial.errors import integer
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +46,8 @@ class EncoderConfig:
     std: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "in_chans"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # configs give lists, which have no hash
             if len(getattr(self, name)) != 3:

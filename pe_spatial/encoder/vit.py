@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .geometry import Geometry, block_indices, check_frozen_stages, get_geometry, patch_grid, preset_name
+from .geometry import Geometry, block_indices, check_frozen_stages, check_images, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
 from .resize import resize_pos_embed
 from .rope import apply_rope, rope_table
@@ -46,7 +46,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
         """(B, N, C), table (N, D / 2, 2), mask of the keys (B, 1, 1, N) or None -> (B, N, C)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
-        q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4).unbind()  # (B, H, N, D) each
         v = qkv[:, :, 2].transpose(1, 2)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -148,7 +148,7 @@ class PerceptionEncoder(nn.Module):
         self,
         variant: str | EncoderConfig | Mapping[str, Any],
         *,
-        out_indices: Sequence[int] = (-1,),
+        out_indices: int | Sequence[int] = (-1,),
         geometry: str | Geometry | Mapping[str, Any] = "release",
         drop_path_rate: float | str = 0.0,
         grad_checkpointing: bool | Sequence[int] = False,
@@ -227,6 +227,7 @@ class PerceptionEncoder(nn.Module):
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the maps of `forward` and the class tokens (B, C) after the same blocks, () without a class token."""
+        check_images(images, self.patch_embed.proj.weight)
         grid = patch_grid(images, self.patch_size, self.config.in_chans)
         self._warn_of_large_images(grid)
         with _autograd(self.frozen_stages < 0):

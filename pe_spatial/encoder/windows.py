@@ -4,25 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .resize import sizes_of
+
 
 def window_partition(x: Tensor, window: int) -> Tensor:
     """Cut (B, H, W, C) into (B * n, window * window, C), n windows an image in row-major order.
 
     Where the window does not divide the grid, zeros are added at the bottom and on the right.
     """
-    b, h, w, c = x.shape
+    _, h, w, c = sizes_of(x)
     rows, cols = -(-h // window), -(-w // window)
     x = F.pad(x, (0, 0, 0, cols * window - w, 0, rows * window - h))
-    x = x.view(b, rows, window, cols, window, c)
-    return x.transpose(2, 3).reshape(b * rows * cols, window * window, c)
+    x = x.view(-1, rows, window, cols, window, c)
+    return x.transpose(2, 3).reshape(-1, window * window, c)
 
 
 def window_unpartition(windows: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
     """Undo `window_partition`: (B * n, window * window, C) to (B, H, W, C) for `grid` = (H, W), without the padding."""
     rows, cols = -(-grid[0] // window), -(-grid[1] // window)
-    b, c = windows.shape[0] // (rows * cols), windows.shape[-1]
-    x = windows.view(b, rows, cols, window, window, c)
-    x = x.transpose(2, 3).reshape(b, rows * window, cols * window, c)
+    c = windows.shape[-1]
+    x = windows.view(-1, rows, cols, window, window, c)
+    x = x.transpose(2, 3).reshape(-1, rows * window, cols * window, c)
     return x[:, : grid[0], : grid[1]]
 
 

@@ -136,9 +136,9 @@ def _checked(path: str) -> str:
 def _steps(path: str | Path) -> int:
     """Return the number of steps of a checkpoint; CheckpointError unless a run can be resumed from it.
 
-    This runs no code. mmengine falls back to unpickling without restriction, so this comes first.
+    This runs no code.
     """
-    rest = read_checkpoint(path).rest
+    rest = read_checkpoint(path, in_parts=True).rest
     meta = rest.get("meta")
     if not isinstance(meta, Mapping) or "iter" not in meta or "optimizer" not in rest:
         raise CheckpointError(

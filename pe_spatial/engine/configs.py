@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from pe_spatial.encoder.files import CheckpointError, join_names, locate, read_checkpoint
 from pe_spatial.engine.options import RUN_KEYS, places_of
+from pe_spatial.engine.saved_config import parse_saved_config
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
 
@@ -30,12 +32,22 @@ def read_config(name: str) -> Config:
 
 
 def config_in(checkpoint: str) -> Config:
-    """Return the config that training wrote into a checkpoint; CheckpointError if there is none."""
+    """Return the config that training wrote into a checkpoint; nothing of it runs, see `parse_saved_config`.
+
+    Raises CheckpointError if there is none, and if it holds or names code.
+    """
     meta = read_checkpoint(locate(checkpoint)).rest.get("meta")
     text = meta.get("cfg") if isinstance(meta, Mapping) else None
     if not isinstance(text, str):
         raise CheckpointError(f"{checkpoint} holds no config; name it with --config")
-    return Config.fromstring(text, ".py")
+    try:
+        values = parse_saved_config(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint} holds a config with {error}, which is not run; name a config that you trust with --config"
+        ) from error
+    import_modules_from_strings(**values.get("custom_imports") or {"imports": []})
+    return Config(values)
 
 
 def installed_config(name: str) -> str:

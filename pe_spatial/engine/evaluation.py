@@ -6,9 +6,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
-from pe_spatial.engine.runner import build_runner, explain_workers, load_weights_of_any_layout, start_processes
+from pe_spatial.engine.runner import build_runner, explain_workers, start_processes
 from pe_spatial.engine.summary import summarize
-from pe_spatial.engine.weights import check_weights
+from pe_spatial.engine.weights import check_weights, load_weights_of_any_layout
 from pe_spatial.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.model import BaseDataPreprocessor
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed import tensor as dtensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
@@ -35,6 +35,7 @@ from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.engine.precision import BFloat16OptimWrapper
 from pe_spatial.engine.runner import RunnerMixin
+from pe_spatial.engine.weights import load_from_file
 from pe_spatial.errors import ConfigError
 
 
@@ -205,7 +206,7 @@ def consolidate(file: str | Path, target: str | Path) -> None:
     """
     if not Path(file).is_file():
         raise CheckpointError(f"no checkpoint at {file}; give the .pth file beside the folder of its parts")
-    rest = CheckpointLoader.load_checkpoint(str(file), map_location="cpu")
+    rest = load_from_file(str(file), map_location="cpu")
     if "parts" not in rest:
         raise CheckpointError(f"{file} has no parts: it contains its weights, and any runner loads it")
     with atomic_write(target) as unfinished:
@@ -231,7 +232,7 @@ class ShardedRunner(RunnerMixin, Runner):
     that are published (`published_keys`) or not written to the file system.
     """
 
-    _file: Path
+    checkpoint_file = Path()
     """The checkpoint that is being written or read."""
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
@@ -293,7 +294,7 @@ class ShardedRunner(RunnerMixin, Runner):
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **options: Any) -> Any:
         """As in Runner; a rank reads only what it needs from a file. Without sharding `map_location` applies."""
-        self._file = Path(filename)
+        self.checkpoint_file = Path(filename)
         if not self._sharded:
             return super().load_checkpoint(filename, map_location, **options)
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
@@ -303,7 +304,7 @@ class ShardedRunner(RunnerMixin, Runner):
         self, out_dir: str, filename: str, *args: Any, save_optimizer: bool = True, **options: Any
     ) -> None:
         """As in Runner, which saves on rank 0; the other ranks contribute their parts in the same order."""
-        self._file = Path(out_dir, filename)
+        self.checkpoint_file = Path(out_dir, filename)
         if self._sharded and self.rank:
             checkpoint = {"state_dict": self.model.state_dict()}
             if save_optimizer:
@@ -316,14 +317,14 @@ class ShardedRunner(RunnerMixin, Runner):
 
     def _without_shards(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         if self.cfg.get("sharded_checkpoints"):
-            return write_parts(checkpoint, self._file)
+            return write_parts(checkpoint, self.checkpoint_file)
         return gather(checkpoint)
 
     def _with_parts(self, rest: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(self.optim_wrapper, OptimWrapper):  # it was not built, so this is an evaluation
             rest = {key: value for key, value in rest.items() if key != "optimizer"}
         meshes = [p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)] if self._sharded else [None]
-        return read_parts(rest, self._file, meshes[0])
+        return read_parts(rest, self.checkpoint_file, meshes[0])
 
     def call_hook(self, fn_name: str, **options: Any) -> None:
         """As in Runner; validation during training gathers the weights before it and shards them again after it.

@@ -11,9 +11,9 @@ from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.determinism import make_deterministic
 from pe_spatial.engine.fault_tolerance import StopOnSignalHook, add_fault_tolerance, end_workers, max_across_ranks
-from pe_spatial.engine.runner import build_runner, explain_workers, load_strictly, start_processes
+from pe_spatial.engine.runner import build_runner, explain_workers, start_processes
 from pe_spatial.engine.summary import encoders, summarize
-from pe_spatial.engine.weights import check_pretrained, check_weights
+from pe_spatial.engine.weights import check_pretrained, check_weights, load_strictly, load_what_fits
 from pe_spatial.errors import ConfigError, TrainingError
 
 
@@ -80,8 +80,7 @@ def train(cfg: Config) -> Runner:
         check_files(cfg, split)
     runner = build_runner(cfg)
     runner.register_hook(CheckClassesHook())
-    if cfg.get("resume"):
-        load_strictly(runner)
+    (load_strictly if cfg.get("resume") else load_what_fits)(runner)
     runner.logger.info(f"Training\n{summarize(runner, training=True)}")
     try:
         with empty_sets_as_errors(cfg, "train"):
@@ -104,7 +103,7 @@ def train(cfg: Config) -> Runner:
 def explain_missing_weights(cfg: Config, error: CheckpointError) -> CheckpointError:
     """Add to a checkpoint's error the options of this config that fix it."""
     place = next((place for place, options in encoders(cfg.model) if options.get("init_cfg")), None)
-    if place is None:
+    if place is None or str(cfg.get("load_from") or None) in str(error):
         return error
     return CheckpointError(
         f"{error}, with --cfg-options {place}.init_cfg.checkpoint=FILE; "

@@ -1,25 +1,78 @@
-"""Checks of the weights that a run starts from, before anything is built."""
+"""Weights that a run starts from or is evaluated with: checked before anything is built, counted, never run."""
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import load_state_dict
+from torch import Tensor, nn
 
-from pe_spatial.encoder.checkpoint import released_source
-from pe_spatial.encoder.files import SUFFIXES, CheckpointError, locate
+from pe_spatial.convert.converter import to_mmdet
+from pe_spatial.encoder.checkpoint import mismatch, released_source
+from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, split_entry, unwrap
+from pe_spatial.encoder.unpickling import explain, unpickle
 from pe_spatial.engine.checkpoints import check_complete
 from pe_spatial.engine.summary import encoders
+from pe_spatial.errors import TrainingError
+
+_SHARE = 0.5
+"""Share of a model's values that a checkpoint to start from must have; `load_from_share` of a config replaces it."""
+
+
+def _method(owner: Any, name: str) -> Any:
+    """Replace getattr in pickles, by which a HistoryBuffer names its own methods."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise ValueError(f"getattr of {name}")
+    return getattr(HistoryBuffer, name)
+
+
+_method.__module__, _method.__name__, _method.__qualname__ = "builtins", "getattr", "getattr"
+_numpy = getattr(np, "_core", None) or np.core
+_dtypes = {type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint8", "uint32", "float32", "float64")}
+_REAL = [
+    HistoryBuffer,
+    _method,
+    np.ndarray,
+    np.dtype,
+    _numpy.multiarray._reconstruct,
+    _numpy.multiarray.scalar,
+    *_dtypes,
+]
+
+
+def load_from_file(filename: str, map_location: Any = None) -> Any:
+    """Read a checkpoint for mmengine, with the state of a run, from a file or an http address; code never runs.
+
+    mmengine's own reader tries this first and then reads the file without any restriction.
+    """
+    path = locate(Path(filename).expanduser() if "://" not in filename else filename)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; give the path of a .pth file")
+    try:
+        return unpickle(path, real=_REAL, map_location=map_location)
+    except Exception as error:  # of pickle, zipfile and torch
+        raise CheckpointError(explain(path, error)) from error
+
+
+def read_safely() -> None:
+    """Let mmengine read every checkpoint, whoever asks for it, through `load_from_file`."""
+    CheckpointLoader.register_scheme(prefixes=("", "http://", "https://"), loader=load_from_file, force=True)
 
 
 def check_weights(source: str | None) -> None:
     """Raise CheckpointError if the weights are missing or damaged; mmengine's own addresses and plain names pass."""
     if not source or ("://" in source and not source.startswith(("hf://", "http://", "https://", "package://"))):
         return
-    path = locate(source)
-    if path.is_dir() and not any(file.suffix in SUFFIXES for file in path.iterdir()):
-        raise CheckpointError(f"{path} is a folder without weights; give a .pth, .pt or .safetensors file")
+    path, _ = split_entry(locate(source))
     if path.is_file():
         check_complete(path)
-    elif not path.is_dir() and (path.suffix or os.sep in str(path)):  # others are names, such as 'released'
+    elif path.suffix or os.sep in str(path):  # others are names, such as 'released'
         raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a file that exists")
 
 
@@ -36,3 +89,91 @@ def check_pretrained(cfg: Config) -> None:
                 f"{error}, with --cfg-options {place}.init_cfg.checkpoint=FILE; "
                 f"or train from random weights on purpose with --cfg-options {place}.init_cfg=None"
             ) from error
+
+
+def load_strictly(runner: Runner) -> None:
+    """Let `runner` refuse a checkpoint that does not match; mmengine would load what matches and continue."""
+    load = runner.load_checkpoint
+
+    def strictly(filename: str, **options: Any) -> Any:
+        try:
+            return load(filename, **{**options, "strict": True})
+        except TrainingError:
+            raise
+        except RuntimeError as error:
+            raise _mismatch(filename, error) from error
+
+    runner.load_checkpoint = strictly
+
+
+def load_weights_of_any_layout(runner: Runner) -> None:
+    """Let `runner` load weights alone, strictly: of our training, a safetensors file, a released detector."""
+
+    def load(source: str, **_: Any) -> Any:
+        model = _model(runner)
+        if hasattr(model, "load_encoder"):  # the model is an encoder: its file, in any layout, or 'released'
+            model.load_encoder(source)
+            runner.logger.info(f"Load encoder from {source}")
+            return {}
+        path, checkpoint = _read(runner, source)
+        try:
+            load_state_dict(model, checkpoint["state_dict"], strict=True)
+        except RuntimeError as error:
+            raise _mismatch(path, error) from error
+        runner.logger.info(f"Load checkpoint from {path}")
+        return checkpoint
+
+    runner.load_checkpoint = load
+
+
+def load_what_fits(runner: Runner) -> None:
+    """Let `runner` load the weights of `load_from` that its model has too, in name and shape, and say which did not.
+
+    Raises CheckpointError, when the run starts, if they are less than half of the model's values, or than the config's
+    `load_from_share`.
+    """
+
+    def load(source: str, **_: Any) -> Any:
+        path, checkpoint = _read(runner, source)
+        model = _model(runner)
+        state, expected = checkpoint["state_dict"], model.state_dict()
+        fits = [name for name, value in expected.items() if name in state and state[name].shape == value.shape]
+        share = sum(expected[name].numel() for name in fits) / max(sum(x.numel() for x in expected.values()), 1)
+        problems = mismatch(state, expected)
+        text = f"{len(fits)} of {len(expected)} tensors of the model, {share:.0%} of the values, are in {path}"
+        if share < runner.cfg.get("load_from_share", _SHARE):
+            raise CheckpointError(
+                f"{text}. {problems}. Give a checkpoint of this model as load_from, or start from less on purpose with "
+                "--cfg-options load_from_share=0"
+            )
+        passed = {name: x for name, x in state.items() if name not in expected or x.shape == expected[name].shape}
+        load_state_dict(model, passed, strict=False, logger="silent")
+        (runner.logger.warning if problems else runner.logger.info)(f"{text}. {problems}".removesuffix(" "))
+        runner._has_loaded = True
+        return checkpoint
+
+    runner.load_checkpoint = load
+
+
+def _read(runner: Runner, source: str) -> tuple[Path, dict[str, Any]]:
+    """Read weights under the names of the runner's model; its hooks see them as mmengine's do."""
+    path = locate(source)
+    check_complete(split_entry(path)[0])
+    file = read_checkpoint(path, in_parts=hasattr(type(runner), "checkpoint_file"))
+    checkpoint = {**file.rest, "state_dict": unwrap(to_mmdet(file), _names(_model(runner)))}
+    if "parts" in checkpoint:  # the runner reads them when it calls the hooks
+        runner.checkpoint_file = file.path
+    runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    return path, checkpoint
+
+
+def _model(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _names(model: nn.Module) -> Mapping[str, Tensor]:
+    return (model.module if isinstance(model, BaseTTAModel) else model).state_dict()
+
+
+def _mismatch(path: object, error: RuntimeError) -> CheckpointError:
+    return CheckpointError(f"{path} does not match the model of this config: {' '.join(str(error).split())[:400]} ...")

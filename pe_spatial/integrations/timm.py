@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import mismatch
 from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
-from pe_spatial.encoder.geometry import block_indices, check_frozen_stages, patch_grid
+from pe_spatial.encoder.geometry import block_indices, check_frozen_stages, check_images, patch_grid
 from pe_spatial.encoder.variants import recipe_rate
 from pe_spatial.errors import ConfigError
 
@@ -161,6 +161,7 @@ class TimmEncoder(PretrainedMixin, nn.Module):
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the maps of `forward` and the class tokens (B, C) after the same blocks, () without a class token."""
+        check_images(images, self.model.patch_embed.proj.weight)
         patch_grid(images, self.patch_size)
         blocks = sorted(set(self.out_indices))  # the order in which timm returns them
         options = dict(norm=self.final_norm, return_prefix_tokens=bool(self.num_prefix_tokens), intermediates_only=True)

@@ -1,4 +1,4 @@
-"""Files of weights as they come: odd objects beside the weights, containers, prefixes, names, folders. Code never runs."""
+"""Files of weights as they come: odd objects, containers, prefixes, names, folders; code never runs."""
 
 import argparse
 import collections
@@ -144,9 +144,7 @@ def test_the_only_container_is_found(tmp_path, state, key):
     [("model", "model_ema"), ("model", "ema_model"), ("state_dict", "state_dict_ema"), ("model", "ema"),
      ("params", "params_ema"), ("model", "teacher"), ("state_dict", "ema_state"), ("module", "ema_model")],
 )  # fmt: skip
-def test_averaged_weights_beside_the_plain_ones_are_named_and_can_be_chosen(
-    tmp_path, state, plain, averaged, caplog
-):
+def test_averaged_weights_beside_the_plain_ones_are_named_and_can_be_chosen(tmp_path, state, plain, averaged, caplog):
     average = {"module": state, "updates": 3} if averaged == "ema" else state
     torch.save({plain: raw(state), averaged: average, "epoch": 1}, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO):
@@ -209,7 +207,9 @@ def test_every_reader_takes_every_prefix(tmp_path, state, prefix, middle):
 # --- files and folders
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "w.pkl", "w.PTH", "w.pt.tar", "weights", "W.SAFETENSORS"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "last.ckpt", "w.pkl", "w.PTH", "w.pt.tar", "weights", "W.SAFETENSORS"]
+)
 def test_an_existing_file_is_a_file_whatever_its_name(tmp_path, state, name, monkeypatch):
     path = tmp_path / name
     save_file(state, path) if path.suffix == ".SAFETENSORS" else torch.save(state, path)
@@ -267,7 +267,10 @@ def shard(state, folder, *, suffix=".safetensors", stem="model", missing=False):
         if not missing or not i:
             content = {name: state[name] for name in inside}
             save_file(content, folder / part) if suffix == ".safetensors" else torch.save(content, folder / part)
-    index = {"metadata": {"total_size": 1}, "weight_map": {name: part for part, inside in parts.items() for name in inside}}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: part for part, inside in parts.items() for name in inside},
+    }
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
 
 
