@@ -31,12 +31,16 @@ from pe_spatial.convert.layouts import (
     Row,
     released_configs,
 )
-from pe_spatial.convert.rope_tables import RopeTables, read_tables, recipe_tables, stored_tables
+from pe_spatial.convert.rope_tables import RopeTables, detector_geometry, read_tables, recipe_tables, stored_tables
 from pe_spatial.encoder.checkpoint import OMITTED, encoder_prefix, rename
 from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, join_names
+from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
 from pe_spatial.encoder.resize import resize_patch_kernel
 
-TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release")
+TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release", "same")
+
+_META = ("dataset_meta", "cfg", "pe_spatial")
+"""What is kept of a checkpoint's 'meta': names of the classes, the config, and facts of this package."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,26 @@ class Conversion:
     added: dict[str, str] = field(default_factory=dict)  # name in `state` that is not in the file -> reason
     notes: list[str] = field(default_factory=list)  # sentences that a user should read
     rope: RopeTables | None = None  # a released detector's, where they are known
+    meta: dict[str, Any] = field(default_factory=dict)  # names of the classes and config, for MMDetection
 
 
 def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
     """Bring an encoder or a detector into the layout `to`, one of `TARGETS`.
 
     The classes of Meta's DETA are COCO's category ids, 0 to 90. MMDetection's layout keeps the 80 ids in use, in their
-    order, or all 91 with `all_classes`, which can be converted back. Other numbers of classes stay as they are.
+    order, or all 91 with `all_classes`, which can be converted back. Other numbers of classes stay as they are. 'same'
+    keeps the names of any checkpoint, and omits what is not weights.
 
     Raises CheckpointError for a file of no known layout, for tensors that have no counterpart or another shape than the
     rest of the file asks for, and where the layout `to` has no names for this model.
     """
+    meta = _kept_meta(file.rest)
+    if to == "same":
+        layout = (_find_detector(file.state) or ("", "", "same"))[2]
+        names = {name: name for name in file.state}
+        dropped = _omitted_entries(file.rest)
+        return Conversion(file.path, "checkpoint", layout, layout, file.state, names, dropped, meta=meta)
+    meta.pop("pe_spatial", None)  # it is read from the file or its tables, and written anew
     weights = _with_released_names(file.state)
     layout_in = _find_layout(weights)
     if layout_in is None:
@@ -91,10 +104,10 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
         out[ours] = value.reshape(((1,) * axes + tuple(value.shape))[-axes:])
     if kind == "encoder":
         resized = _fit_kernel(file.path, out, target, sizes)
-        return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized)
+        return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized, meta=meta)
 
     tables, deviation = read_tables(file, layout, rope, sizes) if rope else (stored_tables(file, sizes), 0.0)
-    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, rope=tables)
+    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, rope=tables, meta=meta)
     if layout == target:
         out |= rope | aliases
         renamed |= {prefix + name: name for name in rope | aliases}
@@ -105,6 +118,11 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
         dropped |= {prefix + name: f"second name of {_first_name(name)}" for name in aliases}
         if kind == "DETA":
             _fit_deta(done, sizes, all_classes)
+        elif tables:
+            side = math.isqrt(sizes["n"])
+            blocks = GLOBAL_BLOCKS.get(sizes["d"], tables.geometry.global_attn_indexes)
+            recipe = detector_geometry(pos_grid=side, window_size=side, rope_grid=side, blocks=blocks or ())
+            _note_geometry(done, "vitdet", tables.geometry == recipe)
         return done
     if kind == "DETA":
         _add_aliases(done, sizes)
@@ -136,6 +154,7 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
     path = Path(path)
     check_destination(path, conversion.path)
     facts = {} if conversion.rope is None else {"pe_spatial": asdict(conversion.rope)}
+    meta = conversion.meta | (facts if conversion.layout_out == "mmdet" else {})
     state = {name: _compact(value) for name, value in conversion.state.items()}
     wrapped: dict[str, Any] = {"model": state} if conversion.layout_out in ENCODERS else {"state_dict": state}
     try:
@@ -144,11 +163,12 @@ def write_checkpoint(path: str | Path, conversion: Conversion) -> int:
                 from safetensors.torch import save_file
 
                 described = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
+                described |= {"meta": json.dumps(conversion.meta)} if conversion.meta else {}
                 save_file(_unshared(state), unfinished, described)
             elif conversion.layout_out == "release":
                 torch.save(state, unfinished)
             else:
-                torch.save(wrapped | ({"meta": facts} if conversion.layout_out == "mmdet" else {}), unfinished)
+                torch.save(wrapped | ({"meta": meta} if meta or conversion.layout_out == "mmdet" else {}), unfinished)
     except Exception as error:
         # OSError from the file system, RuntimeError from torch, SafetensorError
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -213,9 +233,27 @@ def _remove_unused(path: Path, state: dict[str, Tensor]) -> dict[str, str]:
     return unused
 
 
+def _kept_meta(rest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint tells MMDetection besides its weights: plain data of three known entries."""
+    meta = rest.get("meta")
+    kept = {name: _plain(meta[name]) for name in _META if name in meta} if isinstance(meta, Mapping) else {}
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Return the texts, numbers, sequences and mappings of `value`; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value if isinstance(value, str | int | float | bool) else None
+
+
 def _omitted_entries(rest: Mapping[str, Any]) -> dict[str, str]:
-    ours = {"format", "pe_spatial"} | ({"meta"} if set(rest.get("meta") or ()) <= {"pe_spatial"} else set())
-    return {name: "training state or description, not weights" for name in rest if name not in ours}
+    meta = rest.get("meta")
+    kept = {"format", "pe_spatial"} | ({"meta"} if isinstance(meta, Mapping) and meta.keys() <= set(_META) else set())
+    why = {"meta": f"state of the run; kept: {join_names(_kept_meta(rest))}"}
+    return {name: why.get(name, "training state or description, not weights") for name in rest if name not in kept}
 
 
 def _name(row: Row, layout: str) -> str:
@@ -252,7 +290,8 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     if extra or missing:
         raise CheckpointError(
             f"{path} does not map one to one from {layout} to {target}; only in the file: {join_names(extra)}; "
-            f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}"
+            f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}; "
+            "--to same keeps the names of any checkpoint"
         )
     nameless = [row.ours for row in table.values() if not _name(row, target)]
     if nameless:
@@ -350,10 +389,16 @@ def _fit_deta(done: Conversion, sizes: Mapping[str, int], all_classes: bool) -> 
             done.resized[name] = f"{tuple(value.shape)} -> {tuple(kept.shape)}"
         done.notes.append("of 91 classes the 80 of COCO are kept; the last head keeps the objectness, its first")
     ours, recipe = done.rope, recipe_tables("DETA", sizes)
-    if ours and (recipe is None or (ours.geometry, ours.num_heads) != (recipe.geometry, recipe.num_heads)):
-        geometry = ours.geometry
+    same = ours and recipe and (ours.geometry, ours.num_heads) == (recipe.geometry, recipe.num_heads)
+    _note_geometry(done, "deta", not ours or bool(same))
+
+
+def _note_geometry(done: Conversion, preset: str, same: bool) -> None:
+    """Note the geometry that a config must set, unless it is the `same` as that of its preset."""
+    if done.rope and not same:
+        geometry = done.rope.geometry
         done.notes.append(
-            f"the geometry of its encoder is not 'deta': window_size={geometry.window_size}, "
+            f"the geometry of its encoder is not {preset!r}: window_size={geometry.window_size}, "
             f"rope_grid={geometry.rope_grid}, pos_grid={geometry.pos_grid}, "
             f"global_attn_indexes={geometry.global_attn_indexes}"
         )

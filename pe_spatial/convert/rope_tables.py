@@ -80,7 +80,8 @@ def read_tables(
         geometry=detector_geometry(
             pos_grid=pos_grid,
             window_size=math.isqrt(windows.shape[0]),
-            rope_grid=_rope_range(windows, rope.get(f"{prefix}rope_win.freqs_sin")) if layout == "deta" else pos_grid,
+            rope_grid=_rope_range(windows, rope.get(f"{prefix}rope_win.freqs_sin"))
+            or (_DETA_RANGE if layout == "deta" else pos_grid),
             blocks=blocks,
         ),
         num_heads=max(sizes["e"] // images.shape[1], 1),
@@ -103,11 +104,11 @@ def read_tables(
     return tables, deviation
 
 
-def _rope_range(cos: Tensor, sin: Tensor | None) -> int:
-    """Return DETA's rope_grid, which the shapes do not tell, from the angle between two cells of a row."""
+def _rope_range(cos: Tensor, sin: Tensor | None) -> int | None:
+    """Return rope_grid, which the shapes do not tell, from the angle between two cells of a row."""
     side = math.isqrt(cos.shape[0])
     if cos.is_meta or sin is None or sin.shape != cos.shape or side < 2:
-        return _DETA_RANGE
+        return None
     first, second = torch.atan2(sin[:2, 0].double(), cos[:2, 0].double()).tolist()
     return round((second - first) % math.tau * side)
 
@@ -115,7 +116,7 @@ def _rope_range(cos: Tensor, sin: Tensor | None) -> int:
 def stored_tables(file: CheckpointFile, sizes: Mapping[str, int]) -> RopeTables | None:
     """Return the geometry that a converted file carries: an entry of its meta, or JSON in safetensors' metadata."""
     meta = file.rest.get("meta")
-    entry = meta.get("pe_spatial") if isinstance(meta, Mapping) else file.rest.get("pe_spatial")
+    entry = (meta if isinstance(meta, Mapping) else {}).get("pe_spatial", file.rest.get("pe_spatial"))
     if entry is None:
         return None
     try:

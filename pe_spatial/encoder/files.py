@@ -31,6 +31,7 @@ _CHOICES = (
 )  # fmt: skip
 # names that torch.compile, FSDP and recomputation put into the name of every module that they wrap
 _WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NESTED = 5  # entries in one another; a pickle may contain itself
 _INDEX = ".index.json"
 # files of weights in a folder: not hidden, no state of a trainer, no part of a file with an index
 _WEIGHTS = re.compile(
@@ -78,8 +79,8 @@ def read_checkpoint(path: str | Path, *, in_parts: bool = False) -> CheckpointFi
     """
     path, entry = split_entry(path)
     content, rest = _read(path)
-    while isinstance(content, Mapping):
-        inner = _choose(path, content, entry)
+    for _ in range(_NESTED):
+        inner = _choose(path, content, entry) if isinstance(content, Mapping) else None
         if inner is None:
             break
         entry = None
@@ -146,11 +147,13 @@ def _choose(path: Path, content: Mapping[Any, Any], entry: str | None) -> str | 
     return plain or (others[0] if others else None)
 
 
-def _holds_weights(value: Any) -> bool:
-    if not isinstance(value, Mapping):
+def _holds_weights(value: Any, depth: int = 3) -> bool:
+    """Return whether `value` holds tensors by name, itself or in an entry of a known name."""
+    if not isinstance(value, Mapping) or not depth:
         return False
-    inner = next((value[key] for key in _CONTAINERS if isinstance(value.get(key), Mapping)), value)
-    return any(isinstance(name, str) and isinstance(x, Tensor) for name, x in inner.items())
+    if any(isinstance(name, str) and isinstance(x, Tensor) for name, x in value.items()):
+        return True
+    return any(_holds_weights(value.get(key), depth - 1) for key in (*_CONTAINERS, *_CHOICES))
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,7 +179,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}, dict(tensors.metadata() or {})
+                facts: dict[str, Any] = dict(tensors.metadata() or {})
+                if "meta" in facts:  # as `write_checkpoint` writes it
+                    facts["meta"] = json.loads(facts["meta"])
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}, facts
         return unpickle(path, mmap=True), {}
     except CheckpointError:
         raise
