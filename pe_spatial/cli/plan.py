@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help=counted)
     reached = "fraction of the peak rates that a training reaches (default: 0.4)"
     parser.add_argument("--efficiency", type=float, default=0.4, metavar="FRACTION", help=reached)
-    peak = "peak rate of one GPU in {} (default: {}, H100 SXM, dense{})"
-    brain, single = peak.format("bfloat16", 989, ""), peak.format("float32", 67, ", without TF32")
-    parser.add_argument("--bfloat16-rate", type=float, default=989, metavar="TFLOPS", help=brain)
-    parser.add_argument("--float32-rate", type=float, default=67, metavar="TFLOPS", help=single)
+    peak = "peak rate of one GPU in {} (default: of an A10 up to 24 GB, an A40 up to 48, an H100 SXM above; dense{})"
+    brain, single = peak.format("bfloat16", ""), peak.format("float32", ", without TF32")
+    parser.add_argument("--bfloat16-rate", type=float, metavar="TFLOPS", help=brain)
+    parser.add_argument("--float32-rate", type=float, metavar="TFLOPS", help=single)
     parser.add_argument("--json", metavar="OUT", help="also write the rows to this file, in bytes and operations")
     add_cfg_options(parser)
 

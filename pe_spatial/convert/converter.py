@@ -34,8 +34,8 @@ from pe_spatial.convert.layouts import (
 from pe_spatial.convert.rope_tables import RopeTables, detector_geometry, read_tables, recipe_tables, stored_tables
 from pe_spatial.encoder.checkpoint import OMITTED, encoder_prefix, rename
 from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, join_names
-from pe_spatial.encoder.geometry import GLOBAL_BLOCKS
 from pe_spatial.encoder.resize import resize_patch_kernel
+from pe_spatial.encoder.variants import VITDET_RECIPES
 
 TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release", "same")
 
@@ -120,8 +120,8 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
             _fit_deta(done, sizes, all_classes)
         elif tables:
             side = math.isqrt(sizes["n"])
-            blocks = GLOBAL_BLOCKS.get(sizes["d"], tables.geometry.global_attn_indexes)
-            recipe = detector_geometry(pos_grid=side, window_size=side, rope_grid=side, blocks=blocks or ())
+            blocks = VITDET_RECIPES.get(sizes["d"], tables.geometry).global_attn_indexes or ()
+            recipe = detector_geometry(pos_grid=side, window_size=side, rope_grid=side, blocks=blocks)
             _note_geometry(done, "vitdet", tables.geometry == recipe)
         return done
     if kind == "DETA":

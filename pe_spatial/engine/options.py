@@ -14,8 +14,8 @@ from mmengine.runner import Runner
 from pe_spatial.errors import ConfigError
 
 RUN_KEYS = frozenset(inspect.signature(Runner).parameters) | {
-    "auto_scale_lr", "compile", "custom_imports", "find_unused_parameters", "model_wrapper_cfg", "param_scheduler",
-    "runner_type", "sharded_checkpoints", "sync_bn", "tta_evaluator", "tta_model", "tta_pipeline",
+    "auto_scale_lr", "compile", "custom_imports", "find_unused_parameters", "load_from_share", "model_wrapper_cfg",
+    "param_scheduler", "runner_type", "sharded_checkpoints", "sync_bn", "tta_evaluator", "tta_model", "tta_pipeline",
 }  # fmt: skip
 """The keys at the top level of a config that a run reads; others are variables of the file."""
 

@@ -43,10 +43,15 @@ def describe(row: Mapping[str, Any], hardware: Hardware, *, config: str, images:
 
 def explain(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
     """Return the lines below the table; docs/nodes.md explains the columns."""
+    assumed, option = hardware.assumed, rows[0]["option"]
+    recompute = f"model.{option}=True" if option else "with_cp of the backbone"
     lines = [
         f"\nGB (1e9 bytes) of one GPU; fits: total leaves {hardware.reserve:g} GB. Counted: {rows[0]['counted']}.",
-        f"Hours assume {hardware.efficiency:.0%} of {hardware.bfloat16_rate:g} TFLOP/s in bfloat16 and of "
-        f"{hardware.float32_rate:g} TFLOP/s in float32 (--efficiency), without data loading and validation.",
+        f"Hours assume {hardware.efficiency:.0%} of {assumed.bfloat16:g} TFLOP/s in bfloat16 and of "
+        f"{assumed.float32:g} TFLOP/s in float32 ({assumed.name}; --efficiency, --bfloat16-rate, --float32-rate), "
+        "without data loading and validation.",
+        f"Set by --cfg-options: train_dataloader.batch_size=N, {recompute} (recomputed), runner_type=ShardedRunner "
+        "(FSDP).",
     ]
     fastest = min(row["seconds"] for row in rows)
     if fastest < SHORT_STEP:

@@ -1,10 +1,10 @@
 """Plans for training runs: every way to keep weights and activations of a config, for several variants and batches."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -23,6 +23,24 @@ COCO_IMAGES = 117266
 """Training images of COCO with objects: assumed where a dataset cannot be read."""
 
 
+class Rates(NamedTuple):
+    """Peak rates of a GPU without sparsity, in TFLOP/s, from its data sheet."""
+
+    memory: float  # GB
+    name: str
+    bfloat16: float
+    float32: float
+
+
+GPUS = (
+    Rates(16, "T4", 65, 8.1),
+    Rates(24, "A10", 125, 31.2),
+    Rates(48, "A40", 149.7, 37.4),
+    Rates(80, "H100", 989, 67),
+)
+"""What is assumed of a GPU by its memory; T4 computes float16 instead of bfloat16. The largest has any more memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """The GPUs of a training run."""
@@ -30,8 +48,8 @@ class Hardware:
     gpus: int = 8  # in all nodes together
     gpu_memory: float = 80  # of one GPU, in GB (1e9 bytes)
     reserve: float = 4  # memory to leave free on each, in GB
-    bfloat16_rate: float = 989  # peak rate of one GPU, in TFLOP/s
-    float32_rate: float = 67
+    bfloat16_rate: float | None = None  # peak rate of one GPU, in TFLOP/s; None takes that of `assumed`
+    float32_rate: float | None = None
     efficiency: float = 0.4  # fraction of the peak rates that a training reaches
 
     @property
@@ -39,9 +57,17 @@ class Hardware:
         """Memory of one GPU that a training may take, in bytes."""
         return (self.gpu_memory - self.reserve) * GB
 
+    @property
+    def assumed(self) -> Rates:
+        """The row of `GPUS` with this memory, with the rates that were given instead of its own."""
+        row = next((row for row in GPUS if self.gpu_memory <= row.memory), GPUS[-1])
+        given = {"bfloat16": self.bfloat16_rate, "float32": self.float32_rate}
+        given = {name: rate for name, rate in given.items() if rate is not None}
+        return row._replace(name="as given" if len(given) == 2 else row.name, **given)
+
     def seconds(self, step: Step) -> float:
         """Return the time that the computation of a step takes."""
-        rates = {torch.float32: self.float32_rate, torch.bfloat16: self.bfloat16_rate}
+        rates = {torch.float32: self.assumed.float32, torch.bfloat16: self.assumed.bfloat16}
         return sum(n / (rates[dtype] * TERA * self.efficiency) for dtype, n in step.step_flops.items())
 
 
@@ -63,6 +89,16 @@ def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
         variant = encoder.get("variant", encoder.get("type"))
         result[variant if isinstance(variant, str) else "own"] = changed
     return result
+
+
+def checkpointing_option(model: Any) -> str | None:
+    """Return the option of a config by which its encoder recomputes activations; None if it has no such encoder."""
+    if not isinstance(model, Mapping):
+        return None
+    if "variant" in model:
+        return "grad_checkpointing" if "type" in model else "encoder_options.grad_checkpointing"
+    inner = ((key, checkpointing_option(value)) for key, value in model.items())
+    return next((f"{key}.{option}" for key, option in inner if option), None)
 
 
 def batch_shape(cfg: Config, images: Any = None) -> dict[str, Any]:
@@ -137,7 +173,10 @@ def plan(
     weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
     if hardware.gpus > 1:
         weights["FSDP"] = measure_weights(model, optimizer, shards=hardware.gpus, bfloat16=bfloat16)
-    common = dict(**shape, batch=batch_size, bfloat16=bfloat16, number=sum(p.numel() for p in model.parameters()))
+    option = checkpointing_option(cfg.model)
+    common = dict(
+        **shape, option=option, batch=batch_size, bfloat16=bfloat16, number=sum(p.numel() for p in model.parameters())
+    )
     rows = []
     for recomputed in (False, True):
         set_checkpointing(model, recomputed)

@@ -53,7 +53,7 @@ RANDOM = ("--cfg-options", "model.backbone.init_cfg=None")
     ("arguments", "message"),
     [
         (("test", "c.py", "gone.pth"), "no checkpoint at gone.pth"),
-        (("test", "c.py", "data"), "data is a folder"),
+        (("test", "c.py", "data"), "data should hold one file of weights"),
         (("train", "c.py", *RANDOM, "load_from=gone.pth"), "no checkpoint at gone.pth"),
         (("train", "c.py", "--cfg-options", "model.backbone.init_cfg.checkpoint=gone.pt"), "no checkpoint at gone.pt"),
         (("train", "c.py", *RANDOM, "--data-root", "elsewhere"), "elsewhere/annotations/instances_train2017.json"),

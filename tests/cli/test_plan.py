@@ -19,6 +19,7 @@ from pe_spatial.errors import ConfigError
 from pe_spatial.planning import search
 from pe_spatial.planning.planner import measure_weights
 from pe_spatial.planning.registry import read_shape
+from pe_spatial.planning.report import explain
 
 pytestmark = pytest.mark.mmseg
 
@@ -52,12 +53,36 @@ def test_rows_follow_from_one_another(capsys, tmp_path):
         assert f"| {row['total'] / 1e9:.2f} | {fits} | {row['largest_batch']} |" in out
         assert (row["largest_batch"] >= 3) == (fits == "yes")
     assert "512 x 512 px, 3 images on each of 4 GPUs of 6 GB, float32" in out
-    assert "50% of 989 TFLOP/s in bfloat16 and of 10 TFLOP/s in float32" in out
+    assert "50% of 65 TFLOP/s in bfloat16 and of 10 TFLOP/s in float32 (T4;" in out
     assert "Counted: backbone, decode head and its loss." in out
     assert "epoch: 1000; run: 40000 iterations." in out
     assert rows[0]["run_hours"] == pytest.approx(40000 * rows[0]["seconds"] / 3600)
     assert "does not reach these rates" in out
     assert len([line for line in out.splitlines() if line.startswith("| pe_")]) == 8
+
+
+@pytest.mark.parametrize(
+    ("memory", "name", "rates"), [(16, "T4", (65, 8.1)), (24, "A10", (125, 31.2)), (48, "A40", (149.7, 37.4)),
+                                  (80, "H100", (989, 67)), (141, "H100", (989, 67))],
+)  # fmt: skip
+def test_rates_are_those_of_a_gpu_with_this_memory(memory, name, rates):
+    assert (assumed := search.Hardware(gpu_memory=memory).assumed)[1:] == (name, *rates)
+    assert search.Hardware(gpu_memory=memory, float32_rate=10).assumed == assumed._replace(float32=10)
+
+
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [(dict(backbone=dict(type="PerceptionEncoderPyramid", variant="x")), "backbone.grad_checkpointing"),
+     (dict(detector=dict(backbone=dict(type="X", variant="x"))), "detector.backbone.grad_checkpointing"),
+     (dict(tracker=dict(variant="x")), "tracker.encoder_options.grad_checkpointing"),
+     (dict(backbone=dict(type="ResNet")), None)],
+)  # fmt: skip
+def test_text_names_the_options_that_set_a_row(model, option):
+    assert search.checkpointing_option(model) == option
+    text = explain([dict(counted="all", option=option, seconds=1)], search.Hardware(gpu_memory=24))
+    assert "train_dataloader.batch_size=N" in text
+    assert (f"model.{option}=True" if option else "with_cp") in text
+    assert "A10" in text
 
 
 def test_largest_batch_is_the_largest_that_fits(capsys, tmp_path):
