@@ -119,8 +119,8 @@ class CheckClassesHook(Hook):
         datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if isinstance(loop, BaseLoop)}
         metas = {split: getattr(dataset, "metainfo", {}) for split, dataset in datasets.items()}
         check_classes(runner.cfg.get("model"), metas)
-        for dataset in datasets.values():
-            classes, ids = dataset.metainfo.get("classes", ()), getattr(dataset, "cat_ids", None)
+        for split, dataset in datasets.items():
+            classes, ids = metas[split].get("classes") or (), getattr(dataset, "cat_ids", None)
             if ids is not None and len(ids) < len(classes):  # mmdet's own dataset numbers the others without a gap
                 text = (
                     f"{dataset.ann_file} has {len(ids)} of the {len(classes)} classes ({listed(classes)}) of the "

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("mmdet")
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.runner import BaseLoop
 
 import pe_spatial.engine
-from pe_spatial.engine.checks import check_classes, check_files, empty_sets_as_errors
+from pe_spatial.engine.checks import CheckClassesHook, check_classes, check_files, empty_sets_as_errors
 from pe_spatial.engine.configs import installed_config
 from pe_spatial.engine.evaluation import limit_test, write_predictions
 from pe_spatial.engine.options import set_options
@@ -138,6 +141,36 @@ def test_sets_of_different_classes():
     panoptic = dict(train=dict(classes=("cat", "sky"), thing_classes=("cat",)))
     check_classes(dict(roi_head=dict(num_classes=1), panoptic_head=dict(num_classes=2)), panoptic)
     check_classes(dict(head=dict(num_classes=3)), dict(train=dict(classes=None), val={}))
+
+
+class Loop(BaseLoop):
+    def __init__(self, **dataset):
+        self.dataloader = SimpleNamespace(dataset=SimpleNamespace(**dataset))
+
+    def run(self):
+        raise NotImplementedError
+
+
+def test_hook_looks_at_the_loops_that_were_built(log):
+    """mmdet's own dataset drops categories that the file lacks, without a word, and renumbers the others."""
+    runner = SimpleNamespace(
+        cfg=dict(model=dict(head=dict(num_classes=2))),
+        logger=MMLogger.get_current_instance(),
+        _train_loop=Loop(),  # a set without classes
+        _val_loop=Loop(metainfo=dict(classes=("a", "b")), cat_ids=[1, 2], ann_file="x.json"),
+        _test_loop=dict(type="TestLoop"),
+    )
+    CheckClassesHook().before_run(runner)
+    assert not log
+    runner._val_loop.dataloader.dataset.cat_ids = [1]
+    CheckClassesHook().before_run(runner)
+    assert "x.json has 1 of the 2 classes (a, b)" in log[-1][0]
+    runner._val_loop.dataloader.dataset.cat_ids = []
+    with pytest.raises(DatasetError, match="has 0 of the 2 classes"):
+        CheckClassesHook().before_run(runner)
+    runner.cfg["model"]["head"]["num_classes"] = 3
+    with pytest.raises(ConfigError, match=r"model\.head\.num_classes is 3"):
+        CheckClassesHook().before_run(runner)
 
 
 def test_limit_reads_and_evaluates_the_first_images(cfg):
