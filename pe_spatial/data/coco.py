@@ -1,14 +1,15 @@
 """COCO files in the layouts of COCO, Roboflow, CVAT, LVIS and Objects365."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.data.files import Files, Part, Reading, read_json, split_of
+from pe_spatial.data.files import Files, read_json, split_of
+from pe_spatial.data.parts import Part, Reading
 from pe_spatial.errors import DatasetError, listed
 
-_OTHER_TASKS = re.compile(r"(panoptic|stuff|captions?|(?:person_)?keypoints|image_info|densepose|results?)(?![a-z])")
+_OTHER_TASKS = re.compile(r"(panoptic|stuff|captions?|(?:person_)?keypoints|image_info|densepose|unlabeled)(?![a-z])")
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -17,27 +18,8 @@ def is_other_task(path: Path) -> bool:
     return _OTHER_TASKS.match(path.stem.lower()) is not None
 
 
-def read_folder(files: Files, candidates: Sequence[Path]) -> Reading | None:
-    """Read the instance files of a folder; None if there are none.
-
-    Args:
-        files: all files of the dataset.
-        candidates: its JSON files.
-    """
-    notes: list[str] = []
-    contents: dict[Path, Any] = {}
-    named = [path for path in candidates if is_other_task(path)]
-    if named:
-        notes.append(f"omitted by their names: {listed([files.relative(path) for path in named])}")
-    for path in candidates:
-        if path not in named and len(path.relative_to(files.root).parts) <= 3:
-            contents[path] = read_json(path)
-    instances = {path: content for path, content in contents.items() if _is_instances(content)}
-    others = [files.relative(path) for path in contents if path not in instances]
-    if not instances:
-        return None
-    if others:
-        notes.append(f"omitted, as they contain no instances: {listed(others)}")
+def read_folder(files: Files, instances: Mapping[Path, dict[str, Any]], notes: list[str]) -> Reading:
+    """Read the instance files of a folder, path -> content."""
     by_split: dict[str, list[Path]] = {}
     for path in instances:
         by_split.setdefault(files.split_of(path) or "train", []).append(path)
@@ -56,7 +38,7 @@ def read_folder(files: Files, candidates: Sequence[Path]) -> Reading | None:
 def read_file(path: Path) -> Reading:
     """Read one file as the training part, and its counterpart for validation if there is one beside it."""
     content = read_json(path)
-    if not _is_instances(content):
+    if not is_instances(content):
         if isinstance(content, dict) and "shapes" in content:
             raise DatasetError(f"{path} is the LabelMe file of one image; give the folder that contains it")
         raise DatasetError(
@@ -72,7 +54,7 @@ def read_file(path: Path) -> Reading:
     counterpart = _counterpart(path, files)
     if counterpart:
         other = read_json(counterpart)
-        if _is_instances(other):
+        if is_instances(other):
             notes.append(f"validation uses its counterpart {counterpart}")
             parts["val"] = _part(other, counterpart, files, notes)
     return Reading(_form(parts), parts, notes)
@@ -90,7 +72,7 @@ def _counterpart(path: Path, files: Files) -> Path | None:
     return None
 
 
-def _is_instances(content: Any) -> bool:
+def is_instances(content: Any) -> bool:
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in _LISTS):
         return False
     first = next(iter(content["annotations"]), None)

@@ -4,14 +4,15 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pe_spatial.atomic import atomic_write
-from pe_spatial.data import coco
-from pe_spatial.data.files import Files, Part, Reading
+from pe_spatial.data import coco, labelme, voc, yolo
+from pe_spatial.data.files import Files, progress, read_json
+from pe_spatial.data.parts import Part, Reading
 from pe_spatial.data.splitting import split_off
 from pe_spatial.errors import DatasetError, listed
 
@@ -84,9 +85,13 @@ def open_dataset(path: str | Path, *, val_fraction: float = 0.1, seed: int = 0) 
         reading = _read_folder(path)
     elif path.suffix.lower() == ".json":
         reading = coco.read_file(path)
+    elif path.suffix.lower() in yolo.SUFFIXES:
+        reading = yolo.read_yaml(path)
     else:
         raise DatasetError(f"{path.name} is neither a folder nor a JSON nor a YAML; give {FORMS}")
     notes = list(reading.notes)
+    if "test" in reading.parts and not reading.parts["test"].annotations:
+        notes.append(f"the test part ({reading.parts.pop('test').source}) has no objects and is omitted")
     classes = _unify_classes(reading.parts, notes)
     if "val" not in reading.parts:
         _split_off(reading.parts, notes, path, val_fraction, seed)
@@ -122,13 +127,63 @@ def write_splits(dataset: OwnDataset, folder: str | Path) -> dict[str, Path]:
 
 
 def _read_folder(folder: Path) -> Reading:
-    files = Files(folder)
-    reading = coco.read_folder(files, files.by_suffix[".json"])
-    if reading:
-        return reading
+    files, notes = Files(folder), []  # type: tuple[Files, list[str]]
+    instances, shapes = _read_jsons(files, notes)
+    yamls = [path for suffix in yolo.SUFFIXES for path in files.by_suffix[suffix] if yolo.is_dataset(path)]
+    annotations = voc.read_xmls(files.by_suffix[".xml"])
+    present: dict[str, Collection[Path]] = {
+        "COCO": instances, "YOLO": yamls, "Pascal VOC": annotations, "LabelMe": shapes
+    }  # fmt: skip
+    forms = {form: paths for form, paths in present.items() if paths}
+    if len(forms) > 1:
+        examples = " and ".join(f"{form} ({files.relative(next(iter(paths)))})" for form, paths in forms.items())
+        raise DatasetError(
+            f"{folder} has labels in several forms, {examples}; give the path of the JSON or YAML, or move the others"
+        )
+    if instances:
+        return coco.read_folder(files, instances, notes)
+    if yamls:
+        if len(yamls) > 1:
+            names = listed([files.relative(path) for path in yamls])
+            raise DatasetError(f"{folder} has several YAML files of YOLO, {names}; give the path of one of them")
+        return yolo.read_yaml(yamls[0])
+    if annotations:
+        return voc.read_folder(files, annotations, notes)
+    if shapes:
+        return labelme.read_folder(files, shapes, notes)
+    raise DatasetError(f"{folder} {_why_nothing(files)} (docs/own_data.md)")
+
+
+def _read_jsons(files: Files, notes: list[str]) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """Read the JSON files of a folder; return the contents of COCO's and of LabelMe's by path."""
+    paths = files.by_suffix[".json"]
+    named = [path for path in paths if coco.is_other_task(path)]
+    if named:
+        notes.append(f"omitted by their names: {listed([files.relative(path) for path in named])}")
+    instances, shapes, others = {}, {}, []
+    for path in progress([path for path in paths if path not in set(named)], "reading JSON files"):
+        content = read_json(path)
+        if coco.is_instances(content):
+            instances[path] = content
+        elif labelme.is_labelme(content):
+            shapes[path] = content
+        else:
+            others.append(files.relative(path))
+    if others:
+        notes.append(f"omitted, as they contain no objects: {listed(others)}")
+    return instances, shapes
+
+
+def _why_nothing(files: Files) -> str:
     if not files.images and not any(files.by_suffix.values()):
-        raise DatasetError(f"{folder} is empty; give a folder with images and {FORMS}")
-    raise DatasetError(f"{folder} has {len(files.images)} images, but no labels; add {FORMS} (docs/own_data.md)")
+        return f"is empty; give a folder with images and {FORMS}"
+    labels = [path for path in files.by_suffix[".txt"] if "labels" in path.parts]
+    if labels:
+        return (
+            f"has {len(labels)} label files of YOLO, but no data.yaml that names the classes; write one with the lines "
+            "'train: images/train', 'val: images/val' and 'names: [FIRST, SECOND]'"
+        )
+    return f"has {len(files.images)} images, but no labels; add {FORMS}"
 
 
 def _unify_classes(parts: dict[str, Part], notes: list[str]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,25 +16,6 @@ from pe_spatial.images import image_suffixes
 T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 _SPLIT = re.compile(r"(?<![a-z])(?:(train(?:ing|val)?)|(min-?ival|val(?:id(?:ation)?)?)|(test(?:ing)?))(?![a-z])")
-
-
-@dataclass
-class Part:
-    """One split as a form has it: COCO's lists, with absolute paths as `file_name`."""
-
-    source: str
-    images: list[dict[str, Any]] = field(default_factory=list)
-    annotations: list[dict[str, Any]] = field(default_factory=list)
-    categories: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Reading:
-    """A dataset as a form has it; `parts` by 'train', 'val', 'test'."""
-
-    form: str
-    parts: dict[str, Part]
-    notes: list[str] = field(default_factory=list)
 
 
 class Files:
