@@ -49,6 +49,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, folder: str = "work
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
 
 
+def add_data(parser: Any) -> None:
+    """Add --data; `own_data.use_data` reads it."""
+    own = (
+        "own dataset for a detection config: a folder, JSON or YAML in the form of COCO, YOLO, Pascal VOC, LabelMe, "
+        "LVIS or Objects365; classes, heads and evaluation follow (docs/own_data.md)"
+    )
+    parser.add_argument("--data", metavar="DATA", help=own)
+
+
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     """Add --verbose; `quiet_start` reads it."""
     parser.add_argument("--verbose", action="store_true", help="show everything that goes to the log file")
@@ -146,6 +155,10 @@ def variant(text: str) -> str | dict[str, Any]:
 
 def comma_separated(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
+
+
+def batch(text: str) -> str | int:
+    return text if text == "auto" else int(text)
 
 
 def layers(text: str) -> str | list[int]:

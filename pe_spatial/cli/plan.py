@@ -10,9 +10,10 @@ import argparse
 import dataclasses
 import importlib
 import json
+import tempfile
 import warnings
 
-from pe_spatial.cli.arguments import CONFIG_HELP, add_cfg_options, without_prints
+from pe_spatial.cli.arguments import CONFIG_HELP, add_cfg_options, add_data, without_prints
 
 # Packages with the examples of a framework's own models; other configs import what they need (custom_imports).
 _PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"}
@@ -20,6 +21,7 @@ _PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=CONFIG_HELP)
+    add_data(parser)
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes (default: 8)")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
     parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free (default: 4)")
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.logging import MMLogger
 
     from pe_spatial.atomic import atomic_write
+    from pe_spatial.cli.own_data import use_data
     from pe_spatial.engine.configs import read_config
     from pe_spatial.engine.options import set_options
     from pe_spatial.errors import ConfigError
@@ -54,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})
-    with without_prints(), warnings.catch_warnings():
+    with without_prints(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as args.work_dir:
         warnings.simplefilter("ignore")
         cfg = read_config(args.config)
+        use_data(args, cfg)
         set_options(cfg, args.cfg_options)
         if cfg.get("default_scope") in _PACKAGES:
             importlib.import_module(_PACKAGES[cfg.default_scope])

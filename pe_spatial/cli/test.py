@@ -8,11 +8,12 @@ tools/dist_test.sh CONFIG CHECKPOINT 8      # on eight GPUs
 
 import argparse
 
-from pe_spatial.cli.arguments import add_config_arguments, add_verbose, load_config, quiet_start
+from pe_spatial.cli.arguments import add_config_arguments, add_data, add_verbose, load_config, quiet_start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
+    add_data(parser)
     parser.add_argument("checkpoint", help="weights: a file, or a released detector at hf://owner/repo/file")
     parser.add_argument("--out", help="write the predictions to this file: .pkl, or .json in COCO's format")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
@@ -26,9 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     with quiet_start(args):
         import pe_spatial.detection  # noqa: F401  (registers the evaluators that a limit or a json needs, and drawing)
+        from pe_spatial.cli.own_data import use_data
+        from pe_spatial.engine.configs import read_config
         from pe_spatial.engine.evaluation import augment_test, draw_predictions, limit_test, test, write_predictions
 
-        cfg = load_config(args)
+        cfg = read_config(args.config)
+        use_data(args, cfg)
+        cfg = load_config(args, cfg)
         cfg.load_from, cfg.resume = args.checkpoint, False
         if args.show or args.show_dir:
             draw_predictions(cfg, folder=args.show_dir, window=args.show, seconds=args.wait_time)

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import init_dist, is_distributed
+from mmengine.dist import init_dist, is_distributed, master_only
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -19,7 +20,7 @@ from pe_spatial.errors import ConfigError, TrainingError
 
 
 class RunnerMixin(QuietStartMixin):
-    """What runners of this package share: the quiet start, and a learning rate scaled by all images of an update."""
+    """What runners of this package share: quiet start, learning rates for all images of an update, kept configs."""
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict[str, Any] | None = None) -> None:
         """As in Runner, which leaves out of account that an update may accumulate several batches."""
@@ -27,6 +28,16 @@ class RunnerMixin(QuietStartMixin):
             batches = optim_wrapper._accumulative_counts
             auto_scale_lr = {**auto_scale_lr, "base_batch_size": auto_scale_lr["base_batch_size"] / batches}
         super().scale_lr(optim_wrapper, auto_scale_lr)  # type: ignore[misc]
+
+    @master_only
+    def dump_config(self) -> None:
+        """As in Runner, but keep the file that this run was started from, if it lies in the work dir."""
+        cfg: Config = self.cfg  # type: ignore[attr-defined]
+        path = Path(self.work_dir, Path(cfg.filename or "").name)  # type: ignore[attr-defined]
+        if cfg.filename and path.is_file() and path.samefile(cfg.filename):
+            cfg.dump(path.with_name(f"complete_{path.name}"))
+        else:
+            super().dump_config()  # type: ignore[misc]
 
 
 class QuietRunner(RunnerMixin, Runner):

@@ -1,7 +1,7 @@
 """A swapped config as a file that inherits the original and states what changed."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -21,22 +21,23 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     out: dict[str, Any] = {}
     for key, new in after.items():
         old = before.get(key)
-        if key in before and _plain(old) == _plain(new):
+        if key in before and plain(old) == plain(new):
             continue
-        if not isinstance(new, Mapping) or not isinstance(old, Mapping):
-            out[key] = _plain(new)
-        elif set(old) - set(new) or old.get("type") != new.get("type"):
-            out[key] = {"_delete_": True, **_plain(new)}
+        if not isinstance(new, Mapping) or key not in before:
+            out[key] = plain(new)
+        elif not isinstance(old, Mapping) or set(old) - set(new) or old.get("type") != new.get("type"):
+            out[key] = {"_delete_": True, **plain(new)}
         else:
             out[key] = difference(old, new)
     return out | {key: None for key in before if key not in after}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a config as dicts, lists and tuples."""
     if isinstance(value, Mapping):
-        return {key: _plain(x) for key, x in value.items() if key != "_scope_"}
+        return {key: plain(x) for key, x in value.items() if key != "_scope_"}
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value] if isinstance(value, list) else tuple(_plain(x) for x in value)
+        return [plain(x) for x in value] if isinstance(value, list) else tuple(plain(x) for x in value)
     return value
 
 
@@ -58,19 +59,49 @@ def write_swapped(cfg: Config, swap: Swap, *, base: str, variant: str) -> str:
     for note in swap.notes:
         lines += textwrap.wrap(f"Note: {note}.", 116, **_COMMENT)
     changes = difference(cfg.to_dict(), swap.cfg.to_dict())
-    lines += ["", f"_base_ = {base!r}", "", *(f"{key} = {_source(value)}" for key, value in changes.items())]
+    lines += ["", f"_base_ = {base!r}", "", *(f"{key} = {source(value)}" for key, value in changes.items())]
     return "\n".join(lines) + "\n"
 
 
-def _source(value: Any, indent: int = 0, room: int = 100) -> str:
-    """Return Python source with `dict(...)`, and with one entry per line where it does not fit on one."""
-    if isinstance(value, Mapping) and all(isinstance(key, str) and key.isidentifier() for key in value):
-        entries, ends = [f"{key}={_source(x, indent + 4, room - len(key))}" for key, x in value.items()], ("dict(", ")")
-    elif isinstance(value, Mapping):
-        entries = [f"{key!r}: {_source(x, indent + 4, room - len(repr(key)))}" for key, x in value.items()]
-        ends = ("{", "}")
+def source(
+    value: Any,
+    indent: int = 0,
+    room: int = 100,
+    *,
+    references: Mapping[str, Any] | None = None,
+    place: tuple[str, Any] = ("", None),
+) -> str:
+    """Return Python source with `dict(...)`, and with one entry per line where it does not fit on one.
+
+    Args:
+        value: the value.
+        indent, room: columns before it, and columns on its line.
+        references: values by name; equal ones inside `value` are written as the name.
+        place: name of the value that this one replaces, and that value: the entries of a list that only get other
+            numbers or texts refer to it.
+    """
+    options: dict[str, Any] = dict(references=references)
+    name, old = place
+    if isinstance(value, Mapping):
+        items = {
+            key: _reference(x, references)
+            or source(
+                x,
+                indent + 4,
+                room - len(key if isinstance(key, str) and key.isidentifier() else repr(key)),
+                place=(f"{name}.{key}", old.get(key)) if isinstance(old, Mapping) else ("", None),
+                **options,
+            )
+            for key, x in value.items()
+        }
+        words = all(isinstance(key, str) and key.isidentifier() for key in value)
+        entries = [f"{key}={text}" if words else f"{key!r}: {text}" for key, text in items.items()]
+        ends = ("dict(", ")") if words else ("{", "}")
     elif isinstance(value, list | tuple):
-        entries = [_source(x, indent + 4) for x in value]
+        update = _common_update(value, old) if name else None
+        if update:
+            return f"[dict(one, {', '.join(f'{key}={x!r}' for key, x in update.items())}) for one in {name}]"
+        entries = [_reference(x, references) or source(x, indent + 4, **options) for x in value]
         ends = ("[", "]") if isinstance(value, list) else ("(", ",)" if len(value) == 1 else ")")
     else:
         return repr(value)
@@ -79,3 +110,22 @@ def _source(value: Any, indent: int = 0, room: int = 100) -> str:
         return line
     pad = "\n" + " " * (indent + 4)
     return ends[0] + pad + f",{pad}".join(entries) + ends[1]
+
+
+def _reference(value: Any, references: Mapping[str, Any] | None) -> str | None:
+    if not references or not isinstance(value, Mapping | list):
+        return None
+    return next((name for name, other in references.items() if other == value), None)
+
+
+def _common_update(new: Sequence[Any], old: Any) -> dict[str, Any] | None:
+    """Return the numbers and texts that every dict of `new` has in place of those in `old`; None for other changes."""
+    if not isinstance(new, list) or not isinstance(old, list | tuple) or len(new) != len(old) or not new:
+        return None
+    if not all(isinstance(x, Mapping) for x in (*new, *old)):
+        return None
+    pairs = list(zip(old, new, strict=True))
+    updates = [{key: x for key, x in b.items() if key not in a or plain(a[key]) != plain(x)} for a, b in pairs]
+    scalar = all(isinstance(x, int | float | str | None) for x in updates[0].values())
+    kept = all(set(a) <= set(b) for a, b in pairs)
+    return updates[0] if scalar and kept and updates[0] and all(one == updates[0] for one in updates) else None
