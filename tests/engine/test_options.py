@@ -219,7 +219,7 @@ def test_what_training_dumped_loads(tmp_path):
     assert load_config(build_parser("train").parse_args([str(tmp_path / "dumped.py")])).model == cfg.model
 
 
-QUICK = hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+QUICK = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 NAMES = st.text(string.printable.replace("\n", "").replace("\r", "") + "äß映", min_size=1, max_size=12)
 VALUES = st.one_of(
     st.integers(),

@@ -24,6 +24,12 @@ from pe_spatial.engine.fault_tolerance import EXIT_RETRY
 from pe_spatial.engine.training import prepare_training, train
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Formatting the config takes most of the time of a run this small."""
+    monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)
+
+
 @HOOKS.register_module()
 class PressCtrlC(Hook):
     def __init__(self, steps):

@@ -47,8 +47,9 @@ class Watch(Hook):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Formatting the config takes most of the time of a run this small."""
+    """Formatting the config and waiting for the disk take most of the time of a run this small."""
     monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def in_epochs(tmp_path_factory):
     return whole, {stop: folder / str(stop) for stop in (10, 14)}
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 5, 8])
 @pytest.mark.parametrize("stop", [10, 14])
 def test_epochs_resume_by_samples(tmp_path, watch, in_epochs, stop, batch_size):
     whole, stopped = in_epochs

@@ -371,7 +371,7 @@ def test_a_stage_starts_from_the_one_before_with_new_class_heads(project, tool):
 
 def test_a_stage_needs_the_one_before(tool):
     missing = tool("train", "tiny.py", "--work-dir", "none", "--cfg-options", "load_from=gone.pth")
-    assert missing.startswith("error: load_from is gone.pth, which is not a file; train the previous stage")
+    assert missing.startswith("error: no checkpoint at gone.pth; ")
 
 
 def test_images_without_objects_train_every_parameter(project):
