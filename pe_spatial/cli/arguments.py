@@ -122,14 +122,14 @@ def choose_device(args: argparse.Namespace) -> str:
 
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("swap")
-    group.add_argument("--layers", type=comma_separated, metavar="5,8,11", help="encoder blocks to read, 0-based")
-    group.add_argument("--adapter", choices=["simple", "fused", "single"], help="how maps become levels (simple)")
+    group.add_argument("--layers", type=comma_separated, metavar="5,8,11", help="encoder layers (blocks), 0-based")
+    group.add_argument("--adapter", choices=["simple", "fused", "single"], help="maps to levels (default: simple)")
     strides, channels = "strides of the backbone's maps, if not detected", "channels of the maps, with --strides"
     group.add_argument("--strides", type=comma_separated, metavar="8,16,32", help=strides)
     group.add_argument("--channels", type=comma_separated, metavar="256,512,1024", help=channels)
-    group.add_argument("--geometry", choices=["vitdet", "release", "timm"], help="geometry of PE (default vitdet)")
-    group.add_argument("--checkpoint", help="weights of the encoder (released); none: random weights")
-    group.add_argument("--lr", type=float, help="learning rate (the original's if it suits AdamW, or 1e-4)")
+    group.add_argument("--geometry", choices=["vitdet", "release", "timm"], help="geometry of PE (default: vitdet)")
+    group.add_argument("--checkpoint", help="weights of the encoder; none: random (default: released)")
+    group.add_argument("--lr", type=float, help="learning rate (default: the original's if it suits AdamW, or 1e-4)")
 
 
 def swap_options(args: argparse.Namespace) -> dict[str, Any]:

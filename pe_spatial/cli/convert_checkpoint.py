@@ -10,6 +10,8 @@ The layout of IN is detected. OUT ends in .pt, .pth or .safetensors. Some layout
 
 - detector: pe_spatial is mmdet, because our detectors are MMDetection's; release is detectron2, because Meta published
   them that way (DETA: in a layout of its own). timm has no detectors, and detectron2 has no DETA: an error.
+- detectors that convert: Mask R-CNN and Cascade Mask R-CNN with Detectron2's heads (configs/_base_/models/*_rcnn_pe.py)
+  and DETA. Heads of MMDetection, such as those of the demo config and of swapped configs, stay in MMDetection.
 - same: the names of any checkpoint stay, and only weights, class names and config are kept: no optimizer.
 - encoder: mmdet is pe_spatial; a config loads it with model.backbone.init_cfg.checkpoint=OUT.
 """

@@ -17,8 +17,8 @@ SCENES = {"train": 400, "val": 60}  # two images each, from disjoint seeds
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     folder = Path("work_dirs/demo")
-    parser.add_argument("--work-dir", type=Path, default=folder, help=f"folder of the results ({folder})")
-    parser.add_argument("--workers", type=int, default=2, help="processes that render (2)")
+    parser.add_argument("--work-dir", type=Path, default=folder, help="folder of the results")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
     add_verbose(parser)
 
 

@@ -5,8 +5,8 @@ pe-spatial eval_vos sav_val predictions --protocol vos-benchmark --workers 8
 
 GT_DIR is the root of DAVIS 2016 or 2017, YouTube-VOS (one split), MOSE (one split) or SA-V, or a folder of sequences.
 PRED_DIR holds <sequence>/<frame>.png with object ids as pixels; for SA-V <video>/<object>/<frame>.png, binary.
-Without --sequences, sequences without predictions are counted and not scored. Scores are between 0 and 1. Nothing is
-cached between calls.
+Without --sequences, sequences without predictions are counted and not scored. Printed scores are in percent,
+those in files are between 0 and 1. Nothing is cached between calls.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pred_dir", metavar="PRED_DIR", help="predicted masks")
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="sequences to score, or a .txt file of names")
     parser.add_argument(
-        "--protocol", default="davis", metavar="davis|vos-benchmark", help="scoring rules (default: davis)"
+        "--protocol", default="davis", metavar="davis|vos-benchmark", help="scoring rules"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write scores: global, per sequence, object, frame")
     parser.add_argument("--csv", type=Path, metavar="OUT", help="write the scores per object")
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
             except OSError as error:
                 raise DatasetError(f"cannot write {path}: {error}") from error
     means = evaluation.global_results
-    print(f"{len(evaluation.per_sequence)} sequences, {len(evaluation.per_object)} objects, protocol {args.protocol}\n")
-    print(f"| {' | '.join(means)} |\n|{'---|' * len(means)}")
-    print(f"| {' | '.join(f'{value:.3f}' for value in means.values())} |")
+    print(f"{len(evaluation.per_sequence)} sequences, {len(evaluation.per_object)} objects, protocol {args.protocol}")
+    print(f"scores in percent\n\n| {' | '.join(means)} |\n|{'---|' * len(means)}")
+    print(f"| {' | '.join(f'{100 * value:.1f}' for value in means.values())} |")
     print("".join(f"\n{rule}" for rule in evaluation.rules()))
     if missing:
         count = f"{len(missing)} of {len(missing) + len(sequences)}"

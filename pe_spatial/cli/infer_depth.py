@@ -40,26 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint that `pe-spatial train` wrote")
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     add_cfg_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results (default: depth)")
-    formats = "16-bit depth, color images, point clouds (default: png color)"
+    parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results")
+    formats = "16-bit depth, color images, point clouds"
     parser.add_argument("--write", nargs="*", choices=["png", "color", "ply"], default=["png", "color"], help=formats)
     parser.add_argument("--overwrite", action="store_true", help="predict images again that have their .npy")
     add_device(parser)
-    parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass (1)")
+    parser.add_argument("--batch", type=int, default=1, help="images of one size, or tiles, per forward pass")
     size_help = "short side in pixels that the model gets; 'full': unchanged (default: that of the training images)"
     parser.add_argument("--size", type=side, metavar="PIXELS", help=size_help)
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="predict larger images in square tiles, unchanged")
-    parser.add_argument("--overlap", type=int, default=64, metavar="PIXELS", help="overlap of neighboring tiles (64)")
+    parser.add_argument("--overlap", type=int, default=64, metavar="PIXELS", help="overlap of neighboring tiles")
     group = parser.add_argument_group("files")
     group.add_argument("--scale", type=float, choices=[1000, 256, 5000], default=1000, help="PNG units per meter")
-    group.add_argument("--colors", default="Spectral", help="a matplotlib colormap (Spectral: near is red)")
+    group.add_argument("--colors", default="Spectral", help="a matplotlib colormap ; in Spectral near is red")
     group.add_argument("--range", nargs=2, type=float, metavar=("NEAR", "FAR"), help="range of the colors, in meters")
-    span = "without --range: the colors span these percentiles of each image (2 98)"
+    span = "without --range: the colors span these percentiles of each image"
     group.add_argument("--percentiles", nargs=2, type=float, default=(2, 98), metavar=("LOW", "HIGH"), help=span)
     group.add_argument("--gt", metavar="FOLDER|CSV", help="ground truth, for maps of the error")
-    group.add_argument("--gt-scale", type=float, help="units per meter of the maps in a folder (1000)")
+    group.add_argument("--gt-scale", type=float, help="units per meter of the maps in a folder (default: 1000)")
     group.add_argument("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="camera, in pixels")
-    group.add_argument("--fov", type=float, default=60, help="field of view in degrees, if EXIF has none (60)")
+    group.add_argument("--fov", type=float, default=60, help="field of view in degrees, if EXIF has none")
     group.add_argument("--drop-edges", type=float, metavar="RATIO", help="omit points at edges in depth, such as 1.05")
 
 

@@ -121,10 +121,21 @@ class Parser(argparse.ArgumentParser):
             raise
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Show the default of every option that has one, unless its help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if not action.option_strings or "default:" in text or default in ({}, argparse.SUPPRESS):
+            return text
+        if default is None or default is False:
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list | tuple) else default})"
+
+
 def build_parser(name: str) -> argparse.ArgumentParser:
     module = _module(name)
-    verbatim = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"pe-spatial {name}", description=module.__doc__, formatter_class=verbatim)
+    parser = Parser(prog=f"pe-spatial {name}", description=module.__doc__, formatter_class=HelpFormatter)
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser

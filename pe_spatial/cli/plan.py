@@ -22,16 +22,16 @@ _PACKAGES = {"mmdet": "pe_spatial.detection", "mmseg": "pe_spatial.segmentation"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=CONFIG_HELP)
     add_data(parser)
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes (default: 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
-    parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free (default: 4)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU")
+    parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images or clips per GPU (default: the config's)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size, if the config has none")
     variants = "plan each of these variants: t16, s16, b16, l14, g14 (PE-Spatial) or complete names"
     parser.add_argument("--variants", metavar="t16,s16", help=variants)
     counted = "images or clips per epoch (default: those of the config's dataset, or COCO's 117266 if it is not there)"
     parser.add_argument("--images", type=int, metavar="N", help=counted)
-    reached = "fraction of the peak rates that a training reaches (default: 0.4)"
+    reached = "fraction of the peak rates that a training reaches"
     parser.add_argument("--efficiency", type=float, default=0.4, metavar="FRACTION", help=reached)
     peak = "peak rate of one GPU in {} (default: of an A10 up to 24 GB, an A40 up to 48, an H100 SXM above; dense{})"
     brain, single = peak.format("bfloat16", ""), peak.format("float32", ", without TF32")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         ]
     epoch = f"{images}"
     if args.images is None and dataset is None:
-        epoch += f" (assumed, as in COCO; --images N. The dataset cannot be read: {reason})"
+        epoch += f" (assumed, as in COCO; --images N. The dataset cannot be read: {reason.partition('; ')[0]})"
     unit, number = run_length(cfg) or ("its length is not in the config", "")
     print(describe(rows[0], hardware, config=args.config, images=epoch, run=f"{number} {unit}".strip()))
     print(format_table(rows, hardware))

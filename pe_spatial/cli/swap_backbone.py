@@ -19,7 +19,7 @@ from pe_spatial.cli.arguments import VARIANT_HELP, add_swap_arguments, swap_opti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a file, or mmdet::folder/name.py, mmseg::folder/name.py")
     parser.add_argument("--variant", type=variant, required=True, help=VARIANT_HELP)
-    parser.add_argument("--out", metavar="FILE", help="config to write (default <CONFIG>_<variant>.py)")
+    parser.add_argument("--out", metavar="FILE", help="config to write (default: <CONFIG>_<variant>.py)")
     parser.add_argument("--dry-run", action="store_true", help="print the new config instead of writing it")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     add_swap_arguments(parser)

@@ -17,11 +17,14 @@ from pe_spatial.cli.arguments import add_config_arguments, layers, load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, folder="work_dirs/<name of the config>_layers")
-    parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help="encoder blocks, 0-based")
+    blocks = "encoder layers (blocks), 0-based"
+    parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help=blocks)
     parser.add_argument("--epochs", type=int, help="passes over the images, instead of the config's schedule")
-    parser.add_argument("--limit", type=int, metavar="N", help="train on N images, evenly spaced in the list")
+    limit = "train on N images, evenly spaced in their list; evaluation takes all of the config's"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit)
     dtypes = ["float32", "float16", "bfloat16"]
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="type of the cached maps (float32: exact)")
+    kept = "type of the cached maps (default: float32, exact)"
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help=kept)
     parser.add_argument("--score", help="metric to compare layers by (default: mIoU, rmse, ... as the config has them)")
 
 
@@ -43,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
     except CheckpointError as error:
         raise explain_missing_weights(cfg, error) from error
     print(
-        f"{len(sweep.layers)} layers, {len(sweep.images)} training images as in testing (no augmentation); "
-        f"{args.dtype} maps take {sweep.cache.bytes_missing / 1e9:.2f} GB more in {sweep.cache.folder}"
+        f"{len(sweep.layers)} layers, {len(sweep.images)} training images as in testing (no augmentation), evaluation "
+        f"on all of the config's; {args.dtype} maps take {sweep.cache.bytes_missing / 1e9:.2f} GB more in "
+        f"{sweep.cache.folder}"
     )
     start = time.time()
     sweep.fill(partial(tqdm, desc="encoder", unit="image"))

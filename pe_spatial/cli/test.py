@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="write the predictions to this file: .pkl, or .json in COCO's format")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="draw the predictions beside the ground truth, into this folder")
-    parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits for each image (2)")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show waits for each image")
     parser.add_argument("--limit", type=int, metavar="N", help="test on the first N images only")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation, as the config describes it")
     add_verbose(parser)

@@ -9,9 +9,9 @@ pe-spatial track_zero_shot --variant timm:vit_base_patch14_dinov2.lvd142m --chec
 
 Writes OUT/<sequence>/<frame>.png, palette masks in DAVIS' format, and scores the sequences of --davis that have a mask
 for every frame. With --layers it writes OUT/layer_<n>/<sequence>/<frame>.png, and the score of each layer to
-OUT/layers.json and layers.png. The folder of a sequence appears when it is complete; a second call continues there.
-Objects that appear after the first frame are not tracked. The id 255 of a first mask is background, or object 1 if the
-mask contains only 0 and 255.
+OUT/layers.json (0 to 1) and layers.png (percent, as printed). The folder of a sequence appears when it is complete; a
+second call continues there. Objects that appear after the first frame are not tracked. The id 255 of a first mask is
+background, or object 1 if the mask contains only 0 and 255.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def size(text: str) -> int | list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", type=variant, required=True, help=VARIANT_HELP)
-    parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (release)")
+    parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (default: release)")
     parser.add_argument("--checkpoint", required=True, help="weights: a file or URL, 'released', or 'none' (random)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--davis", type=Path, help="root of a dataset in DAVIS' layout")
@@ -50,17 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--overlay", action="store_true", help="also write the masks over the frames as mp4")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--layer", type=int, default=-1, help="encoder block, 0-based or from the end (default -1)")
-    which.add_argument("--layers", type=layers, metavar="all|5,8,11", help="several blocks in one forward pass")
-    parser.add_argument("--protocol", default="dino", metavar="dino|aligned", help="DINO's steps, or aligned (dino)")
-    parser.add_argument("--size", type=size, default=480, help="short side of frames in pixels, or 448x448 (480)")
-    parser.add_argument("--normalization", default="encoder", metavar="encoder|dino", help="mean and std (encoder)")
-    parser.add_argument("--context", type=int, default=7, help="frames remembered beside the first (7)")
-    parser.add_argument("--radius", type=int, default=12, help="radius of the neighborhood in patches, 0 for all (12)")
-    parser.add_argument("--shape", default="square", metavar="square|circle", help="shape of the neighborhood (square)")
-    parser.add_argument("--topk", type=int, default=5, help="number of patches that vote (5)")
-    parser.add_argument("--temperature", type=float, default=0.1, help="temperature of the softmax (0.1)")
-    parser.add_argument("--workers", type=int, default=1, help="processes for scoring (1)")
+    which.add_argument("--layer", type=int, default=-1, help="encoder layer (block), 0-based or from the end")
+    which.add_argument("--layers", type=layers, metavar="all|5,8,11", help="several layers in one forward pass")
+    parser.add_argument("--protocol", default="dino", metavar="dino|aligned", help="DINO's steps, or aligned")
+    parser.add_argument("--size", type=size, default=480, help="short side of frames in pixels, or 448x448")
+    parser.add_argument("--normalization", default="encoder", metavar="encoder|dino", help="mean and std")
+    parser.add_argument("--context", type=int, default=7, help="frames remembered beside the first")
+    parser.add_argument("--radius", type=int, default=12, help="radius of the neighborhood in patches, 0 for all")
+    parser.add_argument("--shape", default="square", metavar="square|circle", help="shape of the neighborhood")
+    parser.add_argument("--topk", type=int, default=5, help="number of patches that vote")
+    parser.add_argument("--temperature", type=float, default=0.1, help="temperature of the softmax")
+    parser.add_argument("--workers", type=int, default=1, help="processes for scoring")
     add_device(parser)
 
 
@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
             write_overlay(clip, args.out / clip.name, args.out / f"{clip.name}.mp4")
     if args.davis:
         score(results, args, clips)
+    folders = [str(folder / clips[0].name if args.video else folder) for folder in results.folders.values()]
+    print(f"masks: {', '.join(folders)}" + (f"; overlays: {args.out}/*.mp4" if args.overlay else ""))
 
 
 def build_tracker(args: argparse.Namespace) -> ZeroShotTracker:
@@ -148,4 +150,4 @@ def score(results: ZeroShotRun, args: argparse.Namespace, clips: Sequence[Clip])
     if evaluations and args.layers:
         best, last = results.report(evaluations)
         values = [100 * evaluations[layer].global_results[MEANS[0]] for layer in (best, last)]
-        print(f"best layer {best}: {values[0]:.1f}, last layer {last}: {values[1]:.1f}; {args.out / 'layers.png'}")
+        print(f"best layer {best}: {values[0]:.1f}, deepest here {last}: {values[1]:.1f}; {args.out}/layers.png")

@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=latest)
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--seed", type=int, help="random seed")
-    repeatable = "the same seed (default 0) gives the same losses to the last bit, also after resuming"
+    repeatable = "the same seed (0 without --seed) gives the same losses to the last bit, also after resuming"
     parser.add_argument("--deterministic", action="store_true", help=repeatable)
-    stop = "stop after K steps in a row with a loss that is not finite (default 1); 0: skip and count them"
+    stop = "stop after K steps in a row with a loss that is not finite; 0: skip and count them"
     parser.add_argument("--non-finite-steps", type=int, default=1, metavar="K", help=stop)
     scaled = "scale the learning rate with the batch size (--data and --batch do so too)"
     parser.add_argument("--auto-scale-lr", action="store_true", help=scaled)

@@ -288,9 +288,13 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     table.pop("", None)
     extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
     if extra or missing:
+        allowed = "" if kind == "encoder" else (
+            "; detectors that convert are Mask R-CNN and Cascade Mask R-CNN with Detectron2's heads, as in "
+            "configs/_base_/models/*_rcnn_pe.py, and DETA; heads of MMDetection, as in the demo config, do not"
+        )
         raise CheckpointError(
             f"{path} does not map one to one from {layout} to {target}; only in the file: {join_names(extra)}; "
-            f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}; "
+            f"missing in it: {join_names(missing)}; it is of another model, or only a part of this {kind}{allowed}; "
             "--to same keeps the names of any checkpoint"
         )
     nameless = [row.ours for row in table.values() if not _name(row, target)]

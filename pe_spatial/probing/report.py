@@ -52,11 +52,12 @@ def write_report(
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """Return the metrics of all layers as a Markdown table; the best and the last layer are marked."""
+    """Return the metrics of all layers as a Markdown table; the best and the deepest layer are marked."""
     names = list(next(iter(report["metrics"].values())))
-    lines = [f"| layer (from 0) | of {report['depth']} (from 1) | {' | '.join(names)} | |"]
+    shown = ["images without depth" if name.rpartition("/")[2] == "empty" else name for name in names]
+    lines = [f"| layer (from 0) | of {report['depth']} (from 1) | {' | '.join(shown)} | note |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for layer, values in report["metrics"].items():
-        marks = ", ".join(word for word in ("best", "last") if layer == report[word])
+        marks = ", ".join(word for key, word in (("best", "best"), ("last", "deepest")) if layer == report[key])
         lines.append(f"| {layer} | {layer + 1} | {' | '.join(f'{values[name]:.4g}' for name in names)} | {marks} |")
     return "\n".join(lines)

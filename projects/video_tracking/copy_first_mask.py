@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
             for frame in track.frames:
                 shutil.copy(track.folder / f"{track.frames[0]}.png", folder / f"{frame}.png")
         for name, value in evaluate(args.gt_dir, copies, protocol=args.protocol).global_results.items():
-            print(f"{name} {value:.4f}")
+            print(f"{name} {100 * value:.1f}")
 
 
 if __name__ == "__main__":

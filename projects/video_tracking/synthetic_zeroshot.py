@@ -4,7 +4,7 @@
 #   data      as synthetic.py
 #   hardware  one CPU core
 #   cost      half a minute
-#   expected  J&F 0.848, measured here
+#   expected  J&F 84.8, measured here
 
 _base_ = '../../configs/pe_spatial_zeroshot_davis.py'
 

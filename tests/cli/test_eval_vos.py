@@ -40,7 +40,7 @@ def test_outputs(golden, tmp_path):
     out = ["--json", tmp_path / "new/scores.json", "--csv", tmp_path / "objects.csv"]
     printed = tool("eval_vos", golden / "davis", golden / "results", *out, "--workers", 2, cwd=tmp_path)
     assert "5 sequences, 10 objects, protocol davis" in printed
-    assert "| 0.690 | 0.664 | 0.716 | 0.011 | 0.716 | 0.729 | 0.071 |" in printed
+    assert "| 69.0 | 66.4 | 71.6 | 1.1 | 71.6 | 72.9 | 7.1 |" in printed
     assert "3 frames with void pixels" in printed
     assert "64/64" in printed  # the bar
 

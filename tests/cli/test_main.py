@@ -1,5 +1,6 @@
 """pe-spatial COMMAND and tools/COMMAND.py: one function, a fast --help, errors as one sentence."""
 
+import argparse
 import errno
 import os
 import re
@@ -109,3 +110,14 @@ def test_version_is_that_of_the_package(capsys):
 
 def test_help_names_the_folder_that_is_written():
     assert "work_dirs/<name of the config>_layers" in " ".join(build_parser("sweep_layers").format_help().split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_are_shown_in_one_way(name):
+    parser = build_parser(name)
+    text = " ".join(parser.format_help().split())
+    assert not re.search(r"\(default [^:]", text)
+    for action in parser._actions:
+        if action.option_strings and action.default not in (None, False, {}, argparse.SUPPRESS):
+            assert text.count("(default: ", text.index(action.option_strings[0])), action
+    assert "(default: (" not in text

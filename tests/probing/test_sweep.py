@@ -182,7 +182,7 @@ def test_the_layer_that_holds_the_answer_wins(config, tmp_path):
     report = write_report(sweep, metrics, score=None, config="probe.py")
     assert (report["score"], report["best"], report["last"], report["higher_is_better"]) == ("mIoU", 1, 2, True)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in format_table(report).splitlines()]
-    assert [row[-1] for row in table] == ["", "---", "", "best", "last"]
+    assert [row[-1] for row in table] == ["note", "---", "", "best", "deepest"]
     assert [row[:2] for row in table[2:]] == [["0", "1"], ["1", "2"], ["2", "3"]]
     written = json.loads((tmp_path / "scores.json").read_text())
     assert {int(layer): values for layer, values in written.pop("metrics").items()} == metrics
@@ -464,7 +464,7 @@ def test_command(config, tmp_path, monkeypatch):
     options = ("--layers", "0,1", "--epochs", "4", "--limit", "4", "--work-dir", "out")
     log = command("sweep_layers", "probe.py", *options, cwd=tmp_path)
     assert "2 layers, 4 training images as in testing (no augmentation)" in log
-    assert re.search(r"\| 1 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| .*last \|", log)
+    assert re.search(r"\| 1 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| .*deepest \|", log)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(scores["metrics"]) == {"0", "1"}
     assert scores["score"] == "mIoU"

@@ -94,6 +94,8 @@ class JandFMetric(BaseMetric):
         evaluation = summarize({track: scores for video in results for track, scores in video.items()})
         for rule in evaluation.rules():
             print_log(rule, logger="current")
+        means = [f"{name} {100 * evaluation.global_results[f'{name}-Mean']:.1f}" for name in ("J&F", "J", "F")]
+        print_log(f"{', '.join(means)} (percent)", logger="current")
         return evaluation.global_results
 
 
