@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pe_spatial.engine.configs import read_config
     from pe_spatial.errors import ConfigError
-    from pe_spatial.integrations.swap.policy import plan_swap
+    from pe_spatial.integrations.swap.policy import count_parameters, plan_swap
     from pe_spatial.integrations.swap.write import write_swapped
 
     cfg = read_config(args.config)
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     text = write_swapped(cfg, swap, base=base, variant=name)
     for note in swap.notes:
         print(f"note: {note}", file=sys.stderr)
+    counts = (f"{part} {number / 1e6:.1f} M" for part, number in count_parameters(swap.cfg).items())
+    print(f"parameters: {', '.join(counts)}", file=sys.stderr)
     if args.dry_run:
         print(text, end="")
         return

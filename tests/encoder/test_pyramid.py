@@ -72,6 +72,22 @@ def test_a_level_after_an_unread_one_is_not_its_subsample():
     assert pyramid(torch.randn(1, 16, 8, 8))[2].any()
 
 
+def test_wide_levels_cost_a_projection_instead_of_a_square_convolution():
+    """ResNet's channels behind a small encoder, as swaps ask for them."""
+    strides, channels = (8, 16, 32), (512, 1024, 2048)
+    plain, narrow = (
+        SimpleFeaturePyramid(192, out_channels=channels, strides=strides, hidden_channels=hidden)
+        for hidden in (None, 256)
+    )
+    sizes = [sum(p.numel() for p in pyramid.parameters()) for pyramid in (plain, narrow)]
+    assert sizes[0] > 50e6
+    assert sizes[1] < 3.5e6
+    levels = narrow(torch.randn(1, 192, 4, 4))
+    assert [tuple(level.shape[1:]) for level in levels] == [(512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
+    ours = SimpleFeaturePyramid(192, out_channels=256, strides=strides, hidden_channels=256).state_dict()
+    assert ours.keys() == SimpleFeaturePyramid(192, out_channels=256, strides=strides).state_dict().keys()
+
+
 def test_plain_pyramid_takes_one_map_for_each_level():
     pyramid = PlainFeaturePyramid((16, 32), out_channels=(4, 8), strides=(8, 32))
     maps = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (16, 32)]

@@ -19,7 +19,7 @@ from pe_spatial.engine.configs import installed_config, read_config
 from pe_spatial.errors import ConfigError
 from pe_spatial.integrations.swap import check, probe
 from pe_spatial.integrations.swap.check import changed_keys, check_family
-from pe_spatial.integrations.swap.policy import plan_swap, swap_backbone
+from pe_spatial.integrations.swap.policy import count_parameters, plan_swap, swap_backbone
 from pe_spatial.integrations.swap.probe import Level, probe_backbone
 from pe_spatial.integrations.swap.write import difference, write_swapped
 
@@ -234,6 +234,18 @@ def test_every_variant_takes_the_place(variant):
     assert bool(plan.notes) == (backbone.encoder.config.depth in (23, 47))
 
 
+def test_parameters_are_counted_and_a_small_encoder_keeps_a_small_pyramid():
+    cfg = read_config("mmdet::atss/atss_r50_fpn_1x_coco.py")
+    counts = {
+        adapter: count_parameters(plan_swap(cfg, "pe_spatial_t16_512", adapter=adapter).cfg)
+        for adapter in ("simple", "single")
+    }
+    assert counts["simple"]["encoder"] == pytest.approx(5.7e6, rel=0.02)
+    assert counts["single"]["pyramid"] < counts["simple"]["pyramid"] < 3.5e6  # 50.3 million with 3x3 of 2048 channels
+    assert counts["simple"]["neck"] == counts["single"]["neck"] > 1e6
+    assert counts["simple"]["heads"] > 4e6
+
+
 def test_layers_and_adapters():
     cfg = config("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py")
     fused = plan_swap(cfg, B16, adapter="fused").cfg.model.backbone
@@ -332,9 +344,7 @@ def plain(node):
 def test_difference_deletes_what_is_gone():
     before = dict(a=dict(type="X", b=1, c=dict(d=1)), e=[1], f=2, g=dict(type="X", h=1))
     after = dict(a=dict(type="X", b=1, c=dict(d=2)), e=[2], g=dict(type="Y", h=1))
-    assert difference(before, after) == dict(
-        a=dict(c=dict(d=2)), e=[2], f=None, g=dict(_delete_=True, type="Y", h=1)
-    )
+    assert difference(before, after) == dict(a=dict(c=dict(d=2)), e=[2], f=None, g=dict(_delete_=True, type="Y", h=1))
     assert difference(dict(a=dict(b=1, c=2)), dict(a=dict(b=1))) == dict(a=dict(_delete_=True, b=1))
 
 
@@ -375,7 +385,7 @@ def test_tool_writes_or_shows(tool, tmp_path):
     [
         (("mmdet::atss/atss_r51_fpn_1x_coco.py", "--variant", B16), "has no config.*similar names: atss_r50_fpn_1x"),
         (("nothing::a/b.py", "--variant", B16), "'nothing' is not installed"),
-        (("gone.py", "--variant", B16), "gone.py cannot be used"),
+        (("gone.py", "--variant", B16), "gone.py: No such file"),
         ((ATSS, "--variant", "b16"), "unknown variant 'b16'"),
         ((ATSS, "--variant", B16, "--layers", "12"), "out of range for 12 blocks"),
     ],
@@ -392,7 +402,7 @@ def test_train_swaps_on_the_fly(tool, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train", seen.append)
     options = ("--cfg-options", "model.backbone.any_size=False")
-    tool("train", ATSS, "--swap", "pe_spatial_s16_512", "--layers", "9", *options)
+    tool("train", ATSS, "--swap", "pe_spatial_s16_512", "--layers", "9", "--checkpoint", "none", *options)
     assert seen[0].model.backbone.variant == "pe_spatial_s16_512"
     assert seen[0].model.backbone.out_indices == [9]
     assert seen[0].model.backbone.any_size is False  # --cfg-options come last

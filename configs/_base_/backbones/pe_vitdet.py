@@ -17,7 +17,7 @@ pe_backbone = dict(
     geometry='vitdet',
     drop_path_rate='vitdet',
     any_size=True,
-    pyramid=dict(strides=[4, 8, 16, 32], out_channels=[256, 512, 1024, 2048]),
+    pyramid=dict(strides=[4, 8, 16, 32], out_channels=[256, 512, 1024, 2048], hidden_channels=256),
     init_cfg=dict(type='Pretrained', checkpoint='released'))
 pe_preprocessor = dict(**_base_.detector_pixels)
 pe_optim_wrapper = dict(

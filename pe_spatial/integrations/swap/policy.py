@@ -24,6 +24,7 @@ GEOMETRIES = ("release", "timm", "vitdet")  # DETA's needs its own pyramid and s
 LEARNING_RATE = 1e-4  # ViTDet's and PE's for AdamW
 WEIGHT_DECAY = 0.1
 _STRIDE = 16  # of the encoder's map; where a released patch differs, its kernel is resized
+_HIDDEN = 256  # width of the 3x3 convolutions in wide levels, from which necks read 256 channels again
 
 _REFUSED = {
     "BaseReID": "re-identification embeds crops of one person (256x128 pixels) and uses no maps; keep its ResNet",
@@ -107,7 +108,7 @@ def plan_swap(
             variant=copy.deepcopy(variant),
             **_encoder_options(variant, geometry, layers, adapter, len(feature_specs), unused, encoder, notes),
             any_size=True,
-            pyramid=_pyramid(feature_specs, unused),
+            pyramid=_pyramid(feature_specs, unused, adapter),
             **_set_preprocessors(new.model, *_statistics(variant, geometry), divisor, notes),
             init_cfg=None if checkpoint is None else dict(type="Pretrained", checkpoint=checkpoint),
             **({} if eval_level is None else {"eval_level": eval_level}),
@@ -145,9 +146,24 @@ def _replace_rfp(node: ConfigDict, notes: list[str]) -> None:
         notes.append("RFP feeds its levels back into a second ResNet, so the neck becomes the FPN that it contains")
 
 
-def _pyramid(feature_specs: Sequence[Level], unused: Sequence[int]) -> dict[str, Any]:
+def _pyramid(feature_specs: Sequence[Level], unused: Sequence[int], adapter: str) -> dict[str, Any]:
     channels, strides = zip(*feature_specs, strict=True)
-    return dict(strides=list(strides), out_channels=list(channels), **({"unused": list(unused)} if unused else {}))
+    wide = adapter != "single" and max(channels) > _HIDDEN
+    options = ({"unused": list(unused)} if unused else {}) | ({"hidden_channels": _HIDDEN} if wide else {})
+    return dict(strides=list(strides), out_channels=list(channels), **options)
+
+
+def count_parameters(cfg: Config) -> dict[str, int]:
+    """Return the number of parameters of a swapped model's encoder, pyramid, neck and heads."""
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"), torch.device("meta"):
+        model = _checked(MODELS.build, copy.deepcopy(cfg.model))
+    counts = dict.fromkeys(("encoder", "pyramid", "neck", "heads"), 0)
+    for name, parameter in model.named_parameters():
+        parts = name.removeprefix("detector.").split(".")
+        backbone = "encoder" if parts[1:2] == ["encoder"] else "pyramid"
+        part = {"backbone": backbone, "neck": "neck"}.get(parts[0], "heads")
+        counts[part] += parameter.numel()
+    return counts
 
 
 def _encoder_options(
