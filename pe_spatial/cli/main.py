@@ -126,7 +126,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if not action.option_strings or "default:" in text or default in ({}, argparse.SUPPRESS):
+        if not action.option_strings or "default:" in text or default in ({}, [], (), argparse.SUPPRESS):
             return text
         if default is None or default is False:
             return text

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze", type=int, metavar="K", help=frozen)
     size = "longer side of the images in pixels, rounded to complete windows of the encoder"
     group.add_argument("--image-size", type=int, metavar="PIXELS", help=size)
-    repeat = "show images with classes in fewer than this fraction of the images more often (default 0.3)"
+    repeat = "show images with classes in fewer than this fraction of the images more often (default: 0.3)"
     group.add_argument("--balance", type=float, nargs="?", const=0.3, metavar="FRACTION", help=repeat)
     group.add_argument("--ema", action="store_true", help="evaluate and save an average of the weights over time")
     patience = "stop when the main metric has not improved in K validations"
