@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, import_quietly
+from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, import_quietly, without_prints
 
 if TYPE_CHECKING:
     from pe_spatial.depth.inference import Sources
@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--tile predicts in full resolution, so --size cannot be given with it; omit one of them")
     sources = Sources(args.images, exclude=args.out)
     truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
-    cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
-    set_options(cfg, args.cfg_options)
-    predictor = DepthPredictor(cfg, args.checkpoint, device=choose_device(args))
+    with without_prints():
+        cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
+        set_options(cfg, args.cfg_options)
+        predictor = DepthPredictor(cfg, args.checkpoint, device=choose_device(args))
     if predictor.quantity != "meter" and (truth or "ply" in args.write):
         raise ConfigError(f"this model predicts {predictor.quantity}; omit --gt and --write ply, which need meters")
     size = None if args.tile else predictor.training_size

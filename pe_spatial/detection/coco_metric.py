@@ -56,7 +56,11 @@ class CheckedCocoMetric(CocoMetric):
         log_tested(logger, self.img_ids, coco.imgs, self.ann_file)
         if not any(coco.imgToAnns.get(i) for i in self.img_ids):
             logger.warning(f"{self.ann_file} has no annotated object in the tested images, so there is no AP (-1)")
-        return super().compute_metrics(results)
+        metrics = super().compute_metrics(results)
+        absent = [name for name, value in metrics.items() if value == -1]
+        if absent:
+            logger.info(f"-1 in {', '.join(absent)}: the tested images have no objects of this size or class")
+        return metrics
 
     def results2json(self, results: Sequence[dict[str, Any]], outfile_prefix: str) -> dict[str, str]:
         """Write the detections as mmdet does, and into `out_file`."""

@@ -21,6 +21,9 @@ PACKAGE = str(Path(__file__).resolve().parents[1])
 NOISE = ("deprecated", "is skipped since", "prefix is not set")
 """Warnings of mmengine that tell a user nothing, by a part of the text."""
 
+TWICE = ("Exp name: ", "_mAP_copypaste: ")
+"""Lines of mmengine and MMDetection that repeat what others say, by a part of the text."""
+
 _active: QuietStart | None = None
 
 
@@ -122,6 +125,8 @@ class QuietStart(AbstractContextManager["QuietStart"]):
             if "(train)" in record.getMessage():
                 return False
             self._bar.clear()  # the next step draws it again, below the line
+        if any(text in record.getMessage() for text in TWICE):
+            return False
         if self.started or record.pathname.startswith(PACKAGE):
             return True
         return record.levelno >= logging.WARNING and not any(text in record.getMessage() for text in NOISE)

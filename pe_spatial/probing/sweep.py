@@ -62,7 +62,7 @@ class ProgressBar(Hook):
         self.bar = tqdm(total=runner.max_iters, desc=f"layer {self.layer}", unit="step", leave=False)
 
     def after_train_iter(self, _: Runner, **step: Any) -> None:
-        self.bar.set_postfix(loss=f"{float(step['outputs']['loss']):.4f}", refresh=False)
+        self.bar.set_postfix(loss=f"{float(step['outputs']['loss'].detach()):.4f}", refresh=False)
         self.bar.update()
 
     def after_train(self, _: Runner) -> None:

@@ -20,6 +20,10 @@ from pe_spatial.engine.training import prepare_training, train
 class Talkative(Hook):
     """What libraries do at the start of a run."""
 
+    def after_train(self, runner):
+        runner.logger.info("Exp name: tiny")
+        runner.logger.info("bbox_mAP_copypaste: 0.1 0.2")
+
     def before_run(self, _):
         print("loading annotations into memory...")  # noqa: T201
         warnings.warn("a library's warning", stacklevel=1)
@@ -47,11 +51,14 @@ def test_only_summary_warnings_and_progress_are_shown(tmp_path, capsys):
     assert "a setting was ignored" in start
     assert len(start.splitlines()) <= 15
     assert progress.count("Iter(train)") == 9
+    assert "copypaste" not in shown.out
+    assert "Exp name" not in shown.out
     assert shown.err == "geometry far from pretraining\n"
 
     log = (tmp_path / runner.timestamp / f"{runner.timestamp}.log").read_text()
     for text in ("imported without", "loading annotations", "a library's warning", "is skipped since", "was ignored",
-                 "position embedding resized", "geometry far", "Hooks will be executed", "train_dataloader",
+                 "position embedding resized", "Exp name: tiny", "mAP_copypaste",
+                 "geometry far", "Hooks will be executed", "train_dataloader",
                  "Iter(train) [10/10]"):  # fmt: skip
         assert text in log, text
     assert log.count("Iter(train) [10/10]") == log.count("loading annotations") == 1
