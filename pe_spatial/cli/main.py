@@ -34,6 +34,7 @@ COMMANDS = {
     "train": Command("train a detector, a depth model, a segmenter or a tracker"),
     "test": Command("evaluate a checkpoint; write or draw its predictions"),
     "demo": Command("render a synthetic dataset, then train, evaluate and draw a small detector on it"),
+    "browse": Command("draw a dataset, or what a config makes of it, with boxes, masks and statistics"),
     "swap_backbone": Command("replace the backbone of an MMDetection or MMSegmentation config with PE"),
     "check_swap": Command("try the swap on every model family of MMDetection and MMSegmentation"),
     "convert_checkpoint": Command("convert a checkpoint between pe_spatial, OpenMMLab, Detectron2, timm and Meta", ()),

@@ -136,9 +136,9 @@ def _read_folder(folder: Path) -> Reading:
     }  # fmt: skip
     forms = {form: paths for form, paths in present.items() if paths}
     if len(forms) > 1:
-        examples = " and ".join(f"{form} ({files.relative(next(iter(paths)))})" for form, paths in forms.items())
+        examples = ", ".join(f"{form} ({files.relative(next(iter(paths)))})" for form, paths in forms.items())
         raise DatasetError(
-            f"{folder} has labels in several forms, {examples}; give the path of the JSON or YAML, or move the others"
+            f"{folder} has labels in several forms: {examples}; give the path of the JSON or YAML, or move the others"
         )
     if instances:
         return coco.read_folder(files, instances, notes)

@@ -113,4 +113,4 @@ def read_json(path: Path) -> Any:
 
 def progress(values: Iterable[T], what: str) -> Iterable[T]:
     """Show a progress bar where the loop takes longer than a second."""
-    return tqdm(values, desc=what, delay=1, leave=False)
+    return tqdm(values, desc=what, delay=1, leave=False, disable=None)

@@ -283,7 +283,7 @@ def test_labels_without_images(form, splits, tmp_path):
 def test_two_forms_in_one_folder(splits, tmp_path):
     root = convert("COCO", splits, tmp_path / "out")
     convert("YOLO", splits, root)
-    with pytest.raises(DatasetError, match=r"COCO \(annotations/instances_train.json\) and YOLO \(data.yaml\); give"):
+    with pytest.raises(DatasetError, match=r"COCO \(annotations/instances_train.json\), YOLO \(data.yaml\); give"):
         open_dataset(root)
     assert open_dataset(root / "data.yaml").form == "YOLO"
     assert open_dataset(root / "annotations/instances_train.json").form == "COCO"
