@@ -33,6 +33,8 @@ def listed(values: Sequence[Any], limit: int = 5) -> str:
 def integer(name: str, value: Any) -> int:
     """Return `value` as an int; TypeError for floats, texts and truth values."""
     try:
-        return operator.index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; give an integer") from None

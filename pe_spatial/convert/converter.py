@@ -73,10 +73,7 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
     """
     meta = _kept_meta(file.rest)
     if to == "same":
-        layout = (_find_detector(file.state) or ("", "", "same"))[2]
-        names = {name: name for name in file.state}
-        dropped = _omitted_entries(file.rest)
-        return Conversion(file.path, "checkpoint", layout, layout, file.state, names, dropped, meta=meta)
+        return _slimmed(file, meta)
     meta.pop("pe_spatial", None)  # it is read from the file or its tables, and written anew
     weights = _with_released_names(file.state)
     layout_in = _find_layout(weights)
@@ -119,14 +116,24 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
         if kind == "DETA":
             _fit_deta(done, sizes, all_classes)
         elif tables:
-            side = math.isqrt(sizes["n"])
-            blocks = VITDET_RECIPES.get(sizes["d"], tables.geometry).global_attn_indexes or ()
-            recipe = detector_geometry(pos_grid=side, window_size=side, rope_grid=side, blocks=blocks)
-            _note_geometry(done, "vitdet", tables.geometry == recipe)
+            _note_geometry(done, "vitdet", _is_vitdet(tables, sizes))
         return done
     if kind == "DETA":
         _add_aliases(done, sizes)
     return _add_tables(done, sizes)
+
+
+def _slimmed(file: CheckpointFile, meta: dict[str, Any]) -> Conversion:
+    layout = (_find_detector(file.state) or ("", "", "same"))[2]
+    names = {name: name for name in file.state}
+    dropped = _omitted_entries(file.rest)
+    return Conversion(file.path, "checkpoint", layout, layout, file.state, names, dropped, meta=meta)
+
+
+def _is_vitdet(tables: RopeTables, sizes: Mapping[str, int]) -> bool:
+    side = math.isqrt(sizes["n"])
+    blocks = VITDET_RECIPES.get(sizes["d"], tables.geometry).global_attn_indexes or ()
+    return tables.geometry == detector_geometry(pos_grid=side, window_size=side, rope_grid=side, blocks=blocks)
 
 
 def to_mmdet(file: CheckpointFile) -> dict[str, Tensor]:
@@ -288,9 +295,13 @@ def _table(path: Path, kind: str, layout: str, state: Mapping[str, Tensor], targ
     table.pop("", None)
     extra, missing = [name for name in state if name not in table], [name for name in table if name not in state]
     if extra or missing:
-        allowed = "" if kind == "encoder" else (
-            "; detectors that convert are Mask R-CNN and Cascade Mask R-CNN with Detectron2's heads, as in "
-            "configs/_base_/models/*_rcnn_pe.py, and DETA; heads of MMDetection, as in the demo config, do not"
+        allowed = (
+            ""
+            if kind == "encoder"
+            else (
+                "; detectors that convert are Mask R-CNN and Cascade Mask R-CNN with Detectron2's heads, as in "
+                "configs/_base_/models/*_rcnn_pe.py, and DETA; heads of MMDetection, as in the demo config, do not"
+            )
         )
         raise CheckpointError(
             f"{path} does not map one to one from {layout} to {target}; only in the file: {join_names(extra)}; "

@@ -137,7 +137,9 @@ def preset_name(geometry: ResolvedGeometry, config: EncoderConfig) -> str | None
     return None
 
 
-def block_indices(name: str, indices: int | Iterable[int], depth: int, *, allow_none: bool = True) -> tuple[int, ...]:
+def block_indices(
+    name: str, indices: int | Iterable[int] | None, depth: int, *, allow_none: bool = True
+) -> tuple[int, ...]:
     """Return one index or several, counted from 0.
 
     Raises TypeError for what is not an integer, ConfigError if one is not a block of `depth`, or for none unless

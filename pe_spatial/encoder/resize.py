@@ -42,10 +42,15 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
     return resized.to(kernel.dtype)
 
 
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace, and with it the older ONNX exporter, records what is computed."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def sizes_of(x: Tensor) -> tuple[int, ...]:
     """Return the shape of `x`, in numbers even where torch.jit.trace would follow it: a trace is of one image size."""
-    if not torch.jit.is_tracing():
+    if not is_tracing():
         return tuple(x.shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return tuple(map(int, x.shape))

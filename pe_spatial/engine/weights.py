@@ -167,7 +167,7 @@ def _read(runner: Runner, source: str) -> tuple[Path, dict[str, Any]]:
     return path, checkpoint
 
 
-def _model(runner: Runner) -> nn.Module:
+def _model(runner: Runner) -> Any:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 

@@ -61,9 +61,9 @@ class Hardware:
     def assumed(self) -> Rates:
         """The row of `GPUS` with this memory, with the rates that were given instead of its own."""
         row = next((row for row in GPUS if self.gpu_memory <= row.memory), GPUS[-1])
-        given = {"bfloat16": self.bfloat16_rate, "float32": self.float32_rate}
-        given = {name: rate for name, rate in given.items() if rate is not None}
-        return row._replace(name="as given" if len(given) == 2 else row.name, **given)
+        bfloat16, float32 = self.bfloat16_rate, self.float32_rate
+        name = row.name if bfloat16 is None or float32 is None else "as given"
+        return row._replace(name=name, bfloat16=bfloat16 or row.bfloat16, float32=float32 or row.float32)
 
     def seconds(self, step: Step) -> float:
         """Return the time that the computation of a step takes."""
@@ -190,7 +190,7 @@ def plan(
         seconds = hardware.seconds(step)
         hours = images / hardware.gpus * seconds / batch_size / 3600
         unit, number = run_length(cfg) or ("epochs", 0)
-        times = dict(seconds=seconds, hours=hours)
+        times: dict[str, Any] = dict(seconds=seconds, hours=hours)
         times["run_hours"] = number * (hours if unit == "epochs" else seconds / 3600) or None
         for kind, kept in weights.items():
             row = _row(kept, step, larger, hardware, batch_size, copies=kind == "DDP" or not bfloat16)
