@@ -65,7 +65,8 @@ def read_shape(pipeline: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for step in pipeline:
         if step["type"] == "RandomChoice":
             choices = [read_shape(steps if isinstance(steps, list) else [steps]) for steps in step["transforms"]]
-            shape.update(max(choices, key=lambda choice: math.prod(choice.get("size", ())), default={}))
+            choices.sort(key=lambda choice: math.prod(choice.get("size", ())))
+            shape.update(choices[-1] if choices else {})
         elif step["type"] in _steps:
             shape.update(_steps[step["type"]](step))
     return shape
