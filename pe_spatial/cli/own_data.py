@@ -42,6 +42,10 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
     from pe_spatial.engine.schedule import counts_epochs, set_length
 
     notes: list[str | None] = []
+    if args.amp:
+        recipe.use_bfloat16(cfg)
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get("randomness") or {}, seed=args.seed)
     if args.freeze is not None:
         recipe.freeze(cfg, args.freeze)
     if args.image_size is not None:
@@ -61,6 +65,10 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
         set_length(cfg, epochs=args.epochs, iterations=args.iterations, steps=steps)
     elif updates > 1 and not counts_epochs(cfg):
         set_length(cfg, iterations=updates * cfg.train_cfg.max_iters, steps=steps)
+    elif dataset and steps and not counts_epochs(cfg):
+        passes = cfg.train_cfg.max_iters / steps
+        length = f"{cfg.train_cfg.max_iters} iterations, {passes:.0f} passes over the images"
+        notes.append(f"the schedule is the config's: {length}; --epochs N sets another")
     if dataset:
         recipe.fit_to_small_sets(cfg)
         recipe.keep_best(cfg)

@@ -131,12 +131,13 @@ def format_table(
 def _rows(truth: Any, results: Sequence[Mapping[str, Any]], kind: str, classes: Sequence[str]) -> list[Any]:
     ids = {category["name"]: category["id"] for category in truth.dataset["categories"]}
     objects = [a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"]]
-    chosen = [ids[name] for name in classes if name in ids]
+    names = [name for name in classes if name in ids]
     if not results:
-        return [("all classes", [0.0] * 5, len(objects))]
+        rows = [(name, [0.0] * 5, objects.count(ids[name])) for name in names]
+        return [("all classes", [0.0] * 5, len(objects)), *rows]
     detected = truth.loadRes([dict(one) for one in results])
     evaluation = COCOeval(truth, detected, kind)
-    evaluation.params.catIds = chosen
+    evaluation.params.catIds = [ids[name] for name in names]
     evaluation.evaluate()
     evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, area
@@ -150,7 +151,6 @@ def _rows(truth: Any, results: Sequence[Mapping[str, Any]], kind: str, classes: 
         return [mean(of_all), mean(of_all[:1]), *(mean(precision[:, :, columns, area]) for area in (1, 2, 3))]
 
     rows = [("all classes", row(slice(None)), len(objects))]
-    names = [name for name in classes if name in ids]
     return rows + [(name, row(slice(i, i + 1)), objects.count(ids[name])) for i, name in enumerate(names)]
 
 

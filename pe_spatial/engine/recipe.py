@@ -90,6 +90,13 @@ def scale_rate(cfg: Config) -> str | None:
     return f"the learning rate stays as it is: {cfg.filename} has no auto_scale_lr.base_batch_size to scale it from"
 
 
+def use_bfloat16(cfg: Config) -> None:
+    """Train under autocast to bfloat16, whatever optimizer wrapper the config has."""
+    replaced = ("type", "loss_scale", "dtype", "use_fsdp")
+    kept = {key: value for key, value in cfg.optim_wrapper.items() if key not in replaced}
+    cfg.optim_wrapper = dict(type="BFloat16OptimWrapper", **kept)
+
+
 def main_metric(cfg: Config) -> str | None:
     """Return the metric that tells which checkpoint is best; None if the config does not evaluate."""
     evaluators = cfg.get("val_evaluator")
@@ -201,14 +208,14 @@ def _unit(cfg: Config) -> tuple[int, str]:
 
 
 def _longest_side(cfg: Config) -> int:
-    loader = cfg.get("test_dataloader") or cfg.get("val_dataloader") or cfg.train_dataloader
-    for leaf in leaves(loader.dataset):
-        for step in steps(leaf.get("pipeline") or []):
-            for key in ("scale", "scales", "img_scale", "crop_size", "size"):
-                sides = list(_numbers(step.get(key)))
-                if sides and max(sides) >= _SMALLEST:
-                    return max(sides)
-    raise ConfigError(f"--image-size: the test pipeline of {cfg.filename} has no size to replace")
+    for name in ("test_dataloader", "val_dataloader", "train_dataloader"):
+        for leaf in leaves((cfg.get(name) or {}).get("dataset")):
+            for step in steps(leaf.get("pipeline") or []):
+                for key in ("scale", "scales", "img_scale", "crop_size", "size"):
+                    sides = list(_numbers(step.get(key)))
+                    if sides and max(sides) >= _SMALLEST:
+                        return max(sides)
+    raise ConfigError(f"--image-size: the pipelines of {cfg.filename} have no size to replace")
 
 
 def _numbers(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.determinism import make_deterministic
 from pe_spatial.engine.fault_tolerance import StopOnSignalHook, add_fault_tolerance, end_workers, max_across_ranks
+from pe_spatial.engine.recipe import use_bfloat16
 from pe_spatial.engine.runner import build_runner, explain_workers, start_processes
 from pe_spatial.engine.summary import encoders, summarize
 from pe_spatial.engine.weights import check_pretrained, check_weights, load_strictly, load_what_fits
@@ -40,9 +41,7 @@ def prepare_training(
     """
     start_processes(cfg)
     if bfloat16:
-        replaced = ("type", "loss_scale", "dtype", "use_fsdp")
-        kept = {key: value for key, value in cfg.optim_wrapper.items() if key not in replaced}
-        cfg.optim_wrapper = dict(type="BFloat16OptimWrapper", **kept)
+        use_bfloat16(cfg)
     if scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ConfigError(f"{cfg.filename} has no auto_scale_lr.base_batch_size to scale the learning rate from")
