@@ -15,7 +15,8 @@ from pe_spatial.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="dataset in a form of docs/own_data.md, or a config (NAME.py, mmdet::NAME.py)")
     parser.add_argument("--out", default="sheet.png", metavar="FILE.png", help="where to write (default: sheet.png)")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="images to draw (default: train)")
+    splits = ["train", "val", "test"]
+    parser.add_argument("--split", choices=splits, default="train", help="images to draw (default: train)")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="number of images (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of their choice and augmentation (default: 0)")
     add_cfg_options(parser)

@@ -13,7 +13,7 @@ from pe_spatial.atomic import atomic_write
 from pe_spatial.data import coco, labelme, voc, yolo
 from pe_spatial.data.files import Files, progress, read_json
 from pe_spatial.data.parts import Part, Reading
-from pe_spatial.data.splitting import split_off
+from pe_spatial.data.splitting import identical_files, split_off
 from pe_spatial.errors import DatasetError, listed
 
 FORMS = "a COCO JSON, a data.yaml of YOLO, XML files of Pascal VOC, or JSON files of LabelMe beside the images"
@@ -95,6 +95,8 @@ def open_dataset(path: str | Path, *, val_fraction: float = 0.1, seed: int = 0) 
     classes = _unify_classes(reading.parts, notes)
     if "val" not in reading.parts:
         _split_off(reading.parts, notes, path, val_fraction, seed)
+    else:
+        _count_shared(reading.parts["train"], reading.parts["val"], notes)
     for name, part in reading.parts.items():
         if not part.images or not part.annotations:
             what = "images" if not part.images else "objects"
@@ -262,6 +264,21 @@ def _split_off(parts: dict[str, Part], notes: list[str], path: Path, fraction: f
         f"there is no validation part: {len(chosen)} of {len(files)} images were split off (seed {seed}, stratified by "
         f"class{same})"
     )
+
+
+def _count_shared(train: Part, val: Part, notes: list[str]) -> None:
+    """Note how many validation images are in the training part too: their results are too good."""
+    sizes = {os.path.getsize(image["file_name"]) for image in val.images}
+    paths = {f"val {i}": image["file_name"] for i, image in enumerate(val.images)}
+    for i, image in enumerate(train.images):
+        if os.path.getsize(image["file_name"]) in sizes:
+            paths[f"train {i}"] = image["file_name"]
+    shared = 0
+    for group in identical_files(paths):
+        if len({name.split()[0] for name in group}) == 2:
+            shared += sum(name.startswith("val") for name in group)
+    if shared:
+        notes.append(f"{shared} of {len(val.images)} validation images are also in train, so results are too good")
 
 
 def _relative(part: Part) -> Split:

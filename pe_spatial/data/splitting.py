@@ -4,9 +4,12 @@ import hashlib
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 from pe_spatial.data.files import progress
+
+T = TypeVar("T")
 
 
 def split_off(
@@ -57,19 +60,32 @@ def split_off(
 
 
 def identical_files(paths: Mapping[str, str]) -> list[list[str]]:
-    """Group ids by the bytes of their files; only files of equal size are read."""
-    same_file: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
-    sizes: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
-    for image, path in paths.items():
+    """Group ids by the bytes of their files; only files of equal size and equal ends are read completely."""
+    links: dict[tuple[int, int], list[str]] = {}
+    by_size: defaultdict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    for image, path in progress(paths.items(), "comparing images"):
         status = os.stat(path)
-        same_file[status.st_dev, status.st_ino].append(image)
-        sizes[status.st_size].add((status.st_dev, status.st_ino))
-    groups: defaultdict[Hashable, list[str]] = defaultdict(list)
-    for file, images in progress(same_file.items(), "comparing images"):
-        path = paths[images[0]]
-        key: Hashable = file
-        if len(sizes[os.path.getsize(path)]) > 1:
-            with open(path, "rb") as opened:
-                key = hashlib.sha256(opened.read()).digest()
-        groups[key] += images
+        file = (status.st_dev, status.st_ino)
+        if file not in links:
+            by_size[status.st_size].append(file)
+        links.setdefault(file, []).append(image)
+    groups: list[list[str]] = []
+    for same_size in progress(by_size.values(), "comparing images of equal size"):
+        for same_end in _grouped(same_size, lambda file: _digest(paths[links[file][0]], last=4096)):
+            for same in _grouped(same_end, lambda file: _digest(paths[links[file][0]])):
+                groups.append([image for file in same for image in links[file]])
+    return groups
+
+
+def _grouped(values: Sequence[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    groups: dict[Hashable, list[T]] = {}
+    for value in values:
+        groups.setdefault(key(value) if len(values) > 1 else None, []).append(value)
     return list(groups.values())
+
+
+def _digest(path: str, last: int | None = None) -> bytes:
+    with open(path, "rb") as file:
+        if last:
+            file.seek(max(0, os.path.getsize(path) - last))
+        return hashlib.sha256(file.read()).digest()

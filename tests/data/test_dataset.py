@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.own_data import CLASSES, make_content, objects, write_coco, write_images
+from helpers.own_data import CLASSES, categories, make_content, objects, write_coco, write_images
 
 from pe_spatial.data import open_dataset, write_splits
 from pe_spatial.errors import DatasetError
@@ -135,3 +135,75 @@ def test_one_image(tmp_path):
     write_coco(tmp_path, make_content(["0.png"]), file="labels.json", folder="images")
     with pytest.raises(DatasetError, match=r"no validation part, and its 1 image is one; add another image"):
         open_dataset(tmp_path)
+
+
+def test_validation_images_that_are_also_in_train_are_counted(coco):
+    (coco / "val/0.png").write_bytes((coco / "train/5.png").read_bytes())
+    (coco / "val/1.png").unlink()
+    (coco / "val/1.png").symlink_to(coco / "train/2.png")
+    assert open_dataset(coco).notes == ("2 of 3 validation images are also in train, so results are too good",)
+
+
+def test_val_with_fewer_classes_gets_those_of_train(coco):
+    def keep_two(content):
+        content["categories"] = [dict(content["categories"][1], id=1), dict(content["categories"][0], id=2)]
+        content["annotations"] = [dict(a, category_id=3 - a["category_id"]) for a in content["annotations"]
+                                  if a["category_id"] < 3]  # fmt: skip
+
+    wanted = [row for row in objects(open_dataset(coco).val) if row[1] != "washer"]
+    change_categories(coco, "val", keep_two)
+    dataset = open_dataset(coco)
+    assert dataset.val.content["categories"] == dataset.train.content["categories"] == categories(CLASSES)
+    assert objects(dataset.val) == wanted
+    assert dataset.notes == ("val has no class washer; it gets the 3 classes of train",)
+
+
+def test_the_parent_that_roboflow_adds_is_removed(coco):
+    def add_parent(content):
+        parent = dict(id=0, name="parts", supercategory="none")
+        content["categories"] = [parent, *(dict(c, supercategory="parts") for c in content["categories"])]
+
+    for split in ("train", "val"):
+        change_categories(coco, split, add_parent)
+    dataset = open_dataset(coco)
+    assert dataset.classes == CLASSES
+    assert dataset.notes == ("category 'parts' is the parent of others, has no objects and is omitted",)
+
+
+def test_one_class_is_enough_and_missing_images_are_counted(coco):
+    def merge(content):
+        content["categories"] = categories(["part"])
+        content["annotations"] = [dict(a, category_id=1) for a in content["annotations"]]
+
+    for split in ("train", "val"):
+        change_categories(coco, split, merge)
+    (coco / "train/0.png").unlink()
+    dataset = open_dataset(coco)
+    assert dataset.classes == ("part",)
+    assert len(dataset.train.content["images"]) == 5
+    assert len(dataset.train.content["annotations"]) == 10
+    assert "1 of 6 images of" in dataset.notes[0]
+
+
+EMPTY = {
+    "no image in val": ("val", dict(images=[], annotations=[]), r"the val part \(.*\) contains no images; add some"),
+    "no object in val": ("val", dict(annotations=[]), "no objects; add some, or remove it and a part of train is"),
+    "no object in train": ("train", dict(annotations=[]), r"the train part .* contains no objects; add some$"),
+    "no name": ("train", dict(categories=[dict(id=1)]), r"categories\[0\] has no name; add it"),
+    "no file": ("train", dict(images=[dict(id=1)]), r"images\[0\] has no file_name; fix or remove it"),
+    "names twice": ("train", dict(categories=categories("aba")), r"several categories named a; rename or merge them"),
+}
+
+
+@pytest.mark.parametrize(("split", "change", "message"), EMPTY.values(), ids=EMPTY)
+def test_unusable_contents(coco, split, change, message):
+    change_categories(coco, split, lambda content: content.update(change))
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(coco)
+
+
+def test_images_of_another_machine_that_match_nothing(coco):
+    for path in coco.rglob("*.png"):
+        path.rename(path.with_name("renamed_" + path.name))
+    with pytest.raises(DatasetError, match=r"none of the 6 images of .*instances_train\.json is below .*; put the"):
+        open_dataset(coco)

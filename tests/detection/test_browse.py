@@ -31,7 +31,7 @@ def root(tmp_path):
     splits = {}
     for split, count in (("train", 5), ("val", 2)):
         names = [f"{split}_{i}.png" for i in range(count)]
-        write_images(tmp_path / f"source_{split}", names, shade=200)
+        write_images(tmp_path / f"source_{split}", names, shade=195 + count)
         splits[split] = (make_content(names, seed=count), tmp_path / f"source_{split}")
     splits["train"][0]["annotations"][0]["bbox"] = [100, 100, 5, 5]  # outside
     return convert("COCO", splits, tmp_path / "data")
