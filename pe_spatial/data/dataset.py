@@ -88,7 +88,7 @@ def open_dataset(path: str | Path, *, val_fraction: float = 0.1, seed: int = 0) 
     elif path.suffix.lower() in yolo.SUFFIXES:
         reading = yolo.read_yaml(path)
     else:
-        raise DatasetError(f"{path.name} is neither a folder nor a JSON nor a YAML; give {FORMS}")
+        raise DatasetError(f"{path} is neither a folder nor a JSON nor a YAML; give the folder of the dataset")
     notes = list(reading.notes)
     if "test" in reading.parts and not reading.parts["test"].annotations:
         notes.append(f"the test part ({reading.parts.pop('test').source}) has no objects and is omitted")
@@ -242,9 +242,9 @@ def _drop_parents(part: Part, parts: Mapping[str, Part], notes: list[str]) -> No
 def _split_off(parts: dict[str, Part], notes: list[str], path: Path, fraction: float, seed: int) -> None:
     train = parts["train"]
     files = {str(image["id"]): image["file_name"] for image in train.images}
-    classes: dict[str, set[Any]] = {}
+    classes: dict[str, set[str]] = {}
     for annotation in train.annotations:
-        classes.setdefault(str(annotation["image_id"]), set()).add(annotation.get("category_id"))
+        classes.setdefault(str(annotation["image_id"]), set()).add(str(annotation.get("category_id")))
     chosen, duplicates = split_off(files, classes, fraction=fraction, seed=seed)
     if not chosen:
         raise DatasetError(

@@ -19,7 +19,7 @@ _SPLIT = re.compile(r"(?<![a-z])(?:(train(?:ing|val)?)|(min-?ival|val(?:id(?:ati
 
 
 class Files:
-    """All files below a folder that are not hidden; links to folders are followed."""
+    """All files below a folder that are neither hidden nor in work_dirs; links to folders are followed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -29,8 +29,11 @@ class Files:
         suffixes, seen = set(image_suffixes()), set()
         for folder, folders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-            for name in [] if real in seen else sorted(names):
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "work_dirs")
+            if real in seen:  # a link to a folder above
+                folders.clear()
+                continue
+            for name in sorted(names):
                 suffix = os.path.splitext(name)[1].lower()
                 if name.startswith("."):
                     continue

@@ -40,7 +40,7 @@ def read_folder(files: Files, contents: Mapping[Path, Mapping[str, Any]], notes:
     ids = {name: i for i, name in enumerate(names, 1)}
     parts: dict[str, Part] = {}
     for path, image in images.items():
-        split = files.split_of(path.parent) or "train"
+        split = files.split_of(path.parent) or files.split_of(os.path.dirname(image)) or "train"
         part = parts.setdefault(split, Part(f"{files.root}, {split}", categories=number_classes(names)))
         size = sizes[path] or from_headers.get(image)
         if size is None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def split_off(
-    paths: Mapping[str, str], classes: Mapping[str, set[Hashable]], *, fraction: float, seed: int
+    paths: Mapping[str, str], classes: Mapping[str, set[str]], *, fraction: float, seed: int
 ) -> tuple[set[str], int]:
     """Choose images for validation, stratified by class: rare classes first, and never the last image of a class.
 
@@ -30,11 +30,11 @@ def split_off(
     if len(groups) < 2:
         return set(), len(paths) - len(groups)
     random.Random(seed).shuffle(groups)
-    labels = [set().union(*(classes.get(image, set()) for image in group)) for group in groups]
+    labels = [{label for image in group for label in classes.get(image, ())} for group in groups]
     total = Counter(label for found in labels for label in found)
     wanted = max(1, round(fraction * len(groups)))
     chosen: set[int] = set()
-    taken: Counter[Hashable] = Counter()
+    taken: Counter[str] = Counter()
 
     def take(candidates: Sequence[int], count: int) -> None:
         for i in candidates:
@@ -45,11 +45,11 @@ def split_off(
                 taken.update(labels[i])
                 count -= 1
 
-    members: defaultdict[Hashable, list[int]] = defaultdict(list)
+    members: defaultdict[str, list[int]] = defaultdict(list)
     for i, found in enumerate(labels):
         for label in found:
             members[label].append(i)
-    for label in sorted(members, key=lambda label: (total[label], str(label))):
+    for label in sorted(members, key=lambda label: (total[label], label)):
         take(members[label], round(fraction * total[label]) - taken[label])
     negatives = [i for i, found in enumerate(labels) if not found]
     take(negatives, round(fraction * len(negatives)))

@@ -37,7 +37,7 @@ def read_folder(files: Files, annotations: Mapping[Path, ElementTree.Element], n
     if len(absent) == len(annotations):
         raise DatasetError(
             f"none of the {len(annotations)} XML files of {files.root} has an image, such as {absent[0]}; "
-            "put the images into JPEGImages beside Annotations, or beside the XML files"
+            "give the folder that contains Annotations and JPEGImages, or put the images beside the XML files"
         )
     if absent:
         notes.append(f"{len(absent)} XML files have no image and are omitted: {listed(absent, 3)}")

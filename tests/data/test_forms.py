@@ -271,6 +271,29 @@ def test_shapes_of_labelme(splits, tmp_path):
         open_dataset(root)
 
 
+def test_labelme_files_in_a_folder_of_their_own(splits, tmp_path):
+    root = convert("LabelMe", splits, tmp_path / "labelme")
+    plain = open_dataset(root)
+    (root / "json").mkdir()
+    for path in [*root.glob("*/*.json")]:
+        content = json.loads(path.read_text())
+        content["imagePath"] = f"..\\{path.parent.name}\\{content['imagePath']}"
+        path.write_text(json.dumps(content))
+        path.rename(root / "json" / path.name)
+    dataset = open_dataset(root)
+    assert [objects(part) for part in (dataset.train, dataset.val)] == [objects(plain.train), objects(plain.val)]
+
+
+def test_folders_above_and_work_dirs_are_not_searched(splits, tmp_path, monkeypatch):
+    root = convert("YOLO", splits, tmp_path / "yolo")
+    (root / "images/loop").symlink_to(root)
+    (root / "work_dirs").mkdir()
+    (root / "work_dirs/train.json").write_text(json.dumps(splits["train"][0]))
+    monkeypatch.chdir(root)
+    dataset = open_dataset(".")
+    assert (dataset.form, dataset.train.root, dataset.notes) == ("YOLO", root / "images/train", ())
+
+
 @pytest.mark.parametrize("form", ["COCO", "YOLO", "Pascal VOC", "LabelMe"])
 def test_labels_without_images(form, splits, tmp_path):
     root = convert(form, splits, tmp_path / "out")
