@@ -22,6 +22,7 @@ from mmengine.config import Config
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial.synthetic import write_dataset
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ENCODER = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, class_token=False)  # as the detectors'
@@ -288,3 +289,20 @@ def test_broken_image_in_a_worker_of_the_test_is_one_sentence(trained, tmp_path,
     )  # fmt: skip
     assert refused.startswith(f"error: {tmp_path}/data/val2017/3.png ")
     assert "is not a readable image" in refused
+
+
+@pytest.mark.parametrize(
+    ("config", "tracker"),
+    [("projects/nyu_depth/synthetic_lin1.py", False), ("projects/video_tracking/synthetic.py", True)],
+    ids=["depth", "tracking"],
+)
+def test_depth_and_tracking_end_with_an_empty_stderr(config, tracker, tmp_path):
+    size = (96, 96) if tracker else (48, 48)
+    write_dataset(tmp_path / "data", scenes={"train": 2, "val": 1}, frames_per_scene=4, size=size, duration=1.0)
+    options = ["train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+    for split in ("train", "val"):
+        options += [f"{split}_dataloader.num_workers=1", f"{split}_dataloader.persistent_workers=True"]
+    if tracker:
+        options += ["model.tracker.grid=12", "train_dataloader.dataset.pipeline.2.size=192"]
+    shown = tool("train", REPO / config, "--data-root", "data", "--cfg-options", *options, cwd=tmp_path, silent=True)
+    assert "vos/J&F" in shown if tracker else "rmse" in shown
