@@ -14,7 +14,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, ValLoop
 from mmengine.runner.checkpoint import load_checkpoint
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
@@ -65,7 +65,7 @@ class ReportDetectionsHook(Hook):
         metric.out_file, metric.classwise = str(folder / "results.json"), True
         hooks, runner._hooks = runner._hooks, []  # which would save, swap averaged weights, or stop
         try:
-            runner.val_loop.run()
+            ValLoop.run(runner.val_loop)  # of teacher and student, the one that predicts
         finally:
             runner._hooks = hooks
         if not is_main_process():

@@ -106,7 +106,9 @@ def main_metric(cfg: Config) -> str | None:
     metric = evaluator.get("metric", "bbox")
     names = [metric] if isinstance(metric, str) else list(metric)
     kind = next((name for name in ("bbox", "segm") if name in names), None)
-    return f"coco/{kind}_mAP" if kind else "coco/AR@300" if names == ["proposal_fast"] else "coco/AR@1000"
+    name = f"{kind}_mAP" if kind else "AR@300" if names == ["proposal_fast"] else "AR@1000"
+    both = "TeacherStudent" in str((cfg.get("val_cfg") or {}).get("type"))
+    return f"{'teacher/' * both}coco/{name}"
 
 
 def keep_best(cfg: Config) -> None:

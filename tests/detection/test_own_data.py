@@ -217,6 +217,8 @@ def test_options_become_hooks_and_wrappers():
     assert cfg.train_dataloader.dataset.type == "ClassBalancedDataset"
     assert cfg.train_dataloader.dataset.dataset.type == "CocoDataset"
     assert cfg.model.backbone.frozen_stages == 2
+    teacher = read_config("mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py")
+    assert recipe.main_metric(teacher) == "teacher/coco/bbox_mAP"
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         recipe.balance(cfg, 3)
     with pytest.raises(ConfigError, match="--patience needs at least one validation"):
