@@ -34,7 +34,7 @@ class RunnerMixin(QuietStartMixin):
         """As in Runner, but keep the file that this run was started from, if it lies in the work dir."""
         cfg: Config = self.cfg  # type: ignore[attr-defined]
         path = Path(self.work_dir, Path(cfg.filename or "").name)  # type: ignore[attr-defined]
-        if cfg.filename and path.is_file() and path.samefile(cfg.filename):
+        if cfg.filename and path.is_file() and path.resolve() == Path(cfg.filename).resolve():
             cfg.dump(path.with_name(f"complete_{path.name}"))
         else:
             super().dump_config()  # type: ignore[misc]

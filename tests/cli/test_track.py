@@ -111,7 +111,7 @@ def test_an_error_is_one_sentence_on_the_command_line(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: none.py cannot be used")
+    assert done.stderr.startswith("error: none.py: No such file or directory")
 
 
 def test_prompts_of_the_command_line(folder):

@@ -72,11 +72,11 @@ def test_images_of_another_machine_are_matched_by_their_ends(coco):
     file = coco / "annotations/instances_train.json"
     content = json.loads(file.read_text())
     for image in content["images"]:
-        image["file_name"] = "/home/other/nuts/train/" + image["file_name"]
+        image["file_name"] = "/mnt/other/nuts/train/" + image["file_name"]
     file.write_text(json.dumps(content))
     dataset = open_dataset(coco)
     assert dataset.train.root == coco / "train"
-    assert "/home/other/nuts is now" in dataset.notes[0]
+    assert "/mnt/other/nuts is now" in dataset.notes[0]
 
 
 def change_categories(coco, split, change):

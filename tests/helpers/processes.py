@@ -8,7 +8,12 @@ from torch import multiprocessing
 
 
 def start(work: Callable[..., None], args: tuple[Any, ...], *, number: int) -> None:
-    """Run `work(rank, *args)` in processes and wait; forked ones, which import nothing again, unless there is a GPU."""
+    """Run `work(rank, *args)` in processes and wait.
+
+    Without a GPU they are forked from a server that has imported everything; a test process itself may have run
+    autograd's threads, which do not survive a fork.
+    """
     torch.manual_seed(0)
-    method = "spawn" if torch.cuda.is_available() else "fork"
+    multiprocessing.set_forkserver_preload([work.__module__])
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
     multiprocessing.start_processes(work, args, nprocs=number, start_method=method)
