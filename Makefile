@@ -1,7 +1,7 @@
 # Every target first makes .venv where it is missing or out of date (tools/setup_env.sh); a second run finds it ready at once.
 # PYTHON=python3.12 make test    chooses the Python that .venv is made with.
 
-.PHONY: help setup demo test check lint bench
+.PHONY: help setup demo test test-matrix check lint bench
 
 python := .venv/bin/python
 core_tests := $(addprefix tests/,encoder depth/test_metrics.py depth/test_heads.py depth/test_dpt.py tracking/vos \
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    set up, then ruff and mypy"
 	@echo "make bench   set up, then measure speed and memory"
 	@echo "make setup   set up only"
+	@echo "make test-matrix ENV=d   run the tests in an environment of docs/environments.md; needs nox"
 
 setup:
 	@tools/setup_env.sh
@@ -23,6 +24,9 @@ demo: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(python) -m pytest -m "" -n auto --maxprocesses 8 --dist worksteal
+
+test-matrix:
+	nox --session $(or $(ENV),d)
 
 check: lint
 	OMP_NUM_THREADS=1 $(python) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(core_tests) \

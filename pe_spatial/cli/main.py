@@ -39,6 +39,7 @@ COMMANDS = {
     "check_swap": Command("try the swap on every model family of MMDetection and MMSegmentation"),
     "convert_checkpoint": Command("convert a checkpoint between pe_spatial, OpenMMLab, Detectron2, timm and Meta", ()),
     "consolidate_checkpoint": Command("merge a sharded checkpoint into one file"),
+    "doctor": Command("show what is installed, which features work, and what to install for the others", ()),
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
     "infer_depth": Command("predict the depth of images, folders and videos"),
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         sys.exit(2)
     missing = COMMANDS[name].missing_extras()
     if missing and not {"-h", "--help"} & set(rest):
-        sys.exit(f"error: {name} {_how_to_install(missing)}")
+        sys.exit(f"error: {name} {_how_to_install(missing)}; pe-spatial doctor shows what is installed")
     args = build_parser(name).parse_args(rest)
     with errors_as_sentences(traceback=args.traceback):
         _module(name).run(args)
@@ -91,6 +92,9 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
 
         ours = isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError)
         system = error.strerror if isinstance(error, OSError) else None
+        if isinstance(error, ImportError) and not (error.name or "").startswith("pe_spatial") and not traceback:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            sys.exit(f"error: {reason}; pe-spatial doctor shows what is missing, --traceback where it is imported")
         if traceback or not (ours or system or (isinstance(error, OSError) and "DataLoader worker" in str(error))):
             raise
         if isinstance(error, OSError) and system:

@@ -26,6 +26,7 @@ from .transforms import bottom_center_box
 
 NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
 CROPS = ("none", "eigen", "garg", "kitti_eigen")
+_NO_FLOAT64 = ("mps",)  # devices without float64, in which sums are taken: their maps go to the CPU
 ALIGNMENTS = ("none", "median", "depth", "disparity", "log")
 
 
@@ -240,7 +241,10 @@ class CheckedDepthMetric(BaseMetric):
 
     def evaluate_image(self, pred: Tensor, target: Tensor, *, max_depth: float) -> tuple[float, ...]:
         """Return the values of `columns` for a prediction (h, w) and its truth (H, W), both in meters."""
-        pred, target = pred.detach().float(), target.to(pred.device, torch.float32)
+        pred = pred.detach().float()
+        if pred.device.type in _NO_FLOAT64:
+            pred = pred.cpu()
+        target = target.to(pred.device, torch.float32)
         height, width = target.shape
         if self.pasted:
             pred = paste_prediction(pred, height, width)

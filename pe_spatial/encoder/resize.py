@@ -1,6 +1,7 @@
 """Learned positions and patch kernels at other sizes than the pretraining one."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,13 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
     return resized.to(kernel.dtype)
 
 
+# torch before 2.3 does not have it: compiling an encoder there breaks the graph at complex numbers
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
+
+
 def is_tracing() -> bool:
     """Return whether torch.jit.trace, and with it the older ONNX exporter, records what is computed."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not is_compiling() and torch._C._is_tracing()
 
 
 def sizes_of(x: Tensor) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ theta is 10000. Only differences of positions matter between patches; the class 
 import torch
 from torch import Tensor
 
-from .resize import is_tracing
+from .resize import is_compiling, is_tracing
 
 _THETA = 10000.0
 _MAX_TABLES = 64
+_NO_COMPLEX = ("mps",)  # devices without complex numbers: macOS before 14
 _tables: dict[tuple[object, ...], Tensor] = {}
 
 
@@ -53,7 +54,7 @@ def rope_table(
     saved, copied or synchronized with a model.
     """
     key = (grid, head_dim, scale, offset, num_prefix_tokens, device)
-    if torch.compiler.is_compiling() or is_tracing():
+    if is_compiling() or is_tracing():
         return _build(*key)
     table = _tables.get(key)
     if table is None:
@@ -70,7 +71,7 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the pairs of `x` (B, N, ..., D) by `table` (N, D / 2, 2); computed in float32, returned in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, ..., D / 2, 2)
     table = table.view(table.shape[0], *(1,) * (x.ndim - 3), *table.shape[1:])
-    if torch.compiler.is_compiling() or is_tracing():
+    if is_compiling() or is_tracing() or x.device.type in _NO_COMPLEX:
         # Compilers fuse the real form, and neither they nor ONNX have complex numbers; in eager mode one complex
         # product is far faster.
         (even, odd), (cos, sin) = pairs.unbind(-1), table.unbind(-1)

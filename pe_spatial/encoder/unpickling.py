@@ -1,9 +1,12 @@
 """Checkpoints of torch without their code: what is not a tensor or plain data becomes an object that does nothing."""
 
+import codecs
 import collections
 import pickle
 import re
+import types
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +113,32 @@ def unpickle(path: Path, *, real: Sequence[Any] = (), map_location: Any = "cpu",
                 raise pickle.UnpicklingError("TorchScript")
     names = {(thing.__module__, thing.__name__) for thing in real}
     allowed = [*real, *(one for one in STAND_INS if (one.__module__, one.__name__) not in names)]
+    options: dict[str, Any] = dict(map_location=map_location, mmap=mmap if zipped else False)
+    if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
+        return torch.load(path, pickle_module=_restricted_pickle(allowed), weights_only=False, **options)
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap if zipped else False)
+        return torch.load(path, weights_only=True, **options)
+
+
+def _restricted_pickle(allowed: Sequence[Any]) -> types.ModuleType:
+    """Return a module like pickle, for torch.load, that finds only what torch allows in weights, and `allowed`."""
+    from torch import _weights_only_unpickler
+
+    names = dict(_weights_only_unpickler._get_allowed_globals())
+    names |= {"_codecs.encode": codecs.encode, "builtins.set": set, "collections.Counter": collections.Counter}
+    names |= {f"{one.__module__}.{one.__name__}": one for one in allowed}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            if f"{module}.{name}" not in names:
+                raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
+            return names[f"{module}.{name}"]
+
+    restricted: Any = types.ModuleType("restricted_pickle")
+    restricted.Unpickler = Unpickler
+    restricted.load = lambda file, **options: Unpickler(file, **options).load()
+    return restricted
 
 
 def explain(path: Path, error: Exception) -> str:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .geometry import Geometry, block_indices, check_frozen_stages, check_images, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
-from .resize import resize_pos_embed
+from .resize import is_compiling, resize_pos_embed
 from .rope import apply_rope, rope_table
 from .variants import VARIANTS, EncoderConfig, get_config, recipe_rate, variant_key
 from .windows import valid_tokens, window_partition, window_unpartition
@@ -254,7 +254,7 @@ class PerceptionEncoder(nn.Module):
         """Warn once per process where the released geometry is known to get worse."""
         global _warned
         native = self.config.grid_size
-        if torch.compiler.is_compiling() or _warned or min(grid) <= _LARGE * native:
+        if is_compiling() or _warned or min(grid) <= _LARGE * native:
             return
         if self.config in VARIANTS.values() and preset_name(self.geometry, self.config) == "release":
             _warned = True

@@ -20,15 +20,11 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed import tensor as dtensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_map_with_path
-from torch.utils.serialization import config as serialization
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError
@@ -37,6 +33,17 @@ from pe_spatial.engine.precision import BFloat16OptimWrapper
 from pe_spatial.engine.runner import RunnerMixin
 from pe_spatial.engine.weights import load_from_file
 from pe_spatial.errors import ConfigError
+
+try:
+    from torch.distributed import tensor as dtensor
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.utils.serialization import config as serialization
+except ImportError as error:
+    raise ConfigError(
+        f"sharded training needs torch 2.7 or later, and this is torch {torch.__version__}. Install a newer torch, "
+        "or train without ShardedRunner."
+    ) from error
 
 
 def shard(model: nn.Module, optimizer: Optimizer, *, bfloat16: bool = False) -> None:

@@ -80,7 +80,7 @@ def build_runner(cfg: Config) -> Runner:
         wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
         cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", **wrapper))
     if cfg.get("runner_type") == "ShardedRunner":
-        import pe_spatial.engine.fsdp  # noqa: F401  (registers; needs a newer torch than the rest)
+        import pe_spatial.engine.fsdp  # noqa: F401  (registers)
     elif cfg.get("sharded_checkpoints"):
         raise ConfigError("sharded_checkpoints=True needs runner_type=ShardedRunner. Set it, or remove this option.")
     with as_config_error(cfg.filename):

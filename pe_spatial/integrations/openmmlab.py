@@ -21,6 +21,7 @@ from pe_spatial.encoder.layer_decay import is_norm_or_bias, lr_factors
 from pe_spatial.encoder.variants import EncoderConfig
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
+from pe_spatial.integrations.environment import warn_of_conflicts
 from pe_spatial.integrations.timm import PREFIX, PretrainedMixin, TimmEncoder
 
 # So that `_base_ = 'pe_spatial::_base_/...'` is found once this module is imported, and `mmseg::...` where
@@ -29,6 +30,7 @@ MODULE2PACKAGE.setdefault("pe_spatial", "pe_spatial")
 if is_installed("mmseg") and not is_installed("mmsegmentation"):
     MODULE2PACKAGE["mmseg"] = "mmseg"
 
+warn_of_conflicts()
 core.ChannelLayerNorm._abbr_ = "ln"  # type: ignore[attr-defined]  # the name that mmcv gives the layer in a ConvModule
 MODELS.register_module(module=core.ChannelLayerNorm)
 

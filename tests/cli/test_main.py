@@ -29,6 +29,14 @@ def test_overview_lists_every_command_and_the_missing_extras(capsys, monkeypatch
         main(["track", "cat.mp4"])
 
 
+def test_failed_imports_point_to_doctor():
+    with pytest.raises(SystemExit, match="error: libGL is missing; pe-spatial doctor shows"):
+        with errors_as_sentences(traceback=False):
+            raise ImportError("libGL is missing", name="cv2")
+    with pytest.raises(ImportError), errors_as_sentences(traceback=False):
+        raise ImportError("a mistake of ours", name="pe_spatial.images")
+
+
 def test_every_command_has_a_tool():
     tools = {path.stem: path.read_text() for path in (REPO / "tools").glob("*.py")}
     assert tools.keys() == COMMANDS.keys()

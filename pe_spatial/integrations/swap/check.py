@@ -308,6 +308,8 @@ def _check_config(cfg: Config, row: Row) -> None:
 
 def check_in_process(scope: str, family: str) -> Row:
     """Call `check_family` in a process of its own, which frees its memory and can be ended after a timeout."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError("check_swap forks processes, which Windows does not offer; run it on Linux, macOS or WSL")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
 

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
+pytest.importorskip("cv2")
+import cv2
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.tracking.vos.clip import Clip, overlay, write_overlay
