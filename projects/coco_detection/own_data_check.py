@@ -4,7 +4,7 @@
 #             the same with --cfg-options model.backbone.init_cfg=None: from random weights
 #   data      any dataset that --data reads; nuts has 8 + 4 images of 3 classes
 #   hardware  two CPU cores
-#   cost      200 iterations; 100 of them took 14 minutes beside many other jobs
+#   cost      200 iterations of 4 images; not timed on a quiet machine
 #   expected  box AP50 0.68 on the 4 validation images after 100 iterations (docs/benchmarks.md)
 
 _base_ = '../../configs/pe_demo_cascade_synthetic.py'
