@@ -115,9 +115,9 @@ def unpickle(path: Path, *, real: Sequence[Any] = (), map_location: Any = "cpu",
     allowed = [*real, *(one for one in STAND_INS if (one.__module__, one.__name__) not in names)]
     options: dict[str, Any] = dict(map_location=map_location, mmap=mmap if zipped else False)
     if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
-        return torch.load(path, pickle_module=_restricted_pickle(allowed), weights_only=False, **options)
+        return torch.load(str(path), pickle_module=_restricted_pickle(allowed), weights_only=False, **options)
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, weights_only=True, **options)
+        return torch.load(str(path), weights_only=True, **options)
 
 
 def _restricted_pickle(allowed: Sequence[Any]) -> types.ModuleType:
@@ -125,7 +125,9 @@ def _restricted_pickle(allowed: Sequence[Any]) -> types.ModuleType:
     from torch import _weights_only_unpickler
 
     names = dict(_weights_only_unpickler._get_allowed_globals())
-    names |= {"_codecs.encode": codecs.encode, "builtins.set": set, "collections.Counter": collections.Counter}
+    names |= {"_codecs.encode": codecs.encode, "builtins.set": set, "builtins.complex": complex}
+    names |= {"builtins.bytearray": bytearray, "collections.Counter": collections.Counter, "torch.device": torch.device}
+    names |= {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
     names |= {f"{one.__module__}.{one.__name__}": one for one in allowed}
 
     class Unpickler(pickle.Unpickler):
