@@ -116,6 +116,9 @@ def unpickle(path: Path, *, real: Sequence[Any] = (), map_location: Any = "cpu",
     options: dict[str, Any] = dict(map_location=map_location, mmap=mmap if zipped else False)
     if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
         return torch.load(str(path), pickle_module=_restricted_pickle(allowed), weights_only=False, **options)
+    if path.suffix == ".safetensors":  # which torch 2.14 hands to safetensors by its name, whatever it holds
+        with path.open("rb") as file, torch.serialization.safe_globals(allowed):
+            return torch.load(file, weights_only=True, map_location=map_location)
     with torch.serialization.safe_globals(allowed):
         return torch.load(str(path), weights_only=True, **options)
 
