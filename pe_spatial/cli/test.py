@@ -28,12 +28,14 @@ def run(args: argparse.Namespace) -> None:
     with quiet_start(args):
         import pe_spatial.detection  # noqa: F401  (registers the evaluators that a limit or a json needs, and drawing)
         from pe_spatial.cli.own_data import use_data
+        from pe_spatial.detection.coco import use_checked_annotations
         from pe_spatial.engine.configs import read_config
         from pe_spatial.engine.evaluation import augment_test, draw_predictions, limit_test, test, write_predictions
 
         cfg = read_config(args.config)
         use_data(args, cfg)
         cfg = load_config(args, cfg)
+        use_checked_annotations(cfg)
         cfg.load_from, cfg.resume = args.checkpoint, False
         if args.show or args.show_dir:
             draw_predictions(cfg, folder=args.show_dir, window=args.show, seconds=args.wait_time)

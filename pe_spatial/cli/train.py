@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{', --'.join(arguments.SWAP_OPTIONS)} belong to --swap VARIANT, which is missing")
         dataset = own_data.use_data(args, cfg)
         cfg = arguments.load_config(args, cfg)
+        if cfg.get("default_scope") == "mmdet":
+            from pe_spatial.detection.coco import use_checked_annotations
+
+            use_checked_annotations(cfg)
         notes = own_data.change_recipe(args, cfg, dataset)
         rules = {name: getattr(args, name) for name in ("resume", "seed", "deterministic", "non_finite_steps")}
         if dataset:

@@ -9,6 +9,7 @@ from typing import Any
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine import fileio
+from mmengine.config import Config
 from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
@@ -178,3 +179,34 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
 
 def _described(counts: Mapping[str, int], kinds: Sequence[str]) -> str:
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
+
+
+_CHECKED = {"CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"}
+
+
+def use_checked_annotations(cfg: Config) -> None:
+    """Let a config with MMDetection's CocoDataset and CocoMetric read cleaned annotations, inside wrappers too.
+
+    The config then imports this package, so that it also runs with MMDetection's own tools. Sets that are meant to
+    have no objects (`filter_empty_gt=False`: unlabeled images) stay as they are.
+    """
+    keys = [f"{split}_{part}" for split in ("train", "val", "test") for part in ("dataloader", "evaluator")]
+    if cfg.get("default_scope") != "mmdet" or not any([_exchange(cfg.get(key)) for key in keys]):
+        return
+    imports = dict(cfg.get("custom_imports") or {}, allow_failed_imports=False)
+    imports["imports"] = list(dict.fromkeys([*imports.get("imports", ()), "pe_spatial.detection"]))
+    cfg.custom_imports = imports
+
+
+def _exchange(node: Any) -> bool:
+    """Exchange the types in a part of a config, in place; return whether there were any."""
+    if isinstance(node, list | tuple):
+        return any([_exchange(item) for item in node])
+    if not isinstance(node, dict):
+        return False
+    checked = _CHECKED.get(str(node.get("type")).removeprefix("mmdet."))
+    unlabeled = (node.get("filter_cfg") or {}).get("filter_empty_gt") is False
+    if checked and node.get("ann_file") and not unlabeled:
+        node["type"] = checked
+        return True
+    return any([_exchange(value) for value in node.values()])

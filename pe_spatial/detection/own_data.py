@@ -165,7 +165,7 @@ def _set_datasets(cfg: Config, dataset: OwnDataset, files: Mapping[str, Path], n
             )
             _read_run_lengths(leaf, splits[split].content)
         cfg[name] = loader
-    train = next(leaves((cfg.get("train_dataloader") or {}).get("dataset")), {})
+    train: Mapping[str, Any] = next(leaves((cfg.get("train_dataloader") or {}).get("dataset")), {})
     objects = {annotation["image_id"] for annotation in dataset.train.content["annotations"]}
     negatives = len(dataset.train.content["images"]) - len(objects)
     if negatives and (train.get("filter_cfg") or {}).get("filter_empty_gt"):
@@ -205,7 +205,9 @@ def _set_evaluators(cfg: Config, files: Mapping[str, Path], masks: bool, notes: 
         path = files["val"] if name.startswith("val") else files.get("test", files["val"])
         old = cfg[name] if isinstance(cfg[name], list | tuple) else [cfg[name]]
         kinds = [type_name(one) for one in old]
-        coco = next((one for one in old if type_name(one) in ("CocoMetric", "CheckedCocoMetric")), {})
+        coco: Mapping[str, Any] = next(
+            (one for one in old if type_name(one) in ("CocoMetric", "CheckedCocoMetric")), {}
+        )
         replaced = [kind for kind in kinds if kind not in ("CocoMetric", "CheckedCocoMetric")]
         if replaced:
             notes.append(f"CheckedCocoMetric evaluates in place of {' and '.join(replaced)}")
@@ -230,7 +232,7 @@ def _set_classes(node: Any, number: int, old: int | None, notes: list[str]) -> N
     if isinstance(node, list | tuple):
         for one in node:
             _set_classes(one, number, old, notes)
-    if not isinstance(node, Mapping) or "language_model" in node:  # it detects what a text names
+    if not isinstance(node, dict) or "language_model" in node:  # it detects what a text names
         return
     if type_name(node) == "FederatedLoss":
         node.clear()
