@@ -44,6 +44,8 @@ def tool(name, *args, cwd, silent=False):
 def command(name, *args, cwd):
     """Run a command in this process, which saves the start of an interpreter, and return what it prints."""
     printed, before = io.StringIO(), os.getcwd()
+    if "mmengine.logging" in sys.modules:  # loggers of earlier tests print where those were captured
+        sys.modules["mmengine.logging"].MMLogger._instance_dict.clear()
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
