@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS
 
 from pe_spatial.detection.annotations import IGNORED, SKIPPED, as_nfc, read_coco
 from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
+from pe_spatial.engine.nodes import use_checked
 from pe_spatial.errors import ConfigError, DatasetError, listed
 
 
@@ -181,9 +182,6 @@ def _described(counts: Mapping[str, int], kinds: Sequence[str]) -> str:
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
 
 
-_CHECKED = {"CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"}
-
-
 def use_checked_annotations(cfg: Config) -> None:
     """Let a config with MMDetection's CocoDataset and CocoMetric read cleaned annotations, inside wrappers too.
 
@@ -204,9 +202,7 @@ def _exchange(node: Any) -> bool:
         return any([_exchange(item) for item in node])
     if not isinstance(node, dict):
         return False
-    checked = _CHECKED.get(str(node.get("type")).removeprefix("mmdet."))
     unlabeled = (node.get("filter_cfg") or {}).get("filter_empty_gt") is False
-    if checked and node.get("ann_file") and not unlabeled:
-        node["type"] = checked
+    if not unlabeled and use_checked(node):
         return True
     return any([_exchange(value) for value in node.values()])

@@ -15,6 +15,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
+from pe_spatial.errors import listed
+
 from .unpickling import explain, unpickle
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -48,8 +50,7 @@ class CheckpointError(ValueError):
 
 def join_names(names: Iterable[str]) -> str:
     """List the first eight of `names` for an error, and how many more there are."""
-    names = list(names)
-    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return listed(list(names), 8) or "nothing"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
+from pe_spatial.engine.nodes import use_checked
 from pe_spatial.engine.runner import build_runner, explain_workers, start_processes
 from pe_spatial.engine.summary import summarize
 from pe_spatial.engine.weights import check_weights, load_weights_of_any_layout
@@ -75,8 +76,7 @@ def _checked_metrics(cfg: Config) -> list[ConfigDict]:
     single = not isinstance(cfg.test_evaluator, list | tuple)
     cfg.test_evaluator = [cfg.test_evaluator] if single else list(cfg.test_evaluator)
     for metric in cfg.test_evaluator:
-        if metric.type in ("CocoMetric", "mmdet.CocoMetric") and metric.get("ann_file"):
-            metric.type = "CheckedCocoMetric"
+        use_checked(metric)
     return cfg.test_evaluator
 
 

@@ -50,6 +50,18 @@ def type_name(node: Mapping[str, Any]) -> str:
     return str(node.get("type")).rpartition(".")[2].strip("'>")
 
 
+_CHECKED = {"CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"}
+
+
+def use_checked(node: dict[str, Any]) -> bool:
+    """Let MMDetection's CocoDataset or CocoMetric with an annotation file be the checked one; return whether it was."""
+    checked = _CHECKED.get(str(node.get("type")).removeprefix("mmdet."))
+    if not checked or not node.get("ann_file"):
+        return False
+    node["type"] = checked
+    return True
+
+
 def core(model: Any) -> Any:
     """Return the part of a model that has backbone and heads: trackers, semi-supervision and TTA wrap it."""
     while "detector" in model or "module" in model:
