@@ -65,14 +65,7 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
             image: Any = turn_upright(stored)
             if size is not None and image.size != size[::-1] == stored.size:
                 image = stored
-            if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
-                if image.getextrema()[1] > 65535:
-                    raise ValueError("pixels of 32 bits have no defined range")
-                gray = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-                image = Image.fromarray(gray)
-            elif image.mode == "F":
-                raise ValueError("floating-point pixels have no defined range")
-            return np.array(image.convert("RGB"))  # a copy: asarray would be read-only
+            return to_rgb(image)
     except MemoryError:
         raise  # not the image's fault
     except UnidentifiedImageError as error:
@@ -81,6 +74,18 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
         # PIL's plugins raise almost anything on broken data: OSError, SyntaxError, ValueError, struct.error, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"{path} cannot be decoded ({reason}). Replace it or remove it from the dataset") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert an image of any mode to (H, W, 3) uint8 RGB; ValueError for pixels without a defined range."""
+    if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
+        if image.getextrema()[1] > 65535:  # type: ignore[operator]
+            raise ValueError("pixels of 32 bits have no defined range")
+        gray = np.round(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(gray)
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    return np.array(image.convert("RGB"))  # a copy: asarray would be read-only
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -126,6 +131,14 @@ def exif_turn(image: Image.Image) -> Transpose | None:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # PIL raises almost anything on broken tags
         return None
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Return where tiles start along a side: evenly spaced, from one end to the other."""
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    return np.linspace(0, side - tile, count).round().astype(int).tolist()
 
 
 @cache

@@ -33,7 +33,8 @@ ARROWS = {
     "planning": {"planning", "integrations", "encoder"} | GROUND,
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
-    "cli": {"cli", "encoder", "data"} | TASKS | SERVICES | GROUND,
+    "predict": {"predict", "encoder"} | TASKS | SERVICES | GROUND,
+    "cli": {"cli", "predict", "encoder", "data"} | TASKS | SERVICES | GROUND,
 }
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, import_quietly, without_prints
 
 if TYPE_CHECKING:
-    from pe_spatial.depth.inference import Sources
+    from pe_spatial.engine.sources import Sources
 
 
 def side(text: str) -> int:
@@ -72,9 +72,10 @@ def run(args: argparse.Namespace) -> None:
     # The encoder's advice on geometry is for training; here the checkpoint determines it.
     logging.getLogger("pe_spatial.encoder.vit").setLevel(logging.ERROR)
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
-    from pe_spatial.depth.inference import DepthPredictor, Sources
+    from pe_spatial.depth.inference import DepthPredictor
     from pe_spatial.engine.configs import config_in, read_config
     from pe_spatial.engine.options import set_options
+    from pe_spatial.engine.sources import Sources
     from pe_spatial.errors import ConfigError
 
     files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)

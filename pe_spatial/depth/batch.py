@@ -13,11 +13,12 @@ import numpy as np
 
 from pe_spatial.depth import outputs, pointcloud
 from pe_spatial.depth.datasets import DepthPairDataset
-from pe_spatial.depth.inference import DepthPredictor, InputImage, Sources
+from pe_spatial.depth.inference import DepthPredictor
 from pe_spatial.depth.outputs import is_valid
 from pe_spatial.depth.transforms import FORMATS, SCALES, check_scale, fit_to_image, read_depth
 from pe_spatial.encoder.files import locate
 from pe_spatial.engine.checkpoints import AtomicLocalBackend
+from pe_spatial.engine.sources import InputImage, Sources
 from pe_spatial.errors import ConfigError, DatasetError
 
 _write = AtomicLocalBackend().put

@@ -1,9 +1,6 @@
-"""A trained depth estimator on images of any size: arrays, files, folders, videos."""
+"""A trained depth estimator on images of any size."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,94 +10,12 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
-from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.images import image_suffixes, is_hidden, read_rgb
-from pe_spatial.video import count_frames, decode_video
-
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-
-
-@dataclass(frozen=True)
-class InputImage:
-    """An image or a frame of a video."""
-
-    name: str  # of its results
-    path: Path
-    read: Callable[[], np.ndarray]  # returns (H, W, 3) uint8 RGB, or raises DatasetError
-
-
-class Sources:
-    """The images of files, folders (searched recursively) and videos; it can be iterated over repeatedly.
-
-    The folder `exclude`, such as that of the results, and hidden files and folders are skipped. `omitted` counts the
-    other files of the folders by suffix. Raises DatasetError for a path that does not exist, for folders without images
-    and for two images of one name.
-    """
-
-    def __init__(self, paths: Sequence[str | Path], *, exclude: Path) -> None:
-        exclude = exclude.resolve()
-        self._files: dict[str, Path] = {}
-        self.omitted: Counter[str] = Counter()
-        for root in map(Path, paths):
-            if not root.exists():
-                raise DatasetError(f"there is no file or folder {root}; check the path")
-            for path in [root] if root.is_file() else _files_below(root, exclude):
-                if path != root and path.suffix.lower() not in (*image_suffixes(), *VIDEOS):
-                    self.omitted[path.suffix.lower() or path.name] += 1
-                    continue
-                name = path.stem if root.is_file() else str(path.relative_to(root).with_suffix(""))
-                other = self._files.setdefault(name, path)
-                if other != path:
-                    raise DatasetError(f"{other} and {path} would both be written as {name}; run them separately")
-        if not self._files:
-            raise DatasetError(
-                f"{', '.join(map(str, paths))} contains no images ({', '.join((*image_suffixes(), *VIDEOS))})"
-            )
-
-    def __len__(self) -> int:
-        """Return the number of images and frames; videos may announce a wrong number."""
-        return sum(_count(path) for path in self._files.values())
-
-    def __iter__(self) -> Iterator[InputImage]:
-        for name, path in self._files.items():
-            if _is_video(path):
-                yield from _frames(name, path)
-            else:
-                yield InputImage(name, path, partial(read_rgb, path))
-
-
-def _files_below(root: Path, exclude: Path) -> list[Path]:
-    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root))
-    return [path for path in paths if exclude not in path.resolve().parents]
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS
-
-
-def _count(path: Path) -> int:
-    try:
-        return count_frames(path) if _is_video(path) else 1
-    except DatasetError:  # reported when it is read
-        return 1
-
-
-def _frames(name: str, path: Path) -> Iterator[InputImage]:
-    number = 0
-    try:
-        for rgb in decode_video(path):
-            yield InputImage(f"{name}/{number:06d}", path, partial(np.asarray, rgb))
-            number += 1
-    except DatasetError as error:
-        yield InputImage(f"{name}/{number:06d}", path, partial(_fail, error))
-
-
-def _fail(error: DatasetError) -> np.ndarray:
-    raise error
+from pe_spatial.errors import ConfigError
+from pe_spatial.images import tile_starts
 
 
 class DepthPredictor:
@@ -119,7 +34,6 @@ class DepthPredictor:
     """
 
     def __init__(self, cfg: Config, checkpoint: str | Path, *, device: str = "cpu") -> None:
-        init_default_scope(cfg.get("default_scope", "mmseg"))
         kind = cfg.get("model", {}).get("type")
         if kind != "PEDepthEstimator":
             source = cfg.filename if cfg.filename and Path(cfg.filename).is_file() else f"the config in {checkpoint}"
@@ -131,15 +45,17 @@ class DepthPredictor:
         path = locate(checkpoint)
         file = read_checkpoint(path)
         self.training_size = _training_size(file.rest)
-        self.model = MODELS.build({**cfg.model, "losses": []}).eval().to(device)
+        steps = cfg.test_dataloader.dataset.pipeline
+        steps = [step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")]
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmseg")):
+            self.model = MODELS.build({**cfg.model, "losses": []}).eval().to(device)
+            self._prepare = Compose(steps)
         state = {name: x for name, x in file.state.items() if not name.startswith("losses.")}
         try:
             load_state_dict(self.model, state, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:400]
             raise CheckpointError(f"{path} does not fit this config: {reason} ...") from error
-        steps = cfg.test_dataloader.dataset.pipeline
-        self._prepare = Compose([step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], *, size: int | None = None) -> list[np.ndarray]:
@@ -176,7 +92,7 @@ class DepthPredictor:
         if not 0 <= overlap < tile:
             raise ConfigError(f"the overlap is {overlap}; tiles of {tile} pixels allow 0 to {tile - 1}")
         sides = [min(tile, side) for side in image.shape[:2]]
-        corners = list(product(*(_starts(side, tile, overlap) for side in image.shape[:2])))
+        corners = list(product(*(tile_starts(side, tile, overlap) for side in image.shape[:2])))
         ramps = [np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).clip(max=overlap + 1) for side in sides]
         weight = np.outer(*ramps).astype(np.float64)
         total, weights = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
@@ -210,11 +126,3 @@ def _quantity(losses: Sequence[Mapping[str, Any]]) -> str:
     if relative is None or not {loss["type"] for loss in losses} <= {"ScaleAndShiftInvariantLoss", "GradientLoss"}:
         return "meter"
     return f"relative {relative.get('space', 'disparity')}"
-
-
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles start along a side: evenly spaced, from one end to the other."""
-    if side <= tile:
-        return [0]
-    count = -(-(side - overlap) // (tile - overlap))
-    return np.linspace(0, side - tile, count).round().astype(int).tolist()

@@ -76,6 +76,21 @@ def check_weights(source: str | None) -> None:
         raise CheckpointError(f"no checkpoint at {path}; download it, or give the path of a file that exists")
 
 
+def load_weights(model: nn.Module, source: str | Path) -> dict[str, Any]:
+    """Load weights of any layout into a model, strictly; return the checkpoint's other entries, such as 'meta'.
+
+    Raises CheckpointError for a file that is missing or damaged, or that does not match the model.
+    """
+    path = locate(source)
+    check_complete(split_entry(path)[0])
+    file = read_checkpoint(path)
+    try:
+        load_state_dict(model, unwrap(to_mmdet(file), model.state_dict()), strict=True)
+    except RuntimeError as error:
+        raise _mismatch(path, error) from error
+    return file.rest
+
+
 def check_pretrained(cfg: Config) -> None:
     """Check the weights that encoders start from; released ones are downloaded now."""
     for place, options in encoders(cfg.get("model")):

@@ -21,7 +21,7 @@ from mmengine.config import Config
 
 from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.depth.estimator import DepthEstimator
-from pe_spatial.depth.inference import DepthPredictor, Sources, _starts
+from pe_spatial.depth.inference import DepthPredictor
 from pe_spatial.depth.outputs import (
     GRAY,
     add_bar,
@@ -33,8 +33,9 @@ from pe_spatial.depth.outputs import (
 from pe_spatial.depth.pointcloud import encode_ply, exif_camera, given_camera, guessed_camera, without_edges
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.configs import config_in
+from pe_spatial.engine.sources import Sources
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.images import read_rgb
+from pe_spatial.images import read_rgb, tile_starts
 
 pytestmark = pytest.mark.mmseg
 TINY = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
@@ -180,7 +181,7 @@ def test_flying_pixels_go_and_surfaces_stay():
     ("side", "tile", "overlap"), [(100, 40, 0), (100, 40, 10), (101, 40, 39), (41, 40, 8), (30, 40, 8)]
 )
 def test_tiles_cover_a_side_and_overlap(side, tile, overlap):
-    starts = _starts(side, tile, overlap)
+    starts = tile_starts(side, tile, overlap)
     assert starts[0] == 0
     assert starts[-1] == max(side - tile, 0)
     assert all(a < b <= a + tile - overlap for a, b in pairwise(starts))

@@ -1,0 +1,58 @@
+"""`pe_spatial.load`: from a checkpoint to a predictor. Importing this module needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from mmengine.config import Config
+
+    from pe_spatial.predict.predictor import Predictor
+
+
+def load(
+    source: str | Path, *, config: str | Path | Config | None = None, device: str = "cpu",
+    dtype: torch.dtype | None = None, compile: bool = False, score: float = 0.0, tta: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Predictor:  # fmt: skip
+    """Return the predictor of a checkpoint: of a detector, a segmenter, a depth estimator or a tracker.
+
+    Args:
+        source: a checkpoint that `pe-spatial train` wrote, whose config is inside; any other weights, with their
+            `config`; or a config file (.py) with `load_from`.
+        config: a config file, one of an installed package ('mmdet::detr/detr_r50_8xb2-150e_coco.py'), or a Config.
+        device: 'cpu', 'cuda' or 'cuda:1'.
+        dtype: torch.bfloat16 or torch.float16 for autocast; None computes as a test of the config does.
+        compile: compile the backbone when it first runs; worthwhile for many images of one size.
+        score: lowest score of a detection.
+        tta: test-time augmentation, as the config describes it.
+        class_names: names of the classes; None takes those of the checkpoint, or of the config's dataset.
+
+    Raises ConfigError, CheckpointError; ImportError without OpenMMLab's packages.
+    """
+    missing = [name for name in ("mmengine", "mmcv", "mmdet", "mmseg") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"a predictor needs {missing[0]}: pip install 'pe_spatial[openmmlab]'", name=missing[0])
+    from pe_spatial.errors import ConfigError
+    from pe_spatial.predict.models import config_and_weights, task_of
+
+    cfg, weights = config_and_weights(source, config)
+    task = task_of(cfg)
+    options: dict[str, Any] = dict(device=device, dtype=dtype, compile=compile)
+    unused = dict(score=score, tta=tta, class_names=class_names)
+    if task == "depth":
+        from pe_spatial.predict.depth import DepthMapPredictor as Kind
+    elif task == "tracking":
+        from pe_spatial.predict.tracking import TrackingPredictor as Kind  # type: ignore[assignment]
+    else:
+        from pe_spatial.predict.predictor import build_predictor as Kind  # type: ignore[assignment]
+
+        options, unused = options | unused, {}
+    given = [name for name, value in unused.items() if value]
+    if given:
+        raise ConfigError(f"{source} is a model for {task}, which has no {' and no '.join(given)}; omit that option")
+    return Kind(cfg, weights, **options)

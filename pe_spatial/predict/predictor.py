@@ -1,0 +1,208 @@
+"""Predictors of detectors and segmenters: images in, results in pixels of the original images out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import import_modules_from_strings
+
+from pe_spatial.engine.configs import as_config_error
+from pe_spatial.engine.weights import load_weights
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.predict.inputs import ImageLike, is_single, read_images
+from pe_spatial.predict.masks import MaskCrop
+from pe_spatial.predict.models import find_meta, task_of, test_dataset, without_loading
+from pe_spatial.predict.results import Detections, Result, SegmentationMap
+
+
+class Predictor:
+    """A trained model that takes images and returns results.
+
+    `task` is 'detection', 'segmentation', 'depth' or 'tracking'; `class_names` are the model's classes, if it has any.
+    """
+
+    task: str
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, model: Any, *, device: str, dtype: torch.dtype | None = None, compile: bool = False) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        if compile:
+            model.backbone.compile()
+
+    def __call__(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 1) -> Any:
+        """Return the result of one image, or the list of results of several.
+
+        Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W), both uint8 RGB, and may differ in size.
+        Raises DatasetError for an image that cannot be used.
+        """
+        if is_single(images):
+            return next(self.stream([images]))  # type: ignore[list-item]
+        return list(self.stream(images, batch_size=batch_size))  # type: ignore[arg-type]
+
+    def stream(self, images: Iterable[ImageLike], *, batch_size: int = 1) -> Iterator[Result]:
+        """Yield the result of each image, in order; images are read when they are needed.
+
+        Consecutive images run as one batch where the model gets them in one size, so that a batch changes nothing.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
+        waiting: list[Any] = []
+        for rgb in read_images(images):
+            item = self._prepare(rgb)
+            if waiting and self._shape(waiting[0]) != self._shape(item):
+                yield from self._predict(waiting)
+                waiting = []
+            waiting.append(item)
+            if len(waiting) == batch_size:
+                yield from self._predict(waiting)
+                waiting = []
+        if waiting:
+            yield from self._predict(waiting)
+
+    def _prepare(self, rgb: np.ndarray) -> Any:
+        """Return what `_predict` needs of an image (H, W, 3)."""
+        raise NotImplementedError
+
+    def _shape(self, item: Any) -> Any:
+        """Return what items of one batch must have in common."""
+        raise NotImplementedError
+
+    def _predict(self, items: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(torch.device(self.device).type, self.dtype) if self.dtype else nullcontext()
+
+
+class OpenMMLabPredictor(Predictor):
+    """A predictor whose model is OpenMMLab's: images pass the config's test pipeline without its loading steps."""
+
+    def __init__(self, model: Any, pipeline: Sequence[Any], meta: dict[str, Any], **options: Any) -> None:
+        super().__init__(model, **options)
+        self.pipeline, self.meta = Compose(pipeline), meta
+        self.class_names = tuple(meta["classes"])
+
+    def _prepare(self, rgb: np.ndarray) -> dict[str, Any]:
+        size = rgb.shape[:2]
+        bgr = np.ascontiguousarray(rgb[..., ::-1])
+        given = dict(img=bgr, img_shape=size, ori_shape=size, height=size[0], width=size[1], img_id=0, img_path=None)
+        try:
+            item = self.pipeline(dict(given, seg_fields=[]))
+        except cv2.error as error:
+            raise DatasetError(
+                f"an image of {size[1]}x{size[0]} pixels does not survive the config's test pipeline "
+                f"({error.err or error}); crop or pad it to a usual shape"
+            ) from error
+        return item
+
+    def _shape(self, item: dict[str, Any]) -> Any:
+        inputs = item["inputs"] if isinstance(item["inputs"], list) else [item["inputs"]]
+        processor = getattr(self.model, "module", self.model).data_preprocessor  # in test-time augmentation
+        divisor = getattr(processor, "pad_size_divisor", 1)
+        return [tuple(-(-side // divisor) for side in view.shape) for view in inputs]
+
+    @torch.inference_mode()
+    def _predict(self, items: Sequence[dict[str, Any]]) -> list[Any]:
+        with self._precision():
+            samples = self.model.test_step(pseudo_collate(items))
+        return [self._result(sample) for sample in samples]
+
+    def _result(self, sample: Any) -> Any:
+        raise NotImplementedError
+
+
+class DetectionPredictor(OpenMMLabPredictor):
+    """Boxes and, where the model has them, masks; `score` is the lowest score that is returned."""
+
+    task = "detection"
+
+    def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.score = score
+
+    def _result(self, sample: Any) -> Detections:
+        from mmdet.structures.bbox import get_box_tensor
+
+        if "pred_instances" not in sample:
+            raise ConfigError(f"a {type(self.model).__name__} predicts no objects; give a detector")
+        found = sample.pred_instances
+        if self.score > 0:
+            found = found[found.scores >= self.score]
+        number, names = int(found.labels.max()) + 1 if len(found) else 0, len(self.class_names)
+        if number > names:
+            raise ConfigError(
+                f"the model has {number} classes or more, and {names} have names; give all as class_names"
+            )
+        masks = found.get("masks")
+        return Detections(
+            boxes=get_box_tensor(found.bboxes).float().cpu().numpy().reshape(-1, 4),
+            scores=found.scores.float().cpu().numpy(),
+            labels=found.labels.long().cpu().numpy(),
+            class_names=self.class_names,
+            image_size=tuple(sample.ori_shape[:2]),
+            crops=None if masks is None else tuple(MaskCrop.cut(np.asarray(mask)) for mask in _on_cpu(masks)),
+        )
+
+
+class SegmentationPredictor(OpenMMLabPredictor):
+    """The class of each pixel."""
+
+    task = "segmentation"
+
+    def _result(self, sample: Any) -> SegmentationMap:
+        if "pred_sem_seg" not in sample:
+            raise ConfigError(f"a {type(self.model).__name__} predicts no classes of pixels; give a segmenter")
+        labels = sample.pred_sem_seg.data[0].long().cpu().numpy()
+        return SegmentationMap(labels=labels, class_names=self.class_names, palette=self.meta.get("palette"))
+
+
+def build_predictor(
+    cfg: Config, weights: str, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False,
+    score: float = 0.0, tta: bool = False, class_names: Sequence[str] | None = None,
+) -> OpenMMLabPredictor:  # fmt: skip
+    """Build the predictor of a detector or a segmenter; the arguments are those of `pe_spatial.load`."""
+    task = task_of(cfg)
+    scope = "mmdet" if task == "detection" else "mmseg"
+    if score and task != "detection":
+        raise ConfigError("score is for detectors, and this is a segmenter; omit it")
+    model_cfg, pipeline = cfg.model, test_dataset(cfg).pipeline
+    if tta:
+        missing = [name for name in ("tta_model", "tta_pipeline") if name not in cfg]
+        if missing:
+            raise ConfigError(f"the config has no {' and no '.join(missing)}, so there is no test-time augmentation")
+        pipeline = cfg.tta_pipeline
+    default_scope = DefaultScope.overwrite_default_scope(cfg.get("default_scope", scope))
+    with as_config_error(cfg.filename or weights), default_scope, redirect_stdout(io.StringIO()):
+        import_modules_from_strings([f"{scope}.models", f"{scope}.datasets.transforms"])  # they print
+        model = MODELS.build(model_cfg)
+        rest = load_weights(model, weights)
+        meta = find_meta(cfg, rest)
+        if tta:
+            model = MODELS.build(ConfigDict(**cfg.tta_model, module=model))
+        options: dict[str, Any] = dict(device=device, dtype=dtype or _test_dtype(cfg), compile=compile)
+        if class_names is not None:
+            meta = {"classes": tuple(class_names)}
+        if not meta.get("classes"):
+            raise ConfigError(f"neither {weights} nor its config names the classes; give them as class_names")
+        arguments = (model.eval().to(device), without_loading(pipeline), meta)
+        if task == "segmentation":
+            return SegmentationPredictor(*arguments, **options)
+        return DetectionPredictor(*arguments, score=score, **options)
+
+
+def _test_dtype(cfg: Config) -> torch.dtype | None:
+    """Return the precision in which a test of the config computes."""
+    return torch.float16 if (cfg.get("test_cfg") or {}).get("fp16") else None
+
+
+def _on_cpu(masks: Any) -> Any:
+    return masks.cpu() if isinstance(masks, torch.Tensor) else masks
