@@ -52,8 +52,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, folder: str = "work
 def add_data(parser: Any) -> None:
     """Add --data; `own_data.use_data` reads it."""
     own = (
-        "own dataset for a detection config: a folder, JSON or YAML in the form of COCO, YOLO, Pascal VOC, LabelMe, "
-        "LVIS or Objects365; classes, heads and evaluation follow (docs/own_data.md)"
+        "own dataset for a config of detection or segmentation: a folder, JSON or YAML in the form of COCO, YOLO, "
+        "Pascal VOC, LabelMe, LVIS or Objects365; classes, heads and evaluation follow (docs/own_data.md)"
     )
     parser.add_argument("--data", metavar="DATA", help=own)
 

@@ -2,18 +2,22 @@
 
 pe-spatial browse DATA --out sheet.png              # a folder, COCO JSON or data.yaml, as it is
 pe-spatial browse CONFIG.py --out sheet.png         # after the augmentation of the config
+pe-spatial browse CONFIG.py --data DATA             # own data after the augmentation of the config
 
 Below are the counts of boxes that were clipped, skipped and ignored (docs/inputs.md).
 """
 
 import argparse
+import tempfile
 
-from pe_spatial.cli.arguments import add_cfg_options, import_quietly
+from pe_spatial.cli.arguments import add_cfg_options, add_data, import_quietly
 from pe_spatial.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="dataset in a form of docs/own_data.md, or a config (NAME.py, mmdet::NAME.py)")
+    what = "a config (NAME.py, mmdet::NAME.py), or a dataset in a form of docs/own_data.md"
+    parser.add_argument("config", metavar="CONFIG|DATA", help=what)
+    add_data(parser)
     parser.add_argument("--out", default="sheet.png", metavar="FILE.png", help="where to write (default: sheet.png)")
     splits = ["train", "val", "test"]
     parser.add_argument("--split", choices=splits, default="train", help="images to draw (default: train)")
@@ -29,17 +33,20 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.detection.browse import browse_config, browse_dataset
 
     options = dict(split=args.split, count=args.count, seed=args.seed)
-    if args.data.endswith(".py"):
+    if args.config.endswith(".py"):
+        from pe_spatial.cli.own_data import use_data
         from pe_spatial.engine.configs import read_config
         from pe_spatial.engine.options import set_options
 
-        cfg = read_config(args.data)
-        set_options(cfg, args.cfg_options)
-        lines = browse_config(cfg, args.out, **options)
+        cfg = read_config(args.config)
+        with tempfile.TemporaryDirectory() as args.work_dir:
+            use_data(args, cfg)
+            set_options(cfg, args.cfg_options)
+            lines = browse_config(cfg, args.out, **options)
     else:
-        if args.cfg_options:
-            raise ConfigError(f"--cfg-options changes a config, but {args.data} is a dataset; omit it")
+        if args.cfg_options or args.data:
+            raise ConfigError(f"--data and --cfg-options belong to a config, but {args.config} is a dataset; omit them")
         from pe_spatial.data import open_dataset
 
-        lines = browse_dataset(open_dataset(args.data), args.out, **options)
+        lines = browse_dataset(open_dataset(args.config), args.out, **options)
     print("\n".join([*lines, f"wrote {args.out}"]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,16 +22,34 @@ def use_data(args: argparse.Namespace, cfg: Config) -> OwnDataset | None:
     if args.data is None:
         return None
     from pe_spatial.data.dataset import open_dataset, write_splits
-    from pe_spatial.detection.own_data import apply_dataset
 
     if getattr(args, "data_root", None) is not None:
         raise ConfigError("--data names images and annotations; omit --data-root")
+    scope = cfg.get("default_scope", "mmdet")
+    if scope not in ("mmdet", "mmseg"):
+        raise ConfigError(f"{args.config} is for {scope}; --data takes configs for detection or semantic segmentation")
     dataset = open_dataset(args.data)
-    cfg.work_dir = args.work_dir or str(Path("work_dirs") / _name(args))
+    cfg.work_dir = args.work_dir or str(Path("work_dirs") / run_name(args))
     files = write_splits(dataset, Path(cfg.work_dir, "annotations").resolve())
+    import_quietly("pe_spatial.segmentation" if scope == "mmseg" else "pe_spatial.detection")
+    if scope == "mmseg":
+        from pe_spatial.segmentation.own_data import apply_dataset
+
+        _clean(files)
+    else:
+        from pe_spatial.detection.own_data import apply_dataset
     notes = [*dataset.notes, *apply_dataset(cfg, dataset, files)]
     _say(f"{args.data}: {dataset.summary()}", notes)
     return dataset
+
+
+def _clean(files: Mapping[str, Path]) -> None:
+    """Replace annotation files by what detectors read of them: boxes and masks that can be used."""
+    from pe_spatial.atomic import write_json
+    from pe_spatial.detection.annotations import read_coco
+
+    for path in files.values():
+        write_json(path, read_coco(str(path), annotated=False, masks=True)[0])
 
 
 def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | None) -> list[str]:
@@ -100,12 +119,12 @@ def write(args: argparse.Namespace, cfg: Config, notes: Sequence[str]) -> None:
 
     from pe_spatial.engine.written import write_config
 
-    path = Path(cfg.work_dir, f"{_name(args)}.py")
+    path = Path(cfg.work_dir, f"{run_name(args)}.py")
     master_only(write_config)(path, cfg, base=args.config, notes=notes)
     _say(f"{path} is the config of this run; it inherits {args.config}. Again: pe-spatial train {path}", [])
 
 
-def _name(args: argparse.Namespace) -> str:
+def run_name(args: argparse.Namespace) -> str:
     """Return the name of a run on own data: that of its config, and that of its dataset."""
     return f"{Path(args.config.rpartition('::')[2]).stem}_{Path(args.data).resolve().stem}"
 

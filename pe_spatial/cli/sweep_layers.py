@@ -2,6 +2,7 @@
 
 pe-spatial sweep_layers configs/pe_spatial_linear_ade20k.py --layers all --data-root data/ade/ADEChallengeData2016
 pe-spatial sweep_layers configs/pe_spatial_lin1_nyu.py --layers 5,8,11 --epochs 5 --limit 2000 --dtype bfloat16
+pe-spatial sweep_layers configs/pe_spatial_linear_ade20k.py --layers all --data DATA --epochs 50    # own masks
 
 Images are read as in testing, without augmentation, so that the encoder runs over them once; scores are therefore lower
 than those of the full recipe. A stopped sweep resumes when it is started again. The work dir then holds scores.png,
@@ -12,11 +13,12 @@ import argparse
 import time
 from functools import partial
 
-from pe_spatial.cli.arguments import add_config_arguments, layers, load_config
+from pe_spatial.cli.arguments import add_config_arguments, add_data, layers, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, folder="work_dirs/<name of the config>_layers")
+    add_data(parser)
     blocks = "encoder layers (blocks), 0-based"
     parser.add_argument("--layers", type=layers, required=True, metavar="5,8,11|all", help=blocks)
     parser.add_argument("--epochs", type=int, help="passes over the images, instead of the config's schedule")
@@ -32,12 +34,18 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.logging import MMLogger
     from tqdm import tqdm
 
+    from pe_spatial.cli.own_data import run_name, use_data
     from pe_spatial.encoder.files import CheckpointError
+    from pe_spatial.engine.configs import read_config
     from pe_spatial.engine.training import explain_missing_weights
     from pe_spatial.probing.report import format_table, write_report
     from pe_spatial.probing.sweep import LayerSweep, ProgressBar
 
-    cfg = load_config(args)
+    cfg = read_config(args.config)
+    if args.data:
+        args.work_dir = args.work_dir or f"work_dirs/{run_name(args)}_layers"
+        use_data(args, cfg)
+    cfg = load_config(args, cfg)
     folder = args.work_dir or f"{cfg.work_dir}_layers"
     MMLogger.get_instance("layer_sweep", log_level="WARNING")  # the progress bars are enough
     try:

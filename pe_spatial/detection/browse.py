@@ -1,9 +1,11 @@
 """What a detector will see: contact sheets of own datasets, and of a config's images after augmentation."""
 
+import io
 import random
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,14 @@ def browse_config(cfg: Config, path: str | Path, *, split: str, count: int, seed
         The lines of text on the sheet.
     """
     loader = cfg.get(f"{split}_dataloader")
+    if cfg.get("default_scope", "mmdet") != "mmdet":
+        raise ConfigError(f"{cfg.filename} is for {cfg.default_scope}; browse draws the boxes of detection configs")
     if not loader:
         raise ConfigError(f"{cfg.filename} has no {split}_dataloader; choose another --split")
     init_default_scope(cfg.get("default_scope", "mmdet"))
     random.seed(seed)
     np.random.seed(seed)  # of augmentations
-    with as_config_error(cfg.filename):
+    with as_config_error(cfg.filename), redirect_stdout(io.StringIO()):  # pycocotools prints
         dataset = DATASETS.build(loader.dataset)
         dataset.full_init()
     classes = dataset.metainfo.get("classes")
@@ -86,12 +90,12 @@ def browse_config(cfg: Config, path: str | Path, *, split: str, count: int, seed
     )
     examples = [_as_trained(dataset[i]) for i in _choose(range(len(dataset)), count, seed)]
     numbers = f"{len(dataset)} images, {len(boxes)} objects"
-    lines = [f"{cfg.filename}: {numbers} in the {split} set; images as its pipeline hands them to the model"]
+    lines = [f"{Path(cfg.filename).name}: {numbers} in the {split} set; images as its pipeline hands them to the model"]
     inner = dataset
     while hasattr(inner, "dataset"):
         inner = inner.dataset
     if hasattr(inner, "read_annotations"):
-        lines.append(f"{inner.ann_file}: {describe_counts(inner.read_annotations()[1])}")
+        lines.append(f"{Path(inner.ann_file).name}: {describe_counts(inner.read_annotations()[1])}")
     draw_sheet(path, examples, classes, statistics, lines)
     return lines
 

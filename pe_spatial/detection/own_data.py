@@ -1,19 +1,16 @@
 """Put an own dataset into a detection or instance-segmentation config, with everything that follows from it."""
 
-import colorsys
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from pe_spatial.data.dataset import OwnDataset
-from pe_spatial.engine.checks import NOT_OF_THE_DATA
-from pe_spatial.engine.nodes import LOADERS, core, leaves, pipelines, steps, type_name
+from pe_spatial.engine.classes import add_imports, palette, set_classes
+from pe_spatial.engine.nodes import EVALUATORS, LOADERS, core, leaves, pipelines, steps, type_name
 from pe_spatial.errors import ConfigError
-
-EVALUATORS = ("val_evaluator", "test_evaluator", "tta_evaluator")
 
 _DATASET_OPTIONS = (
     "pipeline", "filter_cfg", "test_mode", "serialize_data", "lazy_init", "max_refetch", "backend_args", "indices",
@@ -58,30 +55,16 @@ def apply_dataset(cfg: Config, dataset: OwnDataset, files: Mapping[str, Path]) -
         masks = False
     _set_datasets(cfg, dataset, files, notes)
     _set_evaluators(cfg, files, masks, notes)
-    for place in ("model", "tta_model"):
-        if cfg.get(place):
-            _set_classes(cfg[place], len(dataset.classes), None, notes)
+    set_classes(cfg, len(dataset.classes), notes)
     hooks = [hook for hook in cfg.get("custom_hooks") or [] if hook.get("type") != "SetClassWeights"]
     if len(hooks) < len(cfg.get("custom_hooks") or []):
         cfg.custom_hooks = hooks
-    _import(cfg, "pe_spatial.engine", "pe_spatial.detection")
+    add_imports(cfg, "pe_spatial.engine", "pe_spatial.detection")
     return list(dict.fromkeys(notes))
-
-
-def palette(number: int) -> list[tuple[int, int, int]]:
-    """Return colors (R, G, B in 0 to 255) that are far apart, the same for the same number."""
-    hues = [(0.02 + i * 0.618034) % 1 for i in range(number)]
-    values = [colorsys.hsv_to_rgb(hue, 0.85, (0.95, 0.7)[i // 7 % 2]) for i, hue in enumerate(hues)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in values]
 
 
 def _refuse(cfg: Config) -> None:
     model = cfg.get("model") or {}
-    if cfg.get("default_scope", "mmdet") != "mmdet":
-        raise ConfigError(
-            f"{cfg.filename} is not a config for detection or instance segmentation (default_scope="
-            f"{cfg.default_scope!r}), which --data needs"
-        )
     if "Track" in type_name(model.get("data_preprocessor") or {}):
         raise ConfigError(f"{cfg.filename} trains a tracker on videos; --data takes detection configs")
     if type_name(model) in _REFUSED:
@@ -225,40 +208,3 @@ def _metrics(old: Any, masks: bool) -> Any:
     wanted = wanted or (["bbox", "segm"] if masks else ["bbox"])
     kept = [one for one in wanted if masks or one != "segm"] or ["bbox"]
     return kept[0] if len(kept) == 1 else kept
-
-
-def _set_classes(node: Any, number: int, old: int | None, notes: list[str]) -> None:
-    """Set the number of classes in every head below `node`, and the weights of classes in their losses."""
-    if isinstance(node, list | tuple):
-        for one in node:
-            _set_classes(one, number, old, notes)
-    if not isinstance(node, dict) or "language_model" in node:  # it detects what a text names
-        return
-    if type_name(node) == "FederatedLoss":
-        node.clear()
-        node.update(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0)
-        notes.append("cross-entropy replaces FederatedLoss, which needs LVIS's counts of images")
-        return
-    if "num_things_classes" in node:
-        old = node["num_things_classes"] + node.get("num_stuff_classes", 0)
-        node.update(num_things_classes=number, num_stuff_classes=0)
-    if isinstance(node.get("num_classes"), int):
-        old, node["num_classes"] = node["num_classes"], number
-    if node.get("class_ids"):  # COCO's
-        node["class_ids"] = None
-    weights = node.get("class_weight")
-    if isinstance(weights, list | tuple) and old is not None and len(weights) in (old, old + 1):
-        same = set(weights[:old]) <= {weights[0]}
-        node["class_weight"] = [weights[0] if same else 1.0] * number + list(weights[old:])
-        if not same:
-            notes.append("the losses' class_weight, which was different for each class, is 1 for each")
-    for key, value in node.items():
-        if key not in NOT_OF_THE_DATA and "teacher" not in key:
-            _set_classes(value, number, old, notes)
-
-
-def _import(cfg: Config, *modules: str) -> None:
-    imports = cfg.get("custom_imports") or {}
-    names: str | Sequence[str] = imports.get("imports", ())
-    names = [names] if isinstance(names, str) else names
-    cfg.custom_imports = ConfigDict(imports=list(dict.fromkeys([*names, *modules])), allow_failed_imports=False)

@@ -62,7 +62,7 @@ class ReportDetectionsHook(Hook):
             return
         checkpoint = load_best(runner)
         folder = Path(runner.work_dir)
-        metric.out_file, metric.classwise = str(folder / "results.json"), True
+        metric.out_file, metric.classwise = str(folder / "results.json"), False  # the table has classes
         hooks, runner._hooks = runner._hooks, []  # which would save, swap averaged weights, or stop
         try:
             ValLoop.run(runner.val_loop)  # of teacher and student, the one that predicts

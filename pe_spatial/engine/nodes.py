@@ -6,6 +6,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+EVALUATORS = ("val_evaluator", "test_evaluator", "tta_evaluator")
 
 
 def leaves(dataset: Any) -> Iterator[ConfigDict]:

@@ -101,12 +101,15 @@ def main_metric(cfg: Config) -> str | None:
     """Return the metric that tells which checkpoint is best; None if the config does not evaluate."""
     evaluators = cfg.get("val_evaluator")
     evaluator = evaluators[0] if isinstance(evaluators, list | tuple) and evaluators else evaluators
-    if not evaluator or not str(evaluator.get("type")).endswith("CocoMetric"):
+    kind = str((evaluator or {}).get("type"))
+    if kind.endswith("IoUMetric"):
+        return "mIoU"
+    if not kind.endswith("CocoMetric"):
         return None
     metric = evaluator.get("metric", "bbox")
     names = [metric] if isinstance(metric, str) else list(metric)
-    kind = next((name for name in ("bbox", "segm") if name in names), None)
-    name = f"{kind}_mAP" if kind else "AR@300" if names == ["proposal_fast"] else "AR@1000"
+    objects = next((name for name in ("bbox", "segm") if name in names), None)
+    name = f"{objects}_mAP" if objects else "AR@300" if names == ["proposal_fast"] else "AR@1000"
     both = "TeacherStudent" in str((cfg.get("val_cfg") or {}).get("type"))
     return f"{'teacher/' * both}coco/{name}"
 
@@ -122,7 +125,7 @@ def stop_early(cfg: Config, patience: int) -> None:
     """Stop when the main metric has not improved in `patience` validations."""
     metric = main_metric(cfg)
     if patience < 1 or not metric:
-        why = f"it is {patience}" if patience < 1 else "the config has no validation by COCO's metric"
+        why = f"it is {patience}" if patience < 1 else "the config has no validation by CocoMetric or IoUMetric"
         raise ConfigError(f"--patience needs at least one validation, and {why}")
     hook = dict(type="EarlyStoppingHook", monitor=metric, rule="greater", min_delta=0.001, patience=patience)
     _add_hook(cfg, hook)
@@ -161,6 +164,8 @@ def set_image_size(cfg: Config, side: int) -> str:
 
     Sides are rounded to complete windows of the encoder, or to the coarsest stride.
     """
+    if cfg.get("default_scope") == "mmseg":
+        raise ConfigError(f"--image-size is for detection; set crop_size and scale in the pipelines of {cfg.filename}")
     anchors = (core(cfg.model).get("bbox_head") or {}).get("anchor_generator") or {}
     if "input_size" in anchors:
         raise ConfigError(f"--image-size: the anchors of {cfg.filename} belong to images of {anchors['input_size']} px")

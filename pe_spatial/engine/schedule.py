@@ -19,7 +19,8 @@ _LENGTHS = ("T_max", "step_size", "total_steps", "total_iters")
 def set_length(cfg: Config, *, epochs: int | None = None, iterations: int | None = None, steps: int | None) -> None:
     """Train for a number of epochs or iterations; warm-up and decay keep their places in the schedule.
 
-    Warm-up takes at most a tenth of the training. A config that counts iterations gets as many as the epochs have.
+    Warm-up takes at most a tenth of the training; of one step it is omitted. A config that counts iterations gets as
+    many as the epochs have.
 
     Args:
         cfg: config of a training; it is changed in place.
@@ -82,7 +83,9 @@ def _scale(schedulers: Any, old: int, new: int, total: float, in_iterations: boo
             length = one.get("end") or one.get("total_iters", 5)
             same_unit = by_epoch is not in_iterations
             limit = new if same_unit else total
-            ends[by_epoch, length] = int(min(length, max(1, limit / 10)))
+            shortest = 1 if one.get("convert_to_iter_based") else 2  # mmengine leaves a shorter one at its start
+            shortened = int(min(length, limit / 10))
+            ends[by_epoch, length] = shortened if shortened >= shortest else 0
     result = []
     for one in schedulers:
         by_epoch = one.get("by_epoch", True)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
 from pe_spatial.atomic import atomic_write
+from pe_spatial.engine.runner import prepare_loaders
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.probing.cache import (
     ArrayCache,
@@ -95,6 +96,7 @@ class LayerSweep:
         init_default_scope(cfg.get("default_scope", "mmengine"))
         self.seed: int = (cfg.get("randomness") or {}).get("seed") or 0
         self.depth, self._times_read = _check_config(self.cfg)
+        prepare_loaders(self.cfg)
         self.layers = _check_layers(layers, self.depth)
         self.dtype = DTYPES[dtype]
         set_random_seed(self.seed)

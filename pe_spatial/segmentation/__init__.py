@@ -1,3 +1,3 @@
-"""Semantic segmentation: the linear probe of a frozen encoder. Importing this package registers its classes."""
+"""Semantic segmentation: the linear probe of a frozen encoder, own data. Importing it registers the classes."""
 
-from pe_spatial.segmentation import linear_probe  # noqa: F401
+from pe_spatial.segmentation import linear_probe, own_data  # noqa: F401

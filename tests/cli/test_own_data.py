@@ -7,11 +7,12 @@ import pytest
 
 pytest.importorskip("mmdet")
 from helpers.coco import write_coco
-from helpers.repository import command
+from helpers.repository import CONFIGS, command
 from PIL import Image
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 SMALL = ("--image-size", "128", "--batch", "2", "--iterations", "2", "--seed", "3")
+PROBE = str(CONFIGS / "pe_spatial_linear_ade20k.py")
 LOADERS = ("train_dataloader.num_workers=0", "val_dataloader.num_workers=0")
 
 
@@ -52,3 +53,18 @@ def test_one_line_trains_reports_and_can_be_repeated(config, data, tmp_path):
     assert losses(command("train", written, "--work-dir", "again", cwd=tmp_path)) == losses(printed)
     printed = command("test", written, (folder / "last_checkpoint").read_text(), cwd=tmp_path)
     assert "bbox_mAP" in printed or "results of the whole dataset is empty" in printed  # after two steps
+
+
+def test_browse_draws_own_data_after_the_augmentation_of_a_config(data, tmp_path):
+    printed = command("browse", "mmdet::atss/atss_r50_fpn_1x_coco.py", "--data", data, "--count", "2", cwd=tmp_path)
+    assert "atss_r50_fpn_1x_coco.py: 4 images, 8 objects in the train set" in printed
+    assert Image.open(tmp_path / "sheet.png").width > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet.png"]
+
+
+def test_the_layers_of_a_probe_are_swept_on_masks(data, tmp_path):
+    variant = "model.backbone.variant=pe_synthetic_xs8_192"
+    options = ("--layers", "0,1", "--limit", "2", "--cfg-options", variant, "train_dataloader.num_workers=0")
+    printed = command("sweep_layers", PROBE, "--data", data, "--epochs", "1", *options, cwd=tmp_path)
+    assert "masks become label maps of 3 classes" in printed
+    assert re.search(r"best by mIoU: layer \d; .*work_dirs/pe_spatial_linear_ade20k_shapes_layers/scores.png", printed)
