@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pe_spatial.errors import ConfigError, integer, one_of
 
-from .resize import POS_EMBED_MODES, sizes_of
+from .resize import POS_EMBED_MODES, is_autocast, sizes_of
 from .variants import VITDET_RECIPES, EncoderConfig, vitdet_recipe
 
 ROPE_MODES = ("extrapolate", "interpolate")
@@ -173,7 +172,7 @@ def check_images(images: Tensor, weights: Tensor) -> None:
         raise TypeError(
             f"images are {kinds[0]}; convert them to float and normalize them with config.mean and config.std"
         )
-    if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
+    if images.dtype != weights.dtype and not is_autocast(images.device.type):
         raise TypeError(
             f"images are {kinds[0]} and the weights {kinds[1]}; convert either with .to(torch.{kinds[1]}) or "
             f".to(torch.{kinds[0]}), or use torch.autocast"

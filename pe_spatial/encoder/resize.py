@@ -47,6 +47,18 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
 
 
+_BEFORE_2_4 = not hasattr(torch.amp, "is_autocast_available")  # autocast has a function for each type of devices
+
+
+def is_autocast(device_type: str) -> bool:
+    """Return whether torch.autocast is on for a type of devices; 'meta' has none."""
+    if device_type == "meta":
+        return False
+    if _BEFORE_2_4:
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+    return torch.is_autocast_enabled(device_type)
+
+
 def is_tracing() -> bool:
     """Return whether torch.jit.trace, and with it the older ONNX exporter, records what is computed."""
     return not is_compiling() and torch._C._is_tracing()

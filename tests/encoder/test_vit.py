@@ -6,11 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.golden import checkpoint_file, read_arrays, read_json
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig, PerceptionEncoder, load_checkpoint
+from pe_spatial.encoder import vit
+from pe_spatial.encoder.vit import PatchEmbed
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 WINDOWED = {"window_size": 3, "global_attn_indexes": (1, 3), "rope_mode": "interpolate", "pos_embed_mode": "tile"}
@@ -300,3 +303,52 @@ def test_inductor_gives_the_same(tiny):
     model, twin = tiny(out_indices=(1,), **WINDOWED), tiny(out_indices=(1,), **WINDOWED)
     twin.forward = torch.compile(twin.forward, fullgraph=True)
     assert_close(gradients(twin, images(80, 64)), gradients(model, images(80, 64)), **EXACT)
+
+
+# --- the patch embedding
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("patch", "size"), [(16, (64, 64)), (14, (28, 70)), (8, (40, 16)), (1, (3, 5))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_patch_embedding_equals_its_convolution(dtype, patch, size, layout):
+    """Outputs, and gradients of images and weights; in float32 to the last bit."""
+    embed = PatchEmbed(3, 8, patch).to(dtype).to(memory_format=layout)
+    assert {name: tuple(x.shape) for name, x in embed.state_dict().items()} == {"proj.weight": (8, 3, patch, patch)}
+    results = []
+    for convolve in (embed.proj, lambda x: F.conv2d(x, embed.proj.weight, stride=patch)):
+        x = images(*size).to(dtype).to(memory_format=layout).requires_grad_()
+        out = convolve(x)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (x, embed.proj.weight))))
+    bound = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, reference, **bound)
+    assert_close(embed(x), results[0][0].permute(0, 2, 3, 1), rtol=0, atol=0)
+
+
+def test_patch_embedding_as_a_matrix_product_is_exact():
+    """Computed in float32 as it is in 16 bits, it has the gradients of the convolution."""
+    embed, results = PatchEmbed(3, 8, 16), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embed(images(32, 64)).dtype == torch.bfloat16
+        assert_close(embed.proj(images(32, 64)), F.conv2d(images(32, 64), embed.proj.weight, stride=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit, "is_autocast", lambda _: True)
+        for convolve in (embed.proj, lambda x: F.conv2d(x, embed.proj.weight, stride=16)):
+            x = images(32, 64).requires_grad_()
+            results.append((out := convolve(x), *torch.autograd.grad(out.square().sum(), (x, embed.proj.weight))))
+    for ours, reference in zip(*results, strict=True):
+        assert_close(ours, reference, rtol=1e-6, atol=1e-6 * float(reference.abs().max()))
+    assert not torch.equal(results[0][0], results[1][0])  # the matrix product did run
+
+
+def test_patch_embedding_in_16_bits_compiles_and_runs_without_values():
+    torch._dynamo.reset()
+    embed, counter = PatchEmbed(3, 8, 16).bfloat16(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(embed, backend=counter, fullgraph=True, dynamic=True)
+    for x in (images(32, 64).bfloat16(), images(64, 96).bfloat16()):
+        assert_close(compiled(x), embed(x), rtol=0, atol=0)
+    assert counter.frame_count == 1
+    assert embed.to("meta")(x.to("meta")).shape == (2, 4, 6, 8)
