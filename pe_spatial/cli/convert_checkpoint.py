@@ -29,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pe_spatial.convert.class_names import name_classes
     from pe_spatial.convert.converter import check_destination, convert, write_checkpoint
     from pe_spatial.convert.report import report
     from pe_spatial.encoder.files import locate, read_checkpoint, split_entry
 
     source = locate(args.input)
     check_destination(args.output, split_entry(source)[0])
-    conversion = convert(read_checkpoint(source), args.to, all_classes=args.all_classes)
+    conversion = name_classes(convert(read_checkpoint(source), args.to, all_classes=args.all_classes))
     size = write_checkpoint(args.output, conversion)
     print(report(conversion))
     print(

@@ -59,6 +59,7 @@ class Conversion:
     notes: list[str] = field(default_factory=list)  # sentences that a user should read
     rope: RopeTables | None = None  # a released detector's, where they are known
     meta: dict[str, Any] = field(default_factory=dict)  # names of the classes and config, for MMDetection
+    num_classes: int | None = None  # of a detector in the original file
 
 
 def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conversion:
@@ -104,7 +105,9 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
         return Conversion(file.path, kind, layout, target, out, renamed, dropped, resized, meta=meta)
 
     tables, deviation = read_tables(file, layout, rope, sizes) if rope else (stored_tables(file, sizes), 0.0)
-    done = Conversion(file.path, kind, layout, target, out, renamed, dropped, rope=tables, meta=meta)
+    done = Conversion(
+        file.path, kind, layout, target, out, renamed, dropped, rope=tables, meta=meta, num_classes=sizes["C"]
+    )
     if layout == target:
         out |= rope | aliases
         renamed |= {prefix + name: name for name in rope | aliases}
