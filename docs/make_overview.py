@@ -22,8 +22,9 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageDraw, ImageFont
 
 import pe_spatial.depth  # noqa: F401  (registers)
-from pe_spatial import from_pretrained
 from pe_spatial.depth.inference import DepthPredictor
+from pe_spatial.features.extract import FeatureExtractor, load_encoder
+from pe_spatial.features.show import Colors
 from pe_spatial.synthetic import CATEGORIES, SPLITS, render_frame, sample_scene
 from pe_spatial.tracking.zero_shot import ZeroShotTracker
 
@@ -103,14 +104,10 @@ def tracks():
 
 def features(image):
     """Return the first three principal components of the map of each layer, as colors."""
-    encoder = from_pretrained(VARIANT, geometry="timm", out_indices=LAYERS).float()
-    pixels = torch.from_numpy(resized(image, 2 * SEEN)).permute(2, 0, 1)[None] / 127.5 - 1
-    for x in encoder(pixels):
-        tokens = x[0].flatten(1).T.detach()
-        three = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False).U[:, :3]  # (N, 3)
-        low, high = three.quantile(torch.tensor([0.02, 0.98]), dim=0)
-        colors = ((three - low) / (high - low)).clamp(0, 1).reshape(*x.shape[-2:], 3)
-        yield resized((colors * 255).byte().numpy(), DRAWN)
+    encoder = load_encoder(VARIANT, "released", layers=LAYERS, geometry="timm")
+    maps = FeatureExtractor(encoder, long_side=2 * SEEN).maps(image, "the scene")
+    for colors in Colors([maps], "images")(maps):
+        yield resized(colors, DRAWN)
 
 
 def main(args):

@@ -16,6 +16,7 @@ from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 MAX_FPS = 250
 """Above it a frame rate is not believed; phones film slow motion at 240."""
 

@@ -34,7 +34,8 @@ ARROWS = {
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
     "predict": {"predict", "encoder"} | TASKS | SERVICES | GROUND,
-    "cli": {"cli", "predict", "encoder", "data"} | TASKS | SERVICES | GROUND,
+    "features": {"features", "encoder", "integrations"} | GROUND,
+    "cli": {"cli", "predict", "features", "encoder", "data"} | TASKS | SERVICES | GROUND,
 }
 
 

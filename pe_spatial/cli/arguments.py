@@ -106,12 +106,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def choose_device(args: argparse.Namespace) -> str:
     """Return the device; ConfigError if torch cannot use it."""
     import torch
-    from mmengine.device import get_device
 
     from pe_spatial.errors import ConfigError
 
     if args.device is None:
-        return get_device()
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:  # without CUDA, without a driver, without this one

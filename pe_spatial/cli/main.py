@@ -27,7 +27,11 @@ class Command:
         return [extra for extra in self.extras if not all(map(importlib.util.find_spec, MODULES[extra]))]
 
 
-MODULES = {"openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg"), "sam2": ("sam2",)}
+MODULES = {
+    "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg"),
+    "sam2": ("sam2",),
+    "images": ("numpy", "PIL", "cv2", "tqdm"),
+}
 """The modules by which an installed extra is recognized."""
 
 COMMANDS = {
@@ -42,6 +46,7 @@ COMMANDS = {
     "doctor": Command("show what is installed, which features work, and what to install for the others", ()),
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
+    "show_features": Command("show the features of images and videos: colors, similarity, attention", ("images",)),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),
     "eval_vos": Command("score video object masks (J&F)"),

@@ -45,10 +45,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
         """(B, N, C), table (N, D / 2, 2), mask of the keys (B, 1, 1, N) or None -> (B, N, C)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
-        q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4).unbind()  # (B, H, N, D) each
-        v = qkv[:, :, 2].transpose(1, 2)
+        q, k, v = self.heads(x, rope)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, which are rotated, and values, (B, H, N, D) each."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        q, k = apply_rope(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, qkv[:, :, 2].transpose(1, 2)
 
 
 class Mlp(nn.Module):

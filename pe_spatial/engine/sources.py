@@ -10,9 +10,7 @@ import numpy as np
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import image_suffixes, is_hidden, read_rgb
-from pe_spatial.video import count_frames, decode_video
-
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+from pe_spatial.video import VIDEOS, count_frames, decode_video
 
 
 @dataclass(frozen=True)
