@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,14 @@ class _Frame(NamedTuple):
     outputs: dict[int, _Output]
 
 
+class Snapshot(NamedTuple):
+    """What a tracker knows after a frame; see `StreamingTracker.snapshot`."""
+
+    objects: dict[int, _Object]
+    frame: int
+    last: _Frame | None
+
+
 class StreamingTracker:
     """Tracks objects through frames from any source, one by one; time and memory do not depend on their number.
 
@@ -140,6 +148,17 @@ class StreamingTracker:
         self._frame = 0
         self._last: _Frame | None = None
 
+    def snapshot(self) -> Snapshot:
+        """Return the state after the last frame, to which `restore` goes back; it holds that frame and its memories.
+
+        Features of the image are not kept: a correction after `restore` encodes the frame again.
+        """
+        return Snapshot(_copied(self._objects), self._frame, self._last and self._last._replace(features=None))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this tracker; it can be used again."""
+        self._objects, self._frame, self._last = _copied(snapshot.objects), snapshot.frame, snapshot.last
+
     @property
     def objects(self) -> tuple[int, ...]:
         """Ids of the tracked objects."""
@@ -151,8 +170,10 @@ class StreamingTracker:
             raise DatasetError(f"there is no object {object_id!r} to remove; tracked are {list(self._objects)}")
         del self._objects[object_id]
         assert self._last is not None  # objects come with frames
-        for by_object in (self._last.inputs, self._last.outputs):
-            by_object.pop(object_id, None)
+        inputs, outputs = dict(self._last.inputs), dict(self._last.outputs)  # a snapshot may hold the old ones
+        inputs.pop(object_id, None)
+        outputs.pop(object_id, None)
+        self._last = self._last._replace(inputs=inputs, outputs=outputs)
 
     def step(self, frame: ArrayLike, prompts: Mapping[int, Prompt] | None = None) -> dict[int, Tensor]:
         """Take the next frame and return the mask of every object, (H, W) bool on the model's device, by its id.
@@ -388,6 +409,14 @@ class StreamingTracker:
                     tracked.tracked[frame].features = None
                     if frame <= t + 1 - self._reach():
                         del tracked.tracked[frame]
+
+
+def _copied(objects: Mapping[int, _Object]) -> dict[int, _Object]:
+    """Copy what later frames change: which memories there are and which have features; tensors are shared."""
+    return {
+        i: _Object(*({t: replace(m) for t, m in memories.items()} for memories in (one.prompted, one.tracked)))
+        for i, one in objects.items()
+    }
 
 
 def _corrected(last: _Frame, object_id: int, new: _Input) -> _Input:
