@@ -69,6 +69,8 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
         recipe.freeze(cfg, args.freeze)
     if args.image_size is not None:
         notes.append(recipe.set_image_size(cfg, args.image_size))
+    if args.rectangular:
+        recipe.batch_rectangles(cfg)
     updates, steps = 1, None  # batches of an update, and of an epoch
     if args.batch == "auto":
         updates, note = _fit_batch(args, cfg)
@@ -81,13 +83,17 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
         if images is not None:
             steps = max(1, math.ceil(images / (cfg.train_dataloader.batch_size * get_world_size())))
     if args.epochs is not None or args.iterations is not None:
-        set_length(cfg, epochs=args.epochs, iterations=args.iterations, steps=steps)
+        iterations = args.iterations and updates * args.iterations
+        set_length(cfg, epochs=args.epochs, iterations=iterations, steps=steps)
     elif updates > 1 and not counts_epochs(cfg):
         set_length(cfg, iterations=updates * cfg.train_cfg.max_iters, steps=steps)
     elif dataset and steps and not counts_epochs(cfg):
         passes = cfg.train_cfg.max_iters / steps
         length = f"{cfg.train_cfg.max_iters} iterations, {passes:.0f} passes over the images"
         notes.append(f"the schedule is the config's: {length}; --epochs N sets another")
+    if dataset and steps == 1 and args.batch is None:
+        size = cfg.train_dataloader.batch_size
+        notes.append(f"an epoch is one step: a batch has {size} images, no fewer than the set; --batch N takes fewer")
     if dataset:
         recipe.fit_to_small_sets(cfg)
         recipe.keep_best(cfg)

@@ -13,7 +13,7 @@ import argparse
 import time
 from functools import partial
 
-from pe_spatial.cli.arguments import add_config_arguments, add_data, layers, load_config
+from pe_spatial.cli.arguments import add_config_arguments, add_data, layers, load_config, without_prints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.probing.report import format_table, write_report
     from pe_spatial.probing.sweep import LayerSweep, ProgressBar
 
-    cfg = read_config(args.config)
+    with without_prints():
+        cfg = read_config(args.config)
     if args.data:
         args.work_dir = args.work_dir or f"work_dirs/{run_name(args)}_layers"
         use_data(args, cfg)

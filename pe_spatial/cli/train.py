@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze", type=int, metavar="K", help=frozen)
     size = "longer side of the images in pixels, rounded to complete windows of the encoder"
     group.add_argument("--image-size", type=int, metavar="PIXELS", help=size)
+    shapes = "batches of either landscape or portrait images, padded to complete windows instead of squares"
+    group.add_argument("--rectangular", action="store_true", help=shapes)
     repeat = "show images with classes in fewer than this fraction of the images more often (default: 0.3)"
     group.add_argument("--balance", type=float, nargs="?", const=0.3, metavar="FRACTION", help=repeat)
     group.add_argument("--ema", action="store_true", help="evaluate and save an average of the weights over time")
@@ -72,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
             use_checked_annotations(cfg)
         notes = own_data.change_recipe(args, cfg, dataset)
-        rules = {name: getattr(args, name) for name in ("resume", "seed", "deterministic", "non_finite_steps")}
+        rules = {name: getattr(args, name) for name in ("resume", "deterministic", "non_finite_steps")}
         if dataset:
             own_data.write(args, cfg, [*notes, dataset.summary()])
         log_to(cfg, args.log)
-        prepare_training(cfg, bfloat16=args.amp, scale_lr=args.auto_scale_lr, **rules)
+        prepare_training(cfg, scale_lr=args.auto_scale_lr, **rules)
         train(cfg)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from pe_spatial.atomic import atomic_write
+from pe_spatial.data.colors import palette
 
 _COLUMNS = 4
 _SIDE = 480  # pixels of the longer side of an image on the sheet
@@ -76,28 +76,28 @@ def draw_sheet(
         figure.savefig(unfinished, dpi=110, format="png")
 
 
-def _color(label: int) -> tuple[float, float, float]:
-    red, green, blue, _ = colormaps["tab20"](2 * label % 20 + label // 10 % 2)
-    return red, green, blue
+def _colors(number: int) -> np.ndarray:
+    return np.array(palette(number)).reshape(number, 3) / 255
 
 
 def _draw_example(axes: Axes, example: Example, classes: Sequence[str]) -> None:
     height, width = example.image.shape[:2]
     scale = min(1, _SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    colors = _colors(len(classes))
     pixels = np.asarray(Image.fromarray(example.image).resize(size, Image.Resampling.BILINEAR)).astype(np.float32)
     for label, mask in zip(example.labels, example.masks, strict=False):
         inside = _raster(mask, size, scale)
-        pixels[inside] = 0.55 * pixels[inside] + 0.45 * 255 * np.array(_color(label))
+        pixels[inside] = 0.55 * pixels[inside] + 0.45 * 255 * colors[label]
     axes.imshow(pixels.round().astype(np.uint8))
     axes.set_title(example.title, fontsize=7, parse_math=False)
     axes.axis("off")
     for (x, y, right, bottom), label in zip(example.boxes * scale, example.labels, strict=True):
-        box = Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, color=_color(label), linewidth=1.1)
+        box = Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, color=colors[label], linewidth=1.1)
         axes.add_patch(box)
         if len(example.labels) <= _NAMED:
-            back = dict(facecolor=_color(label), edgecolor="none", pad=0.8)
-            ink = "black" if sum(_color(label)) > 1.9 else "white"
+            back = dict(facecolor=colors[label], edgecolor="none", pad=0.8)
+            ink = "black" if colors[label].sum() > 1.5 else "white"
             text = axes.text(x, y, classes[label], fontsize=6, color=ink, va="bottom", bbox=back, parse_math=False)
             text.set_clip_on(True)
 
@@ -118,7 +118,7 @@ def _draw_classes(axes: Axes, classes: Sequence[str], per_class: Mapping[str, Se
     totals = [sum(counts[i] for counts in per_class.values()) for i in range(len(classes))]
     order = sorted(range(len(classes)), key=lambda i: -totals[i])[:_CLASSES]
     left = np.zeros(len(order))
-    colors = [_color(i) for i in order]
+    colors = _colors(len(classes))[order]
     for split, alpha in zip(per_class, (1, 0.55, 0.3), strict=False):
         counts = np.array([per_class[split][i] for i in order])
         axes.barh(range(len(order)), counts, left=left, color=colors, alpha=alpha, edgecolor="white")

@@ -7,8 +7,9 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from pe_spatial.data.colors import palette
 from pe_spatial.data.dataset import OwnDataset
-from pe_spatial.engine.classes import add_imports, palette, set_classes
+from pe_spatial.engine.classes import add_imports, set_classes
 from pe_spatial.engine.nodes import EVALUATORS, LOADERS, core, leaves, pipelines, steps, type_name
 from pe_spatial.errors import ConfigError
 
@@ -56,6 +57,8 @@ def apply_dataset(cfg: Config, dataset: OwnDataset, files: Mapping[str, Path]) -
     _set_datasets(cfg, dataset, files, notes)
     _set_evaluators(cfg, files, masks, notes)
     set_classes(cfg, len(dataset.classes), notes)
+    if type_name(core(cfg.model).get("bbox_head") or {}) == "SSDHead":
+        core(cfg.model).bbox_head.type = "PredictingSSDHead"
     hooks = [hook for hook in cfg.get("custom_hooks") or [] if hook.get("type") != "SetClassWeights"]
     if len(hooks) < len(cfg.get("custom_hooks") or []):
         cfg.custom_hooks = hooks

@@ -1,6 +1,5 @@
-"""The classes of a dataset, put into every part of a config that counts, names or draws them."""
+"""The classes of a dataset, put into every part of a config that counts them."""
 
-import colorsys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,6 @@ from mmengine.config import Config, ConfigDict
 
 from pe_spatial.engine.checks import NOT_OF_THE_DATA
 from pe_spatial.engine.nodes import type_name
-
-
-def palette(number: int) -> list[tuple[int, int, int]]:
-    """Return colors (R, G, B in 0 to 255) that are far apart, the same for the same number."""
-    hues = [(0.02 + i * 0.618034) % 1 for i in range(number)]
-    values = [colorsys.hsv_to_rgb(hue, 0.85, (0.95, 0.7)[i // 7 % 2]) for i, hue in enumerate(hues)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in values]
 
 
 def set_classes(cfg: Config, number: int, notes: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
-from pe_spatial.engine.nodes import LOADERS, core, leaves, pipelines, steps
+from pe_spatial.engine.nodes import LOADERS, core, leaves, pipelines, steps, type_name
 from pe_spatial.engine.schedule import counts_epochs
 from pe_spatial.engine.summary import encoders
 from pe_spatial.errors import ConfigError, one_of
@@ -21,10 +21,9 @@ BACKENDS = {
     "mlflow": ("mlflow", "MLflowVisBackend"),
     "clearml": ("clearml", "ClearMLVisBackend"),
 }
-BALANCED = 0.3
-"""Classes in a smaller fraction of the images than this are repeated by default."""
 
 _SIZES = ("scale", "scales", "img_scale", "crop_size", "size", "resize_limits", "random_size_range")
+_MIXING = ("Mosaic", "CachedMosaic", "MixUp", "CachedMixUp")
 _SMALLEST = 96  # of the sizes of images in a pipeline, in pixels; smaller numbers mean something else
 
 
@@ -159,6 +158,24 @@ def balance(cfg: Config, threshold: float) -> None:
         leaf.update(type="ClassBalancedDataset", oversample_thr=threshold, dataset=ConfigDict(options))
 
 
+def batch_rectangles(cfg: Config) -> None:
+    """Form batches of either landscape or portrait images, and pad them to complete windows instead of squares."""
+    mixing = next((step for p in pipelines(cfg) for step in steps(p) if type_name(step) in _MIXING), None)
+    if mixing or cfg.get("default_scope") == "mmseg" or "input_size" in _anchors(cfg):
+        why = f"{type_name(mixing)} mixes images into squares" if mixing else "its model takes images of one size"
+        raise ConfigError(f"--rectangular does not suit {cfg.filename}: {why}; omit it")
+    for pipeline in pipelines(cfg):
+        pipeline[:] = [one for one in pipeline if type_name(one) != "Pad" or "size_divisor" in one]
+    preprocessor = _preprocessor(cfg)
+    augments = preprocessor.get("batch_augments") or []
+    if augments:
+        preprocessor["batch_augments"] = [one for one in augments if type_name(one) != "BatchFixedSizePad"]
+    preprocessor["pad_size_divisor"] = max(preprocessor.get("pad_size_divisor", 1), _unit(cfg)[0])
+    for name in ("train_dataloader", "val_dataloader"):
+        if cfg.get(name):
+            cfg[name]["batch_sampler"] = dict(type="AspectRatioBatchSampler")
+
+
 def set_image_size(cfg: Config, side: int) -> str:
     """Scale all image sizes of a config so that the longer side in testing is about `side` pixels; return what it is.
 
@@ -166,9 +183,9 @@ def set_image_size(cfg: Config, side: int) -> str:
     """
     if cfg.get("default_scope") == "mmseg":
         raise ConfigError(f"--image-size is for detection; set crop_size and scale in the pipelines of {cfg.filename}")
-    anchors = (core(cfg.model).get("bbox_head") or {}).get("anchor_generator") or {}
-    if "input_size" in anchors:
-        raise ConfigError(f"--image-size: the anchors of {cfg.filename} belong to images of {anchors['input_size']} px")
+    if "input_size" in _anchors(cfg):
+        size = _anchors(cfg)["input_size"]
+        raise ConfigError(f"--image-size: the anchors of {cfg.filename} belong to images of {size} px")
     unit, what = _unit(cfg)
     rounded = max(1, round(side / unit)) * unit
     old = _longest_side(cfg)
@@ -186,9 +203,7 @@ def set_image_size(cfg: Config, side: int) -> str:
             for key in (*_SIZES, *(("pad_to",) if "pad_to" in step else ())):
                 if key in step and not isinstance(step[key], str | Mapping):
                     step[key] = scaled(step[key])
-    preprocessor = cfg.model.get("data_preprocessor") or {}
-    while isinstance(preprocessor.get("data_preprocessor"), Mapping):
-        preprocessor = preprocessor["data_preprocessor"]
+    preprocessor = _preprocessor(cfg)
     if preprocessor.get("pad_size_divisor", 1) >= _SMALLEST:
         preprocessor["pad_size_divisor"] = scaled(preprocessor["pad_size_divisor"])
     for augment in preprocessor.get("batch_augments") or []:
@@ -197,6 +212,17 @@ def set_image_size(cfg: Config, side: int) -> str:
                 augment[key] = scaled(augment[key])
     note = "" if rounded == side else f" (--image-size {side} rounded to multiples of {unit} px, {what})"
     return f"images have {rounded} px at their longer side{note}"
+
+
+def _anchors(cfg: Config) -> Any:
+    return (core(cfg.model).get("bbox_head") or {}).get("anchor_generator") or {}
+
+
+def _preprocessor(cfg: Config) -> Any:
+    preprocessor = cfg.model.setdefault("data_preprocessor", ConfigDict())
+    while isinstance(preprocessor.get("data_preprocessor"), Mapping):
+        preprocessor = preprocessor["data_preprocessor"]
+    return preprocessor
 
 
 def _unit(cfg: Config) -> tuple[int, str]:

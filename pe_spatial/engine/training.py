@@ -11,7 +11,6 @@ from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.checks import CheckClassesHook, check_files, empty_sets_as_errors
 from pe_spatial.engine.determinism import make_deterministic
 from pe_spatial.engine.fault_tolerance import StopOnSignalHook, add_fault_tolerance, end_workers, max_across_ranks
-from pe_spatial.engine.recipe import use_bfloat16
 from pe_spatial.engine.runner import build_runner, explain_workers, start_processes
 from pe_spatial.engine.summary import encoders, summarize
 from pe_spatial.engine.weights import check_pretrained, check_weights, load_strictly, load_what_fits
@@ -22,9 +21,7 @@ def prepare_training(
     cfg: Config,
     *,
     resume: str | None = None,
-    bfloat16: bool = False,
     scale_lr: bool = False,
-    seed: int | None = None,
     deterministic: bool = False,
     non_finite_steps: int = 1,
 ) -> None:
@@ -33,15 +30,11 @@ def prepare_training(
     Args:
         resume: a checkpoint, or 'auto' for the latest of the work dir, if there is one. A run that a launcher started
             again after a failure resumes in any case.
-        bfloat16: train under autocast to bfloat16, whatever optimizer wrapper the config has.
         scale_lr: scale the learning rate from the config's `auto_scale_lr.base_batch_size` to the real batch size.
-        seed: seed of all random numbers.
-        deterministic: same seed (default 0), same losses to the last bit, also after resuming.
+        deterministic: same seed (the config's, or 0), same losses to the last bit, also after resuming.
         non_finite_steps: see `add_fault_tolerance`.
     """
     start_processes(cfg)
-    if bfloat16:
-        use_bfloat16(cfg)
     if scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ConfigError(f"{cfg.filename} has no auto_scale_lr.base_batch_size to scale the learning rate from")
@@ -59,9 +52,7 @@ def prepare_training(
         check_pretrained(cfg)
     add_fault_tolerance(cfg, non_finite_steps=non_finite_steps)
     if deterministic:
-        make_deterministic(cfg, seed or 0)
-    elif seed is not None:
-        cfg.randomness = dict(cfg.get("randomness") or {}, seed=seed)
+        make_deterministic(cfg, (cfg.get("randomness") or {}).get("seed") or 0)
 
 
 def _was_restarted() -> bool:

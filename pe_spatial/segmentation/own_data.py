@@ -12,8 +12,9 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import BaseSegDataset
 from pycocotools import mask as run_lengths
 
+from pe_spatial.data.colors import palette
 from pe_spatial.data.dataset import OwnDataset
-from pe_spatial.engine.classes import add_imports, palette, set_classes
+from pe_spatial.engine.classes import add_imports, set_classes
 from pe_spatial.engine.nodes import EVALUATORS, LOADERS, leaves, pipelines, steps, type_name
 from pe_spatial.errors import ConfigError, DatasetError
 

@@ -12,6 +12,7 @@ from helpers.coco import write_coco
 from helpers.repository import CONFIGS
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 
 import pe_spatial.detection  # noqa: F401  (registers)
 from pe_spatial.data.dataset import OwnDataset, Split
@@ -26,6 +27,7 @@ from pe_spatial.errors import ConfigError
 
 pytestmark = pytest.mark.mmdet
 CLASSES = ("date", "fig", "nut")
+SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2)
 FAMILIES = {  # those of the fast sample of the swap, two of this project, and what has its own way to name classes
     "mmdet::atss/atss_r50_fpn_1x_coco.py": ["bbox_head"],
     "mmdet::cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco.py": ["bbox_head"],
@@ -225,3 +227,53 @@ def test_options_become_hooks_and_wrappers():
         recipe.stop_early(cfg, 0)
     with pytest.raises(ConfigError, match="pip install clearml"):
         recipe.log_to(cfg, ["clearml"])
+
+
+def test_logs_go_to_tensorboard_where_it_is_installed(monkeypatch):
+    installed = {"tensorboard", "wandb"}
+    cfg, other = read_config(ATSS), read_config(ATSS)
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: name in installed or None)
+    for _ in range(2):
+        recipe.log_to(cfg, ["wandb"])
+        kinds = [backend["type"] for backend in cfg.visualizer.vis_backends]
+        assert kinds == ["LocalVisBackend", "WandbVisBackend", "TensorboardVisBackend"]
+    installed.clear()
+    recipe.log_to(other, [])
+    assert [backend["type"] for backend in other.visualizer.vis_backends] == ["LocalVisBackend"]
+    with pytest.raises(ConfigError, match="needs the package wandb, which is not installed: pip install wandb"):
+        recipe.log_to(other, ["wandb"])
+
+
+def test_rectangular_batches_have_one_orientation_and_complete_windows(tmp_path):
+    """Landscape images of 96x128 and portraits of 128x64: none is padded to a square."""
+    path = write_coco(tmp_path, images=5)
+    content = json.loads(path.read_text())
+    portraits = json.loads(write_coco(tmp_path, images=5, size=(128, 64), split="portraits").read_text())
+    for kind in ("images", "annotations"):
+        for one in portraits[kind]:
+            one["id"] += 100
+            one["image_id"] = one.get("image_id", 0) + 100
+            one["file_name"] = f"../portraits/{one.get('file_name')}"
+        content[kind] += portraits[kind]
+    path.write_text(json.dumps(content))
+    cfg = read_config(CASCADE)
+    dataset = OwnDataset("COCO", ("red", "blue"), *[Split(content, tmp_path / "train2017", "")] * 2, None, True, ())
+    apply_dataset(cfg, dataset, {"train": path, "val": path})
+    cfg.model.backbone.update(variant=dict(SMALL), init_cfg=None)
+    cfg.model.data_preprocessor.pad_size_divisor = 64
+    recipe.batch_rectangles(cfg)
+    cfg.val_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    cfg.val_dataloader.dataset.pipeline[1].scale = (128, 128)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        prepare = MODELS.build(cfg.model.data_preprocessor)
+        shapes = [tuple(prepare(one)["inputs"].shape) for one in Runner.build_dataloader(cfg.val_dataloader, seed=0)]
+    assert sorted(shapes[:4]) == [(2, 3, 128, 64)] * 2 + [(2, 3, 128, 128)] * 2
+    assert len(shapes) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [(YOLOX, "Mosaic mixes images"), ("mmdet::ssd/ssd300_coco.py", "images of one size")]
+)
+def test_models_of_squares_refuse_rectangles(name, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        recipe.batch_rectangles(read_config(name))
