@@ -103,6 +103,8 @@ def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(pe_spatial, "from_pretrained", random_where_absent, raising=False)
     monkeypatch.chdir(tmp_path)
+    if page == "docs/predict.md":
+        write_what_predict_reads(tmp_path)
     names: dict = {}
     for block in PYTHON[page]:
         if "pe_spatial.tracking.sam2" in block:
@@ -111,6 +113,20 @@ def test_python_runs(page, tmp_path, monkeypatch):
             exec(compile(block, page, "exec"), names)
         else:
             build_config(block, tmp_path / "config.py")
+
+
+def write_what_predict_reads(folder):
+    """Write a detector and the images that docs/predict.md names."""
+    pytest.importorskip("mmdet")
+    pytest.importorskip("supervision")
+    from helpers.blobs import draw_blobs, write_blobs
+    from PIL import Image
+
+    checkpoint = folder / "work_dirs/coco/iter_66375.pth"
+    checkpoint.parent.mkdir(parents=True)
+    write_blobs(folder, classes=("person", "car")).rename(checkpoint)
+    for name in ("photo.jpg", "a.jpg", "b.png"):
+        Image.fromarray(draw_blobs((60, 80), [(10, 10, 50, 50, 0)])).save(folder / name)
 
 
 def build_config(text, path):

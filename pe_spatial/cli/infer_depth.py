@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.depth.inference import DepthPredictor
     from pe_spatial.engine.configs import config_in, read_config
     from pe_spatial.engine.options import set_options
+    from pe_spatial.engine.predictions import record_model
     from pe_spatial.engine.sources import Sources
     from pe_spatial.errors import ConfigError
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     folder = DepthFolder(args.out, sources, options, quantity=predictor.quantity, truth=truth, progress=progress)
     model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile, size=size)
     model["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
-    folder.start(checkpoint=args.checkpoint, overwrite=args.overwrite, **model)
+    record_model(args.out, args.checkpoint, overwrite=args.overwrite, **model)
     counts, unreadable = folder.predict(
         predictor, batch_size=args.batch, size=size, tile=args.tile, overlap=args.overlap, overwrite=args.overwrite
     )

@@ -47,6 +47,7 @@ COMMANDS = {
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
     "show_features": Command("show the features of images and videos: colors, similarity, attention", ("images",)),
+    "predict": Command("predict images, folders, videos and cameras with any trained model"),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),
     "eval_vos": Command("score video object masks (J&F)"),
@@ -78,6 +79,14 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     args = build_parser(name).parse_args(rest)
     with errors_as_sentences(traceback=args.traceback):
         _module(name).run(args)
+
+
+def run_command(name: str, argv: Sequence[str], **values: Any) -> None:
+    """Run a command inside another one; `values` are parsed arguments."""
+    args = build_parser(name).parse_args(argv)
+    for key, value in values.items():
+        setattr(args, key, value)
+    _module(name).run(args)
 
 
 @contextmanager

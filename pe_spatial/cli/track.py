@@ -44,12 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     parser.add_argument("--out", type=Path, required=True, help="mp4 to write")
     parser.add_argument("--masks", type=Path, help="also write the masks into this folder, as palette PNGs")
+    add_prompts(parser)
+    add_device(parser)
+
+
+def add_prompts(parser: Any) -> None:
+    """Add --points, --box and --mask; `read_prompts` reads them."""
     point, box = "ID[@FRAME]:X,Y[,LABEL]", "ID[@FRAME]:X0,Y0,X1,Y1"
     clicks = "clicks in pixels; label 1 (on the object, default) or 0 (beside it)"
     parser.add_argument("--points", nargs="+", type=lambda text: numbered(text, (2, 3)), metavar=point, help=clicks)
     parser.add_argument("--box", nargs="+", type=lambda text: numbered(text, (4,)), metavar=box, help="boxes in pixels")
     parser.add_argument("--mask", nargs="+", metavar="[FRAME:]PNG", help="index masks: each id in them is an object")
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:

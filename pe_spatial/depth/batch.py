@@ -1,6 +1,5 @@
 """Depth of many images: a folder of predictions that can be resumed, files derived from them, and metadata.json."""
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -16,7 +15,6 @@ from pe_spatial.depth.datasets import DepthPairDataset
 from pe_spatial.depth.inference import DepthPredictor
 from pe_spatial.depth.outputs import is_valid
 from pe_spatial.depth.transforms import FORMATS, SCALES, check_scale, fit_to_image, read_depth
-from pe_spatial.encoder.files import locate
 from pe_spatial.engine.checkpoints import AtomicLocalBackend
 from pe_spatial.engine.sources import InputImage, Sources
 from pe_spatial.errors import ConfigError, DatasetError
@@ -110,23 +108,6 @@ class DepthFolder:
         self.images: dict[str, dict[str, Any]] = {}  # what metadata.json says about the images with all their files
         self.ranges: list[tuple[float, float]] = []  # of their depth and ground truth
         self.kept = 0  # images that were predicted before
-
-    def start(self, *, checkpoint: str | Path, overwrite: bool, **model: Any) -> None:
-        """Record in metadata.json what the predictions depend on: the checkpoint and the options in `model`.
-
-        Raises ConfigError if the folder holds predictions of another model and `overwrite` is False.
-        """
-        digest = hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest()
-        model = {"checkpoint": Path(checkpoint).name, "sha256": digest, **model}
-        path = self.folder / "metadata.json"
-        if path.is_file() and not overwrite:
-            before = json.loads(path.read_text())["model"]
-            names = ", ".join(key for key in model if before.get(key) != model[key])
-            if names:
-                raise ConfigError(
-                    f"{self.folder} holds predictions with another {names}; choose another --out, or --overwrite"
-                )
-        _write(json.dumps({"model": model}).encode(), path)
 
     def predict(
         self, predictor: DepthPredictor, *, batch_size: int = 1, size: int | None = None, tile: int | None = None,

@@ -1,8 +1,10 @@
 """What a predictor takes as an image: a path, a PIL image, an array, a tensor."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -11,6 +13,7 @@ from torch import Tensor
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb, to_rgb, turn_upright
 
+T = TypeVar("T")
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -49,3 +52,13 @@ def read_image(image: ImageLike, name: str = "the image") -> np.ndarray:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DatasetError(f"{name} is {kind}; give {wanted}, RGB from 0 to 255")
     return pixels
+
+
+def ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield `items`, whose next ones, up to `count`, a thread computes meanwhile."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: deque[Any] = deque(pool.submit(next, iterator, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
+            yield item

@@ -18,10 +18,11 @@ from mmengine.utils import import_modules_from_strings
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.weights import load_weights
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.predict.inputs import ImageLike, is_single, read_images
+from pe_spatial.predict.inputs import ImageLike, ahead, is_single, read_image, read_images
 from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.models import find_meta, task_of, test_dataset, without_loading
 from pe_spatial.predict.results import Detections, Result, SegmentationMap
+from pe_spatial.predict.tiles import choose_tile, merge_tiles, tile_corners
 
 
 class Predictor:
@@ -51,13 +52,13 @@ class Predictor:
     def stream(self, images: Iterable[ImageLike], *, batch_size: int = 1) -> Iterator[Result]:
         """Yield the result of each image, in order; images are read when they are needed.
 
-        Consecutive images run as one batch where the model gets them in one size, so that a batch changes nothing.
+        Consecutive images run as one batch where the model gets them in one size, so that a batch changes nothing. A
+        thread reads and prepares the next images meanwhile.
         """
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         waiting: list[Any] = []
-        for rgb in read_images(images):
-            item = self._prepare(rgb)
+        for item in ahead(map(self._prepare, read_images(images)), batch_size):
             if waiting and self._shape(waiting[0]) != self._shape(item):
                 yield from self._predict(waiting)
                 waiting = []
@@ -128,6 +129,25 @@ class DetectionPredictor(OpenMMLabPredictor):
     def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.score = score
+
+    def tiled(
+        self, image: ImageLike, *, tile: int | None = None, overlap: int | None = None, batch_size: int = 1
+    ) -> Detections:
+        """Detect in overlapping square tiles of an image; memory depends on the tile and not on the image.
+
+        Args:
+            tile: side in pixels, a multiple of the attention windows; None is the side that the model gets anyway.
+            overlap: smallest overlap of neighboring tiles, at best the size of the largest object; None is a quarter.
+            batch_size: number of tiles per forward pass.
+
+        Raises ConfigError for other sides.
+        """
+        rgb = read_image(image)
+        tile = choose_tile(self.model, self.pipeline, tile)
+        size = rgb.shape[0], rgb.shape[1]
+        corners = tile_corners(size, tile, tile // 4 if overlap is None else overlap)
+        parts: Any = self.stream((rgb[y : y + tile, x : x + tile] for y, x in corners), batch_size=batch_size)
+        return merge_tiles(parts, corners, size, self.class_names)
 
     def _result(self, sample: Any) -> Detections:
         from mmdet.structures.bbox import get_box_tensor

@@ -216,7 +216,26 @@ def test_sources(tmp_path):
         Sources([tmp_path / "absent"], exclude=tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="contains no images"):
-        Sources([tmp_path / "empty"], exclude=tmp_path)
+        Sources([tmp_path / "empty"], exclude=tmp_path / "out")
+    for folder in (tmp_path / "in", tmp_path / "in" / "deep"):
+        with pytest.raises(DatasetError, match="is in the folder of the results"):
+            Sources([folder], exclude=tmp_path / "in")
+    with pytest.raises(DatasetError, match="rtsp://x/y is an address; download it"):
+        Sources(["rtsp://x/y"], exclude=tmp_path / "out")
+
+
+def test_patterns(tmp_path, monkeypatch):
+    for name in ("in/1/a.png", "in/2/a.png", "in/2/b.jpg", "in/2/note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    monkeypatch.chdir(tmp_path)
+    for start in ("", f"{tmp_path}/"):
+        assert list(Sources([f"{start}in/*/a.png"], exclude=tmp_path / "out").files) == ["1/a", "2/a"]
+    sources = Sources(["in/**"], exclude=tmp_path / "out")
+    assert list(sources.files) == ["1/a", "2/a", "2/b"]
+    assert sources.omitted == {".txt": 1}
+    with pytest.raises(DatasetError, match=r"no file matches in/\*.gif"):
+        Sources(["in/*.gif"], exclude=tmp_path / "out")
 
 
 def test_hidden_files_are_skipped_and_other_formats_are_counted(tmp_path):
