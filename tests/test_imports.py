@@ -35,7 +35,8 @@ ARROWS = {
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
     "predict": {"predict", "encoder"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations"} | GROUND,
-    "cli": {"cli", "predict", "features", "encoder", "data"} | TASKS | SERVICES | GROUND,
+    "analysis": {"analysis", "encoder"} | TASKS | SERVICES | GROUND,
+    "cli": {"cli", "predict", "features", "analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
 }
 
 

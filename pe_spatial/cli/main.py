@@ -37,6 +37,7 @@ MODULES = {
 COMMANDS = {
     "train": Command("train a detector, a depth model, a segmenter or a tracker"),
     "test": Command("evaluate a checkpoint; write or draw its predictions"),
+    "analyze": Command("explain results of detection, depth or video masks in one HTML file; compare two"),
     "demo": Command("render a synthetic dataset, then train, evaluate and draw a small detector on it"),
     "browse": Command("draw a dataset, or what a config makes of it, with boxes, masks and statistics"),
     "swap_backbone": Command("replace the backbone of an MMDetection or MMSegmentation config with PE"),

@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.detection.coco_metric import CheckedCocoMetric
-from pe_spatial.images import decode_rgb
+from pe_spatial.images import decode_rgb, read_bytes
 
 SCORE = 0.4
 """Detections below it are neither drawn nor counted as errors."""
@@ -135,23 +135,33 @@ def _rows(truth: Any, results: Sequence[Mapping[str, Any]], kind: str, classes: 
     if not results:
         rows = [(name, [0.0] * 5, objects.count(ids[name])) for name in names]
         return [("all classes", [0.0] * 5, len(objects)), *rows]
-    detected = truth.loadRes([dict(one) for one in results])
-    evaluation = COCOeval(truth, detected, kind)
-    evaluation.params.catIds = [ids[name] for name in names]
-    evaluation.evaluate()
-    evaluation.accumulate()
+    evaluation = evaluate_coco(truth, results, kind, [ids[name] for name in names])
     precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, area
-
-    def mean(values: np.ndarray) -> float:
-        values = values[values > -1]
-        return float(values.mean()) if values.size else -1.0
 
     def row(columns: Any) -> list[float]:
         of_all = precision[:, :, columns, 0]
-        return [mean(of_all), mean(of_all[:1]), *(mean(precision[:, :, columns, area]) for area in (1, 2, 3))]
+        sizes = (mean_precision(precision[:, :, columns, area]) for area in (1, 2, 3))
+        return [mean_precision(of_all), mean_precision(of_all[:1]), *sizes]
 
     rows = [("all classes", row(slice(None)), len(objects))]
     return rows + [(name, row(slice(i, i + 1)), objects.count(ids[name])) for i, name in enumerate(names)]
+
+
+def evaluate_coco(truth: Any, results: Sequence[Mapping[str, Any]], kind: str, ids: Sequence[int]) -> COCOeval:
+    """Return COCO's evaluation, accumulated, of 'bbox' or 'segm' on all images, for the categories `ids`."""
+    other = "bbox" if kind == "segm" else "segmentation"  # the size of a detection is that of what is evaluated
+    detected = truth.loadRes([{key: value for key, value in one.items() if key != other} for one in results])
+    evaluation = COCOeval(truth, detected, kind)
+    evaluation.params.catIds = list(ids)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def mean_precision(values: np.ndarray) -> float:
+    """Return the mean of precisions without those of classes that have no objects (-1); -1 if there are no others."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
 
 
 def rank_by_errors(truth: Any, results: Sequence[Mapping[str, Any]]) -> list[tuple[Any, int]]:
@@ -186,16 +196,9 @@ def _errors(objects: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[s
 
 def draw_images(path: Path, truth: Any, results: Sequence[Mapping[str, Any]], ids: Sequence[Any], dataset: Any) -> None:
     """Draw images as rows: ground truth at the left, detections at the right."""
-    side, rows = 640, []
+    side, folder = 640, dataset.data_prefix["img"]
     colors = dict(zip(dataset.cat_ids, dataset.metainfo["palette"], strict=False))
-    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
-    for image in ids:
-        record = truth.imgs[image]
-        file = Path(dataset.data_prefix["img"], record["file_name"])
-        pixels = decode_rgb(file.read_bytes(), str(file), size=(record["height"], record["width"]))
-        detections = [one for one in results if one["image_id"] == image and one["score"] >= SCORE]
-        parts = (truth.imgToAnns.get(image, []), detections)
-        rows.append((record, [_drawn(pixels, part, colors, names, side) for part in parts]))
+    rows = [(truth.imgs[i], draw_pair(folder, truth, results, i, colors, side=side)) for i in ids]
     sheet = Image.new("RGB", (2 * side + 24, sum(max(p.height for p in pair) + 24 for _, pair in rows) + 8), "white")
     y = 8
     for record, pair in rows:
@@ -205,6 +208,27 @@ def draw_images(path: Path, truth: Any, results: Sequence[Mapping[str, Any]], id
         y += max(panel.height for panel in pair) + 24
     with atomic_write(path) as unfinished:
         sheet.save(unfinished, format="PNG")
+
+
+def draw_pair(
+    folder: str, truth: Any, results: Sequence[Mapping[str, Any]], image: Any, colors: Mapping[int, Any], *, side: int
+) -> list[Image.Image]:
+    """Return an image with its annotated objects, and with its detections from `SCORE` on, at most `side` pixels.
+
+    Args:
+        folder: of the images.
+        truth: ground truth as a pycocotools COCO.
+        results: detections in COCO's form.
+        image: its id.
+        colors: (R, G, B), 0 to 255, of the categories.
+        side: longer side of the drawn images.
+    """
+    record = truth.imgs[image]
+    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
+    file = Path(folder, record["file_name"])
+    pixels = decode_rgb(read_bytes(file), str(file), size=(record["height"], record["width"]))
+    detections = [one for one in results if one["image_id"] == image and one["score"] >= SCORE]
+    return [_drawn(pixels, part, colors, names, side) for part in (truth.imgToAnns.get(image, []), detections)]
 
 
 def _drawn(pixels: np.ndarray, objects: Sequence[Mapping[str, Any]], colors: Any, names: Any, side: int) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Reports that explain results: which errors cost what, where two results differ, which images are worst."""
