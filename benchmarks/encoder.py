@@ -1,19 +1,19 @@
 """Measure speed and memory of the encoder against its peers in the same run; print one markdown table.
 
 Every time is the median of several runs that alternate with the peer's; the ratio is the median of the ratios of
-neighboring runs, so that a busy machine slows both. Peak memory is measured apart, one process for each cell: on CUDA
-what torch allocated, on the CPU the resident size of the whole process (Python, torch and weights included).
+neighboring runs, so that a busy machine slows both. Peak memory is measured apart, one process for each cell: what
+torch's allocator had given out, weights and gradients included.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ from pathlib import Path
 
 import timm  # at the top, so that both sides of the memory measurement carry it
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_spatial import PerceptionEncoder
 from pe_spatial.encoder.variants import get_config
+from pe_spatial.encoder.vit import Attention
 
 Step = Callable[[], "Tensor | None"]
 TIMM = {"t16": "tiny_patch16", "s16": "small_patch16", "b16": "base_patch16"}
@@ -41,6 +43,31 @@ class PartitionsEveryBlock(PerceptionEncoder):
         self._block_groups = [(window, (i,)) for window, blocks in self._block_groups for i in blocks]
 
 
+class ReleasedAttention(Attention):
+    """Rotary products as in the released detectors' code: float32 tables and halves that are written out."""
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        cos, sin = (table.repeat_interleave(2, -1) for table in rope.unbind(-1))  # (N, D)
+        q, k = (y.float() * cos + self.turn(y.float()) * sin for y in (q, k))
+        out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def turn(x: Tensor) -> Tensor:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((-odd, even), -1).flatten(-2)
+
+
+class ReleasedStructure(PartitionsEveryBlock):
+    """The structure of the released detectors' backbone (pev1_det.py), with our names of the weights."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        for block in self.blocks:
+            block.attn.__class__ = ReleasedAttention
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: what `ours` and `peer` build is called once a run."""
@@ -51,7 +78,7 @@ class Row:
     batch: int
     ours: Callable[[], Step]
     peer: Callable[[], Step]
-    equal: bool = False  # both return the same tensor
+    equal: bool = False  # both return the same tensor: features, or the gradient of a weight
     rate: bool = False  # report images/s and the share of the device's matrix products
 
 
@@ -60,14 +87,23 @@ def images(variant: str, batch: int, size: int | None, device: torch.device) -> 
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def training_step(variant: str, batch: int, size: int, device: torch.device, kind: type[PerceptionEncoder]) -> Step:
+def training_step(
+    variant: str,
+    batch: int,
+    size: int,
+    device: torch.device,
+    kind: type[PerceptionEncoder],
+    recompute: bool | str = False,
+) -> Step:
     torch.manual_seed(0)
-    model = kind(variant, geometry="vitdet", drop_path_rate="vitdet").to(device).train()
+    model = kind(variant, geometry="vitdet", grad_checkpointing=recompute).to(device).train()
     x = images(variant, batch, size, device)
 
-    def step() -> None:
+    def step() -> Tensor:
         model(x)[0].square().mean().backward()
+        gradient = model.blocks[0].attn.qkv.weight.grad
         model.zero_grad(set_to_none=True)
+        return gradient
 
     return step
 
@@ -109,6 +145,17 @@ def table_rows(device: torch.device, sections: list[str], sizes: list[str]) -> l
                 Row(f"windows-{variant}", f"{variant} windowed, forward + backward, 1024 px", "partition each block",
                     batch, partial(step, PerceptionEncoder), partial(step, PartitionsEveryBlock))
             )  # fmt: skip
+    if "memory" in sections:
+        batch = 4 if cuda else 1
+        for size in [size for size in sizes if size != "t16" or len(sizes) == 1]:
+            variant = f"pe_spatial_{size}_512"
+            step = partial(training_step, variant, batch, 1024, device)
+            rows += [
+                Row(f"memory-{recompute}-{variant}", f"{variant} windowed, forward + backward, 1024 px, {what}",
+                    "released structure", batch, partial(step, PerceptionEncoder, recompute),
+                    partial(step, ReleasedStructure), equal=True)
+                for recompute, what in ((False, "keeping all"), ("selective", "selective"), (True, "recomputing all"))
+            ]  # fmt: skip
     if "timm" in sections:
         batch = 16 if cuda else 1
         for size in sizes:
@@ -164,14 +211,19 @@ def peak_mib(key: str, side: str, args: argparse.Namespace) -> float:
 
 
 def measure_peak(row: Row, side: str, device: torch.device) -> float:
-    """Peak memory in MiB of one run of one side; meant for a process of its own."""
-    seconds(getattr(row, side)(), device)
+    """Most MiB that torch's allocator had given out in one run of one side; meant for a process of its own."""
+    step = getattr(row, side)()
     if device.type == "cuda":
+        seconds(step, device)
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss also counts what the parent held when it started this process
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    del kept
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]") / 2**20
 
 
 def measure(row: Row, rounds: int, args: argparse.Namespace) -> str:
@@ -206,8 +258,9 @@ def main() -> None:
     parser.add_argument(
         "--sections",
         nargs="+",
-        choices=("windows", "timm", "half"),
-        help="'windows': runs of windows against partitioning in every block; 'timm': plain forward; 'half': bf16 with "
+        choices=("windows", "memory", "timm", "half"),
+        help="'windows': runs of windows against partitioning in every block; 'memory': kinds of recomputing against "
+        "the structure of the released detectors; 'timm': plain forward; 'half': bf16 with "
         "and without torch.compile, images/s, share of the device's matrix-product rate (default: all; on the CPU all "
         "but 'half')",
     )
@@ -220,7 +273,7 @@ def main() -> None:
     parser.add_argument("--peak-of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     cuda = args.device.type == "cuda"
-    args.sections = args.sections or ["windows", "timm", *(["half"] if cuda else [])]
+    args.sections = args.sections or ["windows", "memory", "timm", *(["half"] if cuda else [])]
     args.variants = args.variants or (["t16"] if args.quick else list(TIMM))
     rows = table_rows(args.device, args.sections, args.variants)
     if args.peak_of:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .geometry import Geometry, block_indices, check_frozen_stages, check_images, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
+from .recompute import Choice, recomputed_blocks, run_recomputed
 from .resize import is_autocast, is_compiling, resize_pos_embed, sizes_of
 from .rope import apply_rope, rope_table
 from .variants import VARIANTS, EncoderConfig, get_config, recipe_rate, variant_key
@@ -149,7 +149,9 @@ class PerceptionEncoder(nn.Module):
             its fields.
         drop_path_rate: stochastic depth of the last block of the complete network; rises linearly from 0. 'vitdet' is
             the published rate for the depth.
-        grad_checkpointing: recompute activations in the backward pass: True for every block, or indices of blocks.
+        grad_checkpointing: recompute activations in the backward pass: True in every block, or indices of blocks.
+            'selective' keeps the results of matrix products and attention, for about half of the memory in nearly the
+            same time; {0: 'full', 1: 'selective'} chooses by block.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
             run in evaluation mode and without autograd.
         overrides: single fields of the geometry, for instance `window_size=16`.
@@ -169,7 +171,7 @@ class PerceptionEncoder(nn.Module):
         out_indices: int | Sequence[int] = (-1,),
         geometry: str | Geometry | Mapping[str, Any] = "release",
         drop_path_rate: float | str = 0.0,
-        grad_checkpointing: bool | Sequence[int] = False,
+        grad_checkpointing: Choice = False,
         frozen_stages: int = -1,
         **overrides: Any,
     ) -> None:
@@ -204,14 +206,13 @@ class PerceptionEncoder(nn.Module):
         self._freeze()
 
     @property
-    def grad_checkpointing(self) -> tuple[int, ...]:
-        """Blocks whose activations are recomputed in the backward pass; set with a bool or with block indices."""
-        return self._checkpointed
+    def grad_checkpointing(self) -> dict[int, str]:
+        """Block -> 'full' or 'selective', for those that recompute activations; set with what the argument takes."""
+        return self._recomputed
 
     @grad_checkpointing.setter
-    def grad_checkpointing(self, blocks: bool | Sequence[int]) -> None:
-        chosen = range(self.depth if blocks else 0) if isinstance(blocks, bool) else blocks
-        self._checkpointed = block_indices("grad_checkpointing", chosen, self.config.depth)
+    def grad_checkpointing(self, choice: Choice) -> None:
+        self._recomputed = recomputed_blocks(choice, self.depth, self.config.depth)
 
     def _learned_tokens(self) -> list[nn.Parameter]:
         return [self.pos_embed] if self.cls_token is None else [self.pos_embed, self.cls_token]
@@ -326,11 +327,10 @@ class PerceptionEncoder(nn.Module):
         return x[:, :1].unflatten(0, (batch_size, -1)).mean(dim=1)
 
     def _block(self, i: int, x: Tensor, *args: Any) -> Tensor:
-        block = self.blocks[i]
-        if i in self._checkpointed and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, *args, use_reentrant=False)
-            return out
-        return block(x, *args)
+        if i in self._recomputed and torch.is_grad_enabled():
+            return run_recomputed(self.blocks[i], self._recomputed[i], x, *args)
+        out: Tensor = self.blocks[i](x, *args)
+        return out
 
     def _map(self, x: Tensor, window: int | None, grid: tuple[int, int]) -> Tensor:
         x = x[:, self.num_prefix_tokens :]

@@ -110,6 +110,9 @@ def test_blocks_after_the_last_requested_are_not_built(tiny):
         ({"window_size": 0}, "a number of tokens from 1"),
         ({"pos_grid": 0}, "pos_grid is 0 tokens; give at least 1"),
         ({"grad_checkpointing": (9,)}, "grad_checkpointing"),
+        ({"grad_checkpointing": "some"}, "grad_checkpointing is 'some'; allowed are True"),
+        ({"grad_checkpointing": {0: "half"}}, "grad_checkpointing is .*; allowed are True"),
+        ({"grad_checkpointing": {9: "full"}}, "grad_checkpointing"),
         ({"frozen_stages": 5}, "frozen_stages"),
         ({"drop_path_rate": 1.0}, "probability"),
         ({"pos_embed_mode": "nearest"}, "'bilinear', 'bicubic'"),
@@ -190,7 +193,9 @@ def test_builds_and_runs_on_the_meta_device():
 # --- training
 
 
-@pytest.mark.parametrize("blocks", [True, (1, -1)], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "blocks", [True, (1, -1), "selective", {1: "full", -1: "selective"}], ids=["all", "some", "selective", "mixed"]
+)
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 @geometries
 def test_grad_checkpointing_changes_nothing_and_recomputes(tiny, blocks, drop_path_rate, geometry):
@@ -203,7 +208,7 @@ def test_grad_checkpointing_changes_nothing_and_recomputes(tiny, blocks, drop_pa
     maps_again, grads_again = gradients(saving, images(64, 80))
     assert_close(maps_again, maps, rtol=0, atol=0)
     assert_close(grads_again, grads, rtol=0, atol=0)
-    twice = {0, 1, 2, 3} if blocks is True else {1, 3}
+    twice = {0, 1, 2, 3} if blocks in (True, "selective") else {1, 3}
     assert [calls.count(i) for i in range(4)] == [1 + (i in twice) for i in range(4)]
     with torch.no_grad():
         saving(images())

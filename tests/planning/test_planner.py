@@ -77,7 +77,7 @@ def test_buckets_hold_the_gradients_once_more():
     assert weights.extra == weights.gradients
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True, "selective"])
 @pytest.mark.parametrize(
     "options", [{}, WINDOWS, dict(drop_path_rate=0.2, frozen_stages=2)], ids=["plain", "windows", "frozen"]
 )

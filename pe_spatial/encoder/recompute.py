@@ -1,0 +1,73 @@
+"""Which activations a block keeps for the backward pass, and which it computes again there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from pe_spatial.errors import ConfigError
+
+from .geometry import block_indices
+
+KINDS = ("full", "selective")
+_KEPT = (
+    "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
+)  # fmt: skip
+"""Operations of `torch.ops.aten` that take nearly all of the time of a block and make half of what it keeps."""
+
+Choice = bool | str | Sequence[int] | Mapping[int, str]
+
+
+def recomputed_blocks(choice: Choice, num_blocks: int, depth: int) -> dict[int, str]:
+    """Return block -> 'full' or 'selective' for `grad_checkpointing`, as `PerceptionEncoder` describes it.
+
+    Args:
+        choice: what the user asked for.
+        num_blocks: number of blocks that the encoder builds.
+        depth: number of blocks of the complete network, which negative indices count from.
+
+    Raises ConfigError for what is not allowed, and for 'selective' with a torch before 2.4.
+    """
+    if isinstance(choice, bool | str):
+        kinds = dict.fromkeys(range(num_blocks) if choice else (), "full" if choice is True else choice)
+    elif isinstance(choice, Mapping):
+        kinds = {block_indices("grad_checkpointing", [i], depth)[0]: kind for i, kind in choice.items()}
+    else:
+        kinds = dict.fromkeys(block_indices("grad_checkpointing", choice, depth), "full")
+    unknown = [kind for kind in kinds.values() if kind not in KINDS]
+    if unknown or choice == "":
+        raise ConfigError(
+            f"grad_checkpointing is {choice!r}; allowed are True, False, 'full', 'selective', block indices, and a "
+            "mapping of block indices to 'full' or 'selective'"
+        )
+    if "selective" in kinds.values() and not hasattr(checkpoint, "create_selective_checkpoint_contexts"):
+        raise ConfigError(
+            f"grad_checkpointing='selective' needs torch 2.4 or later, and this is {torch.__version__}; use True, "
+            "which computes all again"
+        )
+    return kinds
+
+
+def run_recomputed(block: nn.Module, kind: str, *args: Any) -> Tensor:
+    """Call a block so that its backward pass computes again what `kind` does not keep.
+
+    'full' keeps the inputs alone. 'selective' keeps the results of matrix products and of attention too, so that norms,
+    GELU, LayerScale and rotary products run again, which costs little time.
+    """
+    options = {"context_fn": _contexts()} if kind == "selective" else {}
+    out: Tensor = checkpoint.checkpoint(block, *args, use_reentrant=False, **options)
+    return out
+
+
+@cache
+def _contexts() -> Callable[[], Any]:
+    aten = torch.ops.aten
+    kept = [getattr(aten, name).default for name in _KEPT if hasattr(aten, name)]
+    return partial(checkpoint.create_selective_checkpoint_contexts, kept)
