@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils._pytree import keystr, tree_map_with_path
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError
@@ -38,6 +37,7 @@ try:
     from torch.distributed import tensor as dtensor
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.utils._pytree import keystr, tree_map_with_path
     from torch.utils.serialization import config as serialization
 except ImportError as error:
     raise ConfigError(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,26 @@ def _method(owner: Any, name: str) -> Any:
 
 
 _method.__module__, _method.__name__, _method.__qualname__ = "builtins", "getattr", "getattr"
-_numpy = getattr(np, "_core", None) or np.core
 _dtypes = {type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint8", "uint32", "float32", "float64")}
+
+
+def _of_any_numpy(function: Any) -> list[Any]:
+    """Return a function of numpy under the names that it has in numpy 1 and in numpy 2."""
+    both = []
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        alias = partial(function)
+        alias.__module__, alias.__name__, alias.__qualname__ = module, function.__name__, function.__name__  # type: ignore[attr-defined]
+        both.append(alias)
+    return both
+
+
 _REAL = [
     HistoryBuffer,
     _method,
     np.ndarray,
     np.dtype,
-    _numpy.multiarray._reconstruct,
-    _numpy.multiarray.scalar,
+    *_of_any_numpy(np.zeros(1).__reduce__()[0]),  # _reconstruct
+    *_of_any_numpy(np.float64(0).__reduce__()[0]),  # scalar
     *_dtypes,
 ]
 

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+pytest.importorskip("torch", minversion="2.7")
 from helpers.processes import start
 from helpers.tiny_deta import SIDE, WIDTH, tiny_deta
 from mmdet.structures import DetDataSample

@@ -29,6 +29,7 @@ from torch import nn
 from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
+pytest.importorskip("torch", minversion="2.7")
 pytest.importorskip("mmseg")
 from mmdet.models.task_modules.samplers import RandomSampler
 from mmdet.registry import TASK_UTILS

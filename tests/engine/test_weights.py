@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from helpers.repository import CONFIGS
 from helpers.tiny_run import tiny_config
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import CheckpointLoader
@@ -21,10 +24,9 @@ from torch.testing import assert_close
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.configs import config_in
 from pe_spatial.engine.evaluation import test as evaluate
-from pe_spatial.engine.fsdp import consolidate
 from pe_spatial.engine.runner import build_runner
 from pe_spatial.engine.training import prepare_training, train
-from pe_spatial.engine.weights import load_weights_of_any_layout
+from pe_spatial.engine.weights import load_from_file, load_weights_of_any_layout
 from pe_spatial.errors import ConfigError
 
 
@@ -150,12 +152,19 @@ def read_by_test(path, cfg):
     evaluate(cfg)
 
 
+def read_by_consolidate(path, _):
+    pytest.importorskip("torch", minversion="2.7")
+    from pe_spatial.engine.fsdp import consolidate
+
+    consolidate(path, path.with_name("out.pth"))
+
+
 READERS = {
     "load_from": read_by_load_from,
     "resume": lambda path, cfg: prepare_training(cfg, resume=str(path)),
     "test": read_by_test,
     "init_cfg of mmengine": read_by_init_cfg,
-    "consolidate": lambda path, _: consolidate(path, path.with_name("out.pth")),
+    "consolidate": read_by_consolidate,
     "config_in": lambda path, _: config_in(str(path)),
 }
 
@@ -171,6 +180,23 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, weights, reader, place):
     with pytest.raises((CheckpointError, ConfigError), match=r"it could run code"):
         READERS[reader](path, tiny_config(tmp_path / "run", model=dict(type="Stack")))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_logs_are_read_from_checkpoints_of_numpy_1_and_2(tmp_path, module):
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({"loss": history, "best": np.float64(0.5)}, tmp_path / "own.pth")
+    with zipfile.ZipFile(tmp_path / "own.pth") as own, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
+        for name in own.namelist():
+            data = own.read(name)
+            if name.endswith("data.pkl"):  # GLOBAL names the module as text
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                data = data.replace(b"numpy.core.multiarray", module.encode())
+                assert module.encode() in data
+            other.writestr(name, data)
+    read = load_from_file(str(tmp_path / "other.pth"))
+    assert read["best"] == 0.5
+    assert read["loss"].data[0].tolist() == [1.0, 2.0]
 
 
 def test_paths_and_namespaces_do_not_hinder_a_run(tmp_path, weights):
