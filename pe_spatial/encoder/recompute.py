@@ -35,8 +35,9 @@ def recomputed_blocks(choice: Choice, num_blocks: int, depth: int) -> dict[int, 
 
     Raises ConfigError for what is not allowed, and for 'selective' with a torch before 2.4.
     """
+    kinds: dict[int, str]
     if isinstance(choice, bool | str):
-        kinds = dict.fromkeys(range(num_blocks) if choice else (), "full" if choice is True else choice)
+        kinds = dict.fromkeys(range(num_blocks), "full" if choice is True else choice) if choice else {}
     elif isinstance(choice, Mapping):
         kinds = {block_indices("grad_checkpointing", [i], depth)[0]: kind for i, kind in choice.items()}
     else:
@@ -61,7 +62,7 @@ def run_recomputed(block: nn.Module, kind: str, *args: Any) -> Tensor:
     'full' keeps the inputs alone. 'selective' keeps the results of matrix products and of attention too, so that norms,
     GELU, LayerScale and rotary products run again, which costs little time.
     """
-    options = {"context_fn": _contexts()} if kind == "selective" else {}
+    options: dict[str, Any] = {"context_fn": _contexts()} if kind == "selective" else {}
     out: Tensor = checkpoint.checkpoint(block, *args, use_reentrant=False, **options)
     return out
 
