@@ -39,11 +39,18 @@ def build_on_meta(cfg: Any) -> tuple[nn.Module, Optimizer]:
     return model, build_optim_wrapper(model, cfg.optim_wrapper).optimizer
 
 
-def set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    """Switch recomputation of activations on or off in every module that supports it."""
+def set_checkpointing(model: nn.Module, kind: bool | str) -> None:
+    """Set the recomputing of activations in every module that supports it; only encoders have 'selective'."""
     for module in model.modules():
         if hasattr(module, "grad_checkpointing"):
-            setattr(module, "grad_checkpointing", enabled)  # noqa: B010  (mypy sees a submodule)
+            value = kind if isinstance(module, PerceptionEncoder) else kind is True
+            setattr(module, "grad_checkpointing", value)  # noqa: B010  (mypy sees a submodule)
+
+
+def recomputing_kinds(model: nn.Module) -> tuple[bool | str, ...]:
+    """Return what `set_checkpointing` offers for a model."""
+    ours = any(isinstance(module, PerceptionEncoder) for module in model.modules())
+    return (False, "selective", True) if ours else (False, True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ COLUMNS = (
     "largest batch", "TFLOP forward", "TFLOP step", "hours/epoch", "hours/run",
 )  # fmt: skip
 SHORT_STEP = 0.05  # seconds
+_RECOMPUTED = {False: "no", "selective": "selective", True: "yes"}
 _MEMORY = ("parameters", "gradients", "optimizer", "extra", "activations", "total")
 
 
@@ -17,7 +18,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in rows:
         cells = [
-            f"{row['variant']} ({row['number'] / 1e6:.1f} M)", row["weights"], "yes" if row["recomputed"] else "no",
+            f"{row['variant']} ({row['number'] / 1e6:.1f} M)", row["weights"], _RECOMPUTED[row["recomputed"]],
             *(f"{row[key] / GB:.2f}" for key in _MEMORY),
             "yes" if row["total"] <= hardware.usable else "no", str(row["largest_batch"]),
             f"{row['forward_flops'] / TERA:.2f}", f"{row['step_flops'] / TERA:.2f}", f"{row['hours']:.3g}",
@@ -44,7 +45,9 @@ def describe(row: Mapping[str, Any], hardware: Hardware, *, config: str, images:
 def explain(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
     """Return the lines below the table; docs/nodes.md explains the columns."""
     assumed, option = hardware.assumed, rows[0]["option"]
-    recompute = f"model.{option}=True" if option else "with_cp of the backbone"
+    selective = any(row["recomputed"] == "selective" for row in rows)
+    values = "True or selective" if selective else "True"
+    recompute = f"model.{option}={values}" if option else "with_cp of the backbone"
     lines = [
         f"\nGB (1e9 bytes) of one GPU; fits: total leaves {hardware.reserve:g} GB. Counted: {rows[0]['counted']}.",
         f"Hours assume {hardware.efficiency:.0%} of {assumed.bfloat16:g} TFLOP/s in bfloat16 and of "

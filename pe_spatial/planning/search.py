@@ -13,7 +13,15 @@ from mmengine.registry import DATASETS, init_default_scope
 from pe_spatial.encoder.variants import DEMO_VARIANTS, VARIANTS
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_size
-from pe_spatial.planning.planner import Step, Weights, build_on_meta, measure_step, measure_weights, set_checkpointing
+from pe_spatial.planning.planner import (
+    Step,
+    Weights,
+    build_on_meta,
+    measure_step,
+    measure_weights,
+    recomputing_kinds,
+    set_checkpointing,
+)
 from pe_spatial.planning.registry import read_shape
 
 GB, TERA = 1e9, 1e12
@@ -144,7 +152,7 @@ def plan(
     cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None,
     dataset: Any = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Plan one config: a row for each of DDP and FSDP, activations kept and recomputed, in bytes and operations.
+    """Plan one config: a row for each of DDP and FSDP, and each kind of recomputing, in bytes and operations.
 
     Args:
         cfg, hardware: the config of a training, and the GPUs.
@@ -178,7 +186,7 @@ def plan(
         **shape, option=option, batch=batch_size, bfloat16=bfloat16, number=sum(p.numel() for p in model.parameters())
     )
     rows = []
-    for recomputed in (False, True):
+    for recomputed in recomputing_kinds(model):
         set_checkpointing(model, recomputed)
         try:
             step, larger = (measure_step(model, b, bfloat16=bfloat16, **shape) for b in (batch_size, batch_size + 1))

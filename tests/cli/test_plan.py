@@ -40,7 +40,7 @@ def test_rows_follow_from_one_another(capsys, tmp_path):
     assert [(row["variant"], row["weights"], row["recomputed"]) for row in rows] == [
         (f"pe_spatial_{size}_512", weights, recomputed)
         for size in ("t16", "s16")
-        for recomputed in (False, True)
+        for recomputed in (False, "selective", True)
         for weights in ("DDP", "FSDP")
     ]
     for row in rows:
@@ -58,7 +58,7 @@ def test_rows_follow_from_one_another(capsys, tmp_path):
     assert "epoch: 1000; run: 40000 iterations." in out
     assert rows[0]["run_hours"] == pytest.approx(40000 * rows[0]["seconds"] / 3600)
     assert "does not reach these rates" in out
-    assert len([line for line in out.splitlines() if line.startswith("| pe_")]) == 8
+    assert len([line for line in out.splitlines() if line.startswith("| pe_")]) == 12
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_rates_are_those_of_a_gpu_with_this_memory(memory, name, rates):
 )  # fmt: skip
 def test_text_names_the_options_that_set_a_row(model, option):
     assert search.checkpointing_option(model) == option
-    text = explain([dict(counted="all", option=option, seconds=1)], search.Hardware(gpu_memory=24))
+    text = explain([dict(counted="all", option=option, seconds=1, recomputed=True)], search.Hardware(gpu_memory=24))
     assert "train_dataloader.batch_size=N" in text
     assert (f"model.{option}=True" if option else "with_cp") in text
     assert "A10" in text
@@ -179,7 +179,7 @@ def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
     options += ["train_dataloader.dataset.pipeline.0.num_frames=3", "train_dataloader.dataset.pipeline.3.size=64"]
     out, rows = plan(capsys, tmp_path, *options, config=str(REPO / "configs" / "pe_spatial_sam2_davis.py"))
     assert "64 x 64 px, 1 clips of 3 frames on each of 1 GPUs" in out
-    assert [row["objects"] for row in rows] == [3, 3]
+    assert [row["objects"] for row in rows] == [3, 3, 3]
     assert rows[0]["variant"] == "pe_spatial_t16_512"
 
 
