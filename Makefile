@@ -40,3 +40,4 @@ bench: setup
 	$(python) benchmarks/encoder.py
 	$(python) benchmarks/vos.py
 	$(python) benchmarks/propagation.py
+	$(python) benchmarks/predict.py
