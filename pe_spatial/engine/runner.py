@@ -75,6 +75,7 @@ def build_runner(cfg: Config) -> Runner:
     start_processes(cfg)
     prepare_loaders(cfg)
     read_safely()
+    object.__setattr__(cfg, "_format_python_code", False)  # a run prints it four times; yapf takes seconds for each
     if is_distributed() and not torch.cuda.is_available() and "runner_type" not in cfg:
         unused = cfg.get("find_unused_parameters", False)
         wrapper = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
