@@ -44,6 +44,7 @@ COMMANDS = {
     "check_swap": Command("try the swap on every model family of MMDetection and MMSegmentation"),
     "convert_checkpoint": Command("convert a checkpoint between pe_spatial, OpenMMLab, Detectron2, timm and Meta", ()),
     "consolidate_checkpoint": Command("merge a sharded checkpoint into one file"),
+    "merge_lora": Command("merge LoRA adapters into a plain checkpoint"),
     "doctor": Command("show what is installed, which features work, and what to install for the others", ()),
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     clip, device = Clip.open(args.video), choose_device(args)
     read_checkpoint(locate(args.checkpoint))  # so that its errors come before the model is built
     model = build_pe_sam2(**cfg.model.tracker.to_dict())
+    model.image_encoder.trunk.encoder.base_source = cfg.model.get("encoder_weights")
     load_tracker_weights(model, args.checkpoint)
     tracker = StreamingTracker(model.to(device), non_overlapping=True)
 

@@ -34,12 +34,13 @@ from pe_spatial.convert.layouts import (
 from pe_spatial.convert.rope_tables import RopeTables, detector_geometry, read_tables, recipe_tables, stored_tables
 from pe_spatial.encoder.checkpoint import OMITTED, encoder_prefix, rename
 from pe_spatial.encoder.files import SUFFIXES, CheckpointError, CheckpointFile, join_names
+from pe_spatial.encoder.lora import is_adapter
 from pe_spatial.encoder.resize import resize_patch_kernel
 from pe_spatial.encoder.variants import VITDET_RECIPES
 
 TARGETS = ("pe_spatial", "mmdet", "detectron2", "timm", "release", "same")
 
-_META = ("dataset_meta", "cfg", "pe_spatial")
+_META = ("dataset_meta", "cfg", "pe_spatial", "lora")
 """What is kept of a checkpoint's 'meta': names of the classes, the config, and facts of this package."""
 
 
@@ -75,6 +76,11 @@ def convert(file: CheckpointFile, to: str, *, all_classes: bool = False) -> Conv
     meta = _kept_meta(file.rest)
     if to == "same":
         return _slimmed(file, meta)
+    if any(map(is_adapter, file.state)):
+        raise CheckpointError(
+            f"{file.path} holds LoRA adapters, which have no other layout; merge them first: pe-spatial merge_lora "
+            f"{file.path} FILE"
+        )
     meta.pop("pe_spatial", None)  # it is read from the file or its tables, and written anew
     weights = _with_released_names(file.state)
     layout_in = _find_layout(weights)

@@ -17,6 +17,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
+from pe_spatial.encoder.lora import has_adapters
 from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.planning.registry import register_example, total_loss
 
@@ -49,7 +50,7 @@ class DepthEstimator(BaseModel):
         decode_head: config of `BinsDepthHead` or `DPTDepthHead`; `in_channels` follows from the encoder, and is only
             given for backbones without `embed_dim`.
         losses: configs of modules (pred (B, 1, H, W), target (B, 1, H, W), 0 = missing) -> scalar; they are summed.
-        frozen: keep the backbone in evaluation mode and without autograd.
+        frozen: keep the backbone in evaluation mode and without autograd, but for adapters if it has `lora`.
         test_cfg: `mode` 'whole' or 'slide' (with `crop_size` and `stride`, (h, w) in pixels: windows, averaged where
             they overlap), `flip` True to average with the prediction of the mirrored image.
         data_preprocessor: config of `DepthPreprocessor`.
@@ -64,9 +65,9 @@ class DepthEstimator(BaseModel):
         self.backbone: Any = _build_backbone(backbone)
         self.decode_head = _build_head(decode_head, self.backbone)
         self.losses = nn.ModuleList(MODELS.build(cfg) for cfg in losses)
-        self.frozen = frozen
+        self.frozen = frozen and not has_adapters(self.backbone)
         self.test_cfg = _checked_test_cfg(**(test_cfg or {}))
-        if frozen:
+        if self.frozen:
             self.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> DepthEstimator:

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint
+from pe_spatial.encoder.lora_files import add_base
 from pe_spatial.errors import ConfigError
 from pe_spatial.images import tile_starts
 
@@ -51,6 +52,7 @@ class DepthPredictor:
             self.model = MODELS.build({**cfg.model, "losses": []}).eval().to(device)
             self._prepare = Compose(steps)
         state = {name: x for name, x in file.state.items() if not name.startswith("losses.")}
+        add_base(self.model, file.rest.get("meta"), {"": state}, path)
         try:
             load_state_dict(self.model, state, strict=True)
         except RuntimeError as error:

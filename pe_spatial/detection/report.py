@@ -15,13 +15,14 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, ValLoop
-from mmengine.runner.checkpoint import load_checkpoint
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.detection.coco_metric import CheckedCocoMetric
+from pe_spatial.engine.runner import plain_model
+from pe_spatial.engine.weights import load_weights
 from pe_spatial.images import decode_rgb, read_bytes
 
 SCORE = 0.4
@@ -92,7 +93,7 @@ def load_best(runner: Runner) -> str:
     hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
     best = getattr(hook, "best_ckpt_path", None)
     if best and Path(best).is_file():
-        load_checkpoint(runner.model, best, map_location="cpu", strict=False)
+        load_weights(plain_model(runner.model), best)
         return f"{best} (the best)"
     return f"{getattr(hook, 'last_ckpt', None) or runner.work_dir} (the last)"
 

@@ -1,5 +1,7 @@
 """Load released weights into `PerceptionEncoder`, strictly; one error lists the names of both sides."""
 
+import ctypes
+import hashlib
 import logging
 import math
 import re
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .files import SUFFIXES, CheckpointError, join_names, locate, read_state_dict, split_entry, weights_in
 from .geometry import Geometry, get_geometry, preset_name
+from .lora import is_adapter
 from .resize import resize_patch_kernel, resize_pos_embed
 from .variants import DEMO_VARIANTS, RELEASED_NAMES, VARIANTS, EncoderConfig, variant_key
 from .vit import PerceptionEncoder
@@ -83,7 +86,10 @@ def load_checkpoint(model: PerceptionEncoder, source: str | Path) -> LoadReport:
     Raises CheckpointError if the file is missing, cannot be read without running code, or does not map one to one.
     """
     path = locate(released_source(model.variant, model.config) if str(source) == "released" else source)
-    return load_state(model, read_state_dict(path), path=path)
+    report = load_state(model, read_state_dict(path), path=path)
+    if model.lora is not None:
+        model.base_source, model.base_hash = str(source), base_hash(model)
+    return report
 
 
 def from_pretrained(
@@ -210,7 +216,7 @@ def load_state(
             del state[name]
             omitted[name] = f"block after the last of out_indices ({model.depth - 1})"
     resized = _resize_kernel(state, model) | _resize_positions(state, model)
-    problems = mismatch(state, model.state_dict())
+    problems = mismatch(state, {name: value for name, value in model.state_dict().items() if not is_adapter(name)})
     if problems:
         raise CheckpointError(
             f"{path} does not hold the weights of this encoder ({model.config}). {problems}. "
@@ -227,12 +233,28 @@ def load_state(
     return LoadReport(path, layout, omitted, resized)
 
 
+def base_hash(encoder: PerceptionEncoder) -> str:
+    """Return the SHA-256 of the parameters in the encoder's `base_names`; with sharded ones, all ranks must call this.
+
+    Positions and the patch kernel do not count: resizing them when they are loaded may change their last bits.
+    """
+    digest, parameters = hashlib.sha256(), dict(encoder.named_parameters())
+    for name in sorted(set(encoder.base_names) - {_KERNEL, _POSITIONS}):
+        value: Any = parameters[name].detach()
+        value = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
+    return digest.hexdigest()
+
+
 def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     """Bring the encoder in a state dict of the released or timm's layout to our names.
 
     The encoder may be a part of the model, such as a detector's backbone: the rest is omitted. Returns the state dict,
     the layout of the file ('release' or 'timm'), and what was omitted with the reason.
     """
+    if any(map(is_adapter, state)):
+        raise CheckpointError("this file holds LoRA adapters; merge them first: pe-spatial merge_lora FILE MERGED")
     prefix = encoder_prefix(state)
     reason = "text tower" if prefix.endswith("visual.") else "not the encoder"
     omitted = {name: reason for name in state if not name.startswith(prefix)}

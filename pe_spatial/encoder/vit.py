@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .geometry import Geometry, block_indices, check_frozen_stages, check_images, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
+from .lora import LoRA, add_adapters, get_lora
 from .recompute import Choice, recomputed_blocks, run_recomputed
 from .resize import is_autocast, is_compiling, resize_pos_embed, sizes_of
 from .rope import apply_rope, rope_table
@@ -154,12 +155,17 @@ class PerceptionEncoder(nn.Module):
             same time; {0: 'full', 1: 'selective'} chooses by block.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
             run in evaluation mode and without autograd.
+        lora: options of `LoRA`, such as `dict(rank=8)`: freeze the encoder, and train small adapters in the blocks that
+            `frozen_stages` does not freeze; None trains the encoder itself.
         overrides: single fields of the geometry, for instance `window_size=16`.
 
     Attributes:
         geometry: the geometry in numbers.
         depth: number of blocks built.
         num_prefix_tokens: tokens before the patches: 1 with a class token, else 0.
+        base_names: names of the parameters that adapters need and do not change; () without `lora`.
+        base_source: where the weights of the base are, as `load_checkpoint` takes it; None if no one knows.
+        base_hash: `checkpoint.base_hash` of the weights that were loaded from there.
 
     Raises ValueError for a value that is not allowed, and TypeError for an option that does not exist.
     """
@@ -173,6 +179,7 @@ class PerceptionEncoder(nn.Module):
         drop_path_rate: float | str = 0.0,
         grad_checkpointing: Choice = False,
         frozen_stages: int = -1,
+        lora: LoRA | Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -204,6 +211,12 @@ class PerceptionEncoder(nn.Module):
         for token in self._learned_tokens():
             nn.init.normal_(token, std=dim**-0.5)
         self._freeze()
+        self.lora = get_lora(lora)
+        self.base_names: tuple[str, ...] = ()
+        self.base_source: str | None = None
+        self.base_hash: str | None = None
+        if self.lora is not None:
+            self._adapt(self.lora)
 
     @property
     def grad_checkpointing(self) -> dict[int, str]:
@@ -223,6 +236,12 @@ class PerceptionEncoder(nn.Module):
         if self.frozen_stages >= 0:
             for token in self._learned_tokens():
                 token.requires_grad_(False)
+
+    def _adapt(self, lora: LoRA) -> None:
+        for parameter in (*self._learned_tokens(), *self.patch_embed.parameters(), *self.norm_pre.parameters()):
+            parameter.requires_grad_(False)
+        add_adapters(list(self.blocks[max(self.frozen_stages, 0) :]), lora)
+        self.base_names = tuple(name for name, parameter in self.named_parameters() if not parameter.requires_grad)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -346,7 +365,7 @@ class PerceptionEncoder(nn.Module):
         return (
             f"{self.config}, out_indices={self.out_indices}, "
             f"geometry={preset_name(self.geometry, self.config) or 'custom'}: {self.geometry}, "
-            f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}"
+            f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}, lora={self.lora}"
         )
 
 

@@ -16,6 +16,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.files import CheckpointError, read_checkpoint
+from pe_spatial.encoder.lora import has_adapters
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -198,10 +199,15 @@ class AtomicCheckpointHook(CheckpointHook):
 
 @HOOKS.register_module()
 class ResumeWithoutPretrained(Hook):
-    """Let a run that resumes start without the released weights: its checkpoint overwrites them anyway."""
+    """Let a run that resumes start without the released weights: its checkpoint overwrites them anyway.
+
+    Only adapters need the weights that they were trained on.
+    """
 
     def before_run(self, runner: Runner) -> None:
         """Mark what loads released weights as initialized if a checkpoint is going to be resumed; that happens next."""
+        if has_adapters(runner.model):
+            return
         if runner.cfg.get("resume") and (runner.cfg.get("load_from") or find_latest_checkpoint(runner.work_dir)):
             for module in runner.model.modules():
                 if getattr(module, "loads_released_weights", False):

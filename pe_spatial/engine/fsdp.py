@@ -318,6 +318,7 @@ class ShardedRunner(RunnerMixin, Runner):
                 checkpoint["optimizer"] = self.optim_wrapper.state_dict()
             for hook in self._averaging:
                 hook.before_save_checkpoint(self, checkpoint)
+            self.omit_base(checkpoint)
             self._without_shards(checkpoint)
         else:
             super().save_checkpoint(out_dir, filename, *args, save_optimizer=save_optimizer, **options)

@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
+from pe_spatial.engine.saved_config import value_of
 from pe_spatial.errors import ConfigError
 
 RUN_KEYS = frozenset(inspect.signature(Runner).parameters) | {
@@ -32,7 +33,8 @@ def set_options(cfg: Config, options: Mapping[str, str]) -> None:
     - Text stays as it was typed where the config has text, and for names of files and folders: blanks, commas and
       leading zeros too. Only a plain word such as 'vitdet' can be replaced by a number.
     - Where the config has a number, a truth value or a list, so must the value be.
-    - Elsewhere (None, or a new key), numbers, true, false, None, `1,2`, `[1,2]`, `(1,2)` and `{'a': 1}` are read.
+    - Elsewhere (None, or a new key), numbers, true, false, None, `1,2`, `[1,2]`, `(1,2)`, `{'a': 1}` and `dict(a=1)`
+      are read.
     - One pair of quotes around a value is removed; what is in quotes is text.
     - Where the test is the validation, as in most configs, it stays so: `val_*` sets `test_*` too.
     """
@@ -185,6 +187,11 @@ def _literal(text: str) -> Any:
         return float(body) if re.search("[.en]", body, re.IGNORECASE) else int(body)
     if body.lower() in _WORDS or body == "None":
         return _WORDS.get(body.lower())
+    if body.startswith("dict(") and body.endswith(")"):
+        try:
+            return value_of(ast.parse(body, mode="eval").body)
+        except (SyntaxError, ValueError):
+            return text
     if body[:1] in _BRACKETS and body.endswith(_BRACKETS[body[0]]):
         if body[0] == "{":
             try:

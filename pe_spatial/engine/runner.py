@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import init_dist, is_distributed, master_only
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
+from pe_spatial.encoder.lora_files import add_base, describe_adapters, omit_base
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.console import QuietStartMixin
 from pe_spatial.engine.weights import read_safely
@@ -20,7 +23,46 @@ from pe_spatial.errors import ConfigError, TrainingError
 
 
 class RunnerMixin(QuietStartMixin):
-    """What runners of this package share: quiet start, learning rates for all images of an update, kept configs."""
+    """What runners of this package share: quiet start, learning rates for all images of an update, kept configs.
+
+    Checkpoints of encoders with `lora` hold their adapters without the frozen base, which loading puts back.
+    """
+
+    _adapters: Mapping[str, Any] | None = None  # of `describe_adapters`, in training
+
+    def call_hook(self, fn_name: str, **options: Any) -> None:
+        """As in Runner; hooks see complete checkpoints."""
+        checkpoint = options.get("checkpoint", {})
+        if fn_name == "before_train":
+            self._adapters = describe_adapters(plain_model(self.model))  # type: ignore[attr-defined]
+            self._tell_of_adapters()
+        if fn_name == "after_load_checkpoint":
+            states = {prefix: checkpoint[key] for prefix, key in _STATES.items() if key in checkpoint}
+            add_base(plain_model(self.model), checkpoint.get("meta"), states, self._load_from)  # type: ignore[attr-defined]
+        super().call_hook(fn_name, **options)  # type: ignore[misc]
+        if fn_name == "before_save_checkpoint":
+            self.omit_base(checkpoint)
+
+    def omit_base(self, checkpoint: dict[str, Any]) -> None:
+        """Remove the base of adapters from a checkpoint, if it can be restored, and describe them in its 'meta'."""
+        if self._adapters:
+            checkpoint.setdefault("meta", {})["lora"] = dict(self._adapters)
+            states = [checkpoint[key] for key in _STATES.values() if key in checkpoint]
+            omit_base(plain_model(self.model), self._adapters, states)  # type: ignore[attr-defined]
+
+    def _tell_of_adapters(self) -> None:
+        logger = self.logger  # type: ignore[attr-defined]
+        for place, about in (self._adapters or {}).items():
+            if about["base"] is None:
+                logger.warning(
+                    f"{place} trains LoRA adapters; checkpoints hold the complete encoder, because no file gives its "
+                    "weights again: they are random, or load_from has replaced those of init_cfg"
+                )
+            else:
+                logger.info(
+                    f"{place} trains LoRA adapters; checkpoints do not hold its weights, but name them: "
+                    f"{about['source']}, SHA-256 {about['base'][:12]}"
+                )
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict[str, Any] | None = None) -> None:
         """As in Runner, which leaves out of account that an update may accumulate several batches."""
@@ -38,6 +80,16 @@ class RunnerMixin(QuietStartMixin):
             cfg.dump(path.with_name(f"complete_{path.name}"))
         else:
             super().dump_config()  # type: ignore[misc]
+
+
+_STATES = {"": "state_dict", "module.": "ema_state_dict"}
+"""The state dicts of a checkpoint, by the prefix of their names."""
+
+
+def plain_model(model: Any) -> nn.Module:
+    """Return a model without the wrappers of distributed training and of test-time augmentation."""
+    model = model.module if is_model_wrapper(model) else model
+    return model.module if isinstance(model, BaseTTAModel) else model
 
 
 class QuietRunner(RunnerMixin, Runner):

@@ -24,7 +24,7 @@ def parse_saved_config(text: str) -> dict[str, Any]:
         for statement in ast.parse(text).body:
             if not (isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets)):
                 raise ValueError(f"more than plain values (line {statement.lineno})")
-            values |= dict.fromkeys((target.id for target in statement.targets), _value(statement.value))  # type: ignore[attr-defined]
+            values |= dict.fromkeys((target.id for target in statement.targets), value_of(statement.value))  # type: ignore[attr-defined]
     except (SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise ValueError(f"more than plain values ({type(error).__name__})") from error
     if "_base_" in values:
@@ -35,22 +35,23 @@ def parse_saved_config(text: str) -> dict[str, Any]:
     return values
 
 
-def _value(node: ast.expr) -> Any:
+def value_of(node: ast.expr) -> Any:
+    """Return the value of an expression of literals and dict(...); ValueError for any other."""
     match node:
         case ast.Constant(value=value):
             return value
         case ast.List(elts=items):
-            return [_value(item) for item in items]
+            return [value_of(item) for item in items]
         case ast.Tuple(elts=items):
-            return tuple(_value(item) for item in items)
+            return tuple(value_of(item) for item in items)
         case ast.Set(elts=items):
-            return {_value(item) for item in items}
+            return {value_of(item) for item in items}
         case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key is not None}
+            return {value_of(key): value_of(value) for key, value in zip(keys, values, strict=True) if key is not None}
         case ast.Call(func=ast.Name(id="dict"), args=[], keywords=words) if all(word.arg for word in words):
-            return {word.arg: _value(word.value) for word in words}
+            return {word.arg: value_of(word.value) for word in words}
         case ast.Call(func=ast.Name(id="dict"), args=[ast.Dict() as pairs], keywords=[]):
-            return _value(pairs)
+            return value_of(pairs)
         case ast.Call(func=ast.Name(id="set"), args=[], keywords=[]):
             return set()
         case ast.Name(id="inf" | "nan" as name):

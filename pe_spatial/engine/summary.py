@@ -57,6 +57,7 @@ def _encoder(options: Mapping[str, Any], training: bool) -> str:
             variant if isinstance(variant, str) else "custom encoder",
             *([f"layers {layers if isinstance(layers, str) else ', '.join(map(str, layers))}"] if layers else []),
             f"geometry {geometry if isinstance(geometry, str) else 'custom'}",
+            *([f"LoRA rank {(options.get('lora') or {}).get('rank', 8)}"] if options.get("lora") else []),
             *([f"weights {weights}"] if training and "type" in options else []),  # a tracker has them elsewhere
         ]
     )

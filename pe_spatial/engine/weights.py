@@ -1,5 +1,6 @@
 """Weights that a run starts from or is evaluated with: checked before anything is built, counted, never run."""
 
+import copy
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -7,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from pe_spatial.convert.converter import to_mmdet
+from pe_spatial.atomic import atomic_write
+from pe_spatial.convert.converter import check_destination, to_mmdet
 from pe_spatial.encoder.checkpoint import mismatch, released_source
 from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, split_entry, unwrap
+from pe_spatial.encoder.lora import is_adapter, merge_adapters
+from pe_spatial.encoder.lora_files import add_base
 from pe_spatial.encoder.unpickling import explain, unpickle
 from pe_spatial.engine.checkpoints import check_complete
 from pe_spatial.engine.summary import encoders
@@ -97,7 +103,9 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, Any]:
     check_complete(split_entry(path)[0])
     file = read_checkpoint(path)
     try:
-        load_state_dict(model, unwrap(to_mmdet(file), model.state_dict()), strict=True)
+        state = unwrap(to_mmdet(file), model.state_dict())
+        add_base(model, file.rest.get("meta"), {"": state}, path)
+        load_state_dict(model, state, strict=True)
     except RuntimeError as error:
         raise _mismatch(path, error) from error
     return file.rest
@@ -200,6 +208,33 @@ def _model(runner: Runner) -> Any:
 
 def _names(model: nn.Module) -> Mapping[str, Tensor]:
     return (model.module if isinstance(model, BaseTTAModel) else model).state_dict()
+
+
+def merge_checkpoint(cfg: Config, source: str, target: str | Path) -> int:
+    """Write the weights of a checkpoint with adapters as those of a plain model, with its config; return their number.
+
+    Raises CheckpointError for a checkpoint without adapters, or whose base is not that of `cfg`.
+    """
+    check_destination(target, source)
+    path = locate(source)
+    file = read_checkpoint(path)
+    if not any(map(is_adapter, file.state)):
+        raise CheckpointError(f"{path} holds no LoRA adapters: it never had any, or they are merged already")
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    model = MODELS.build(copy.deepcopy(cfg.model))  # MMDetection writes into it
+    rest = load_weights(model, path)
+    merge_adapters(model)
+    plain = Config(_without_lora(cfg.to_dict()), format_python_code=False)
+    meta = {name: value for name, value in rest.get("meta", {}).items() if name != "lora"}
+    with atomic_write(target) as unfinished:
+        torch.save(dict(state_dict=model.state_dict(), meta=meta | dict(cfg=plain.pretty_text)), unfinished)
+    return len(model.state_dict())
+
+
+def _without_lora(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _without_lora(value) for key, value in node.items() if key != "lora"}
+    return type(node)(map(_without_lora, node)) if isinstance(node, list | tuple) else node
 
 
 def _mismatch(path: object, error: RuntimeError) -> CheckpointError:

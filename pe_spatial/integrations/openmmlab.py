@@ -51,6 +51,7 @@ class Backbone(PretrainedMixin, PerceptionEncoder):
     ) -> None:  # fmt: skip
         super().__init__(variant, **options)
         self.set_init_cfg(init_cfg)
+        self.base_source = init_cfg["checkpoint"] if init_cfg else None
 
     def load_weights(self, source: str) -> None:
         """Load a checkpoint as `load_checkpoint` does."""

@@ -185,7 +185,10 @@ class EmulateCuda(TorchFunctionMode):
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return x
         if not (x.is_leaf and x.requires_grad):
-            return x.to(torch.bfloat16)
+            copy = x.to(torch.bfloat16)
+            if x in self._block_weights:  # frozen: cast at every use
+                self._ledger.mark(copy, "copy")
+            return copy
         if x not in self._copies:
             self._copies[x] = x.to(torch.bfloat16)
             if x in self._block_weights:

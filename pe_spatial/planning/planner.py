@@ -166,8 +166,9 @@ def measure_weights(
     blocks = encoder_blocks(model) if shards else []
     in_blocks = {p for block in blocks for p in block.parameters()}
     root = [p for p in model.parameters() if p not in in_blocks]
-    largest = max((_bytes(block.parameters()) for block in blocks), default=0)
-    gathered = _bytes(root) + _bytes(p for p in root if p.requires_grad) + largest * (4 * (0.5 if bfloat16 else 1) + 1)
+    factor = 0.5 if bfloat16 else 1
+    unit = max((_unit(block, factor) for block in blocks), default=0)
+    gathered = _bytes(root) + _bytes(p for p in root if p.requires_grad) + unit
     return Weights(
         parameters=_bytes(model.parameters(), shards),
         gradients=_bytes(trained, shards),
@@ -175,6 +176,12 @@ def measure_weights(
         extra=int(gathered) if shards else gradients * buckets,
         update=(ledger.highest["peak"] - kept) // (shards or 1),
     )
+
+
+def _unit(block: nn.Module, factor: float) -> float:
+    """Return the bytes that FSDP gathers of a block: three times its parameters, and its gradients in two types."""
+    trained = _bytes(p for p in block.parameters() if p.requires_grad)
+    return 3 * factor * _bytes(block.parameters()) + (factor + 1) * trained
 
 
 def _bytes(tensors: Iterable[Tensor], shards: int | None = None) -> int:

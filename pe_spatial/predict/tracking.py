@@ -33,6 +33,7 @@ class TrackingPredictor(Predictor):
     ) -> None:
         read_checkpoint(locate(weights))  # so that its errors come before the model is built
         model = build_pe_sam2(**cfg.model.tracker.to_dict())
+        model.image_encoder.trunk.encoder.base_source = cfg.model.get("encoder_weights")
         load_tracker_weights(model, weights)
         super().__init__(model.eval().to(device), device=device, dtype=dtype)
         if compile:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import pe_spatial.engine
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers the encoders)
+from pe_spatial.encoder.lora import has_adapters
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import is_hidden, open_image, read_size
 from pe_spatial.planning.registry import register_example, total_loss
@@ -32,8 +33,9 @@ from pe_spatial.planning.registry import register_example, total_loss
 class LinearProbe(EncoderDecoder):
     """A frozen encoder and a head on one of its layers; the width of the head follows from the encoder.
 
-    The encoder runs in evaluation mode and without autograd. Images are padded with zeros on all sides to multiples of
-    the patch size, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches of 14.
+    The encoder runs in evaluation mode and without autograd; with `lora` its adapters train. Images are padded with
+    zeros on all sides to multiples of the patch size, as in dinov2@7c503b3's evaluation: 512 px to 518 px for patches
+    of 14.
     Its options are those of `EncoderDecoder`; `backbone.out_indices` has one block, `decode_head` no `in_channels`.
     """
 
@@ -43,19 +45,22 @@ class LinearProbe(EncoderDecoder):
             raise ConfigError(f"a linear probe reads one layer but out_indices is {layers}; give one, such as [-1]")
         if "in_channels" in decode_head:
             raise ConfigError("decode_head.in_channels follows from the encoder of a LinearProbe; remove it")
-        self.backbone.requires_grad_(False)
+        self.frozen = not has_adapters(self.backbone)
+        if self.frozen:
+            self.backbone.requires_grad_(False)
         super()._init_decode_head({**decode_head, "in_channels": self.backbone.embed_dim})
 
     def train(self, mode: bool = True) -> LinearProbe:
         super().train(mode)
-        self.backbone.eval()
+        if self.frozen:
+            self.backbone.eval()
         return self
 
-    @torch.no_grad()
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Normalized images (B, 3, H, W) -> a tuple of one map (B, C, ceil(H / p), ceil(W / p))."""
         h, w = (-side % self.backbone.patch_size for side in inputs.shape[-2:])
-        return self.backbone(F.pad(inputs, (w // 2, w - w // 2, h // 2, h - h // 2)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.backbone(F.pad(inputs, (w // 2, w - w // 2, h // 2, h - h // 2)))
 
 
 @MODELS.register_module()

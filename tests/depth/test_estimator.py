@@ -191,6 +191,14 @@ def test_frozen_backbone_stays_as_it_is(frozen):
     assert any(name.startswith("backbone.") for name in model.state_dict())
 
 
+def test_adapters_train_in_a_frozen_backbone():
+    model = tiny_model(frozen=True, backbone=dict(lora=dict(rank=2))).train()
+    losses = model(torch.randn(1, 3, 64, 64), samples(1, 64, 64, depth=torch.ones(1, 1, 64, 64)), mode="loss")
+    losses["loss_0__L1"].backward()
+    found = {name for name, p in model.backbone.named_parameters() if p.grad is not None}
+    assert found == {name for name, _ in model.backbone.named_parameters() if ".lora_" in name}
+
+
 def test_trained_backbone_takes_layer_decay():
     from mmengine.optim import build_optim_wrapper
 

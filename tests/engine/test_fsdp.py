@@ -22,9 +22,11 @@ from mmengine.structures import InstanceData
 from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule
 
+from pe_spatial import PerceptionEncoder
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.engine.checkpoints import find_checkpoint
 from pe_spatial.engine.fsdp import ShardedRunner, consolidate, gather, write_parts
+from pe_spatial.engine.runner import QuietRunner
 from pe_spatial.errors import ConfigError
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.skipif(sys.platform == "win32", reason="gloo")]
@@ -124,7 +126,7 @@ def config(folder, *, world, kind="Runner", **options):
             env_cfg=dict(dist_cfg=dict(backend="gloo")),
         )
     )  # fmt: skip
-    if world > 1 and kind == "Runner":
+    if world > 1 and kind != "ShardedRunner":
         cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     cfg.merge_from_dict(options)
     return Config(cfg.to_dict(), format_python_code=False)  # formatting takes longer than training
@@ -135,7 +137,7 @@ def run(folder, *, resume=None, **options):
     cfg = config(folder, **options)
     if resume:
         cfg.update(resume=True, load_from=str(resume))
-    runner = (ShardedRunner if cfg.runner_type == "ShardedRunner" else Runner).from_cfg(cfg)
+    runner = dict(ShardedRunner=ShardedRunner, QuietRunner=QuietRunner).get(cfg.runner_type, Runner).from_cfg(cfg)
     runner.train()
     return runner
 
@@ -169,7 +171,16 @@ def two_processes(rank, port, folder):
     without_buffers = [*RECORDED, dict(type="EMAHook", momentum=0.3, begin_iter=2)]  # there are none in the files
     parts = AVERAGED | dict(sharded_checkpoints=True, custom_hooks=without_buffers)
     parts["default_hooks.checkpoint"] = dict(type="AtomicCheckpointHook", interval=1, max_keep_ckpts=2)
+    adapters = AVERAGED | {
+        "model.backbone.lora": dict(rank=3, dora=True),
+        "model.backbone.init_cfg": dict(_delete_=True, type="Pretrained", checkpoint=str(folder / "base.pt")),
+    }
     for name, options in {
+        "sharded_adapters": sharded | adapters,
+        "sharded_adapters_bfloat16": sharded | adapters | bfloat16,
+        "resumed_adapters": sharded | adapters | dict(resume=folder / "sharded_adapters" / "iter_2.pth"),
+        "parts_adapters": sharded | adapters | dict(sharded_checkpoints=True),
+        "ddp_adapters": dict(world=2, kind="QuietRunner") | adapters,
         "ddp": dict(world=2),
         "sharded": sharded,
         "recomputed": sharded | recompute,
@@ -214,6 +225,10 @@ def results(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    variant = tiny_deta().model.backbone.variant
+    torch.save(
+        PerceptionEncoder({k: v for k, v in variant.items() if k != "_delete_"}).state_dict(), folder / "base.pt"
+    )
     start(two_processes, (port, folder), number=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return ranks, folder, run(folder / "alone", world=1).record
@@ -404,3 +419,25 @@ def test_parts_are_kept_and_removed_with_their_files(results):
     for part in ("state_dict['", "optimizer['state'][0]['momentum_buffer", "ema_state_dict['module."):
         name = next(name for name in stored if name.startswith(part))
         assert len(stored[name].chunks) == 2  # each process wrote a half
+
+
+def test_adapters_are_saved_without_their_base_and_resume(results, tmp_path):
+    """Sharded, replicated, resumed, in parts, with an average; either kind of runner resumes the other's."""
+    ranks, folder, _ = results
+    assert_close(losses(ranks, "sharded_adapters"), losses(ranks, "ddp_adapters"), **EQUAL)
+    assert_close(losses(ranks, "sharded_adapters_bfloat16"), losses(ranks, "ddp_adapters"), rtol=3e-2, atol=0)
+    expected = read(folder, "ddp_adapters", 4)
+    assert not any(name.endswith("blocks.0.mlp.fc1.weight") for name in expected["state_dict"])
+    assert any(name.endswith("blocks.0.mlp.fc1.lora_magnitude") for name in expected["state_dict"])
+    for name in ("sharded_adapters", "resumed_adapters"):
+        equal_files(read(folder, name, 4), expected)
+        assert read(folder, name, 4)["meta"]["lora"] == expected["meta"]["lora"]
+    consolidate(folder / "parts_adapters" / "iter_4.pth", tmp_path / "whole.pth")
+    equal_files(torch.load(tmp_path / "whole.pth", weights_only=False), expected)
+    adapters = AVERAGED | {
+        "model.backbone.lora": dict(rank=3, dora=True),
+        "model.backbone.init_cfg": dict(_delete_=True, type="Pretrained", checkpoint=str(folder / "base.pt")),
+    }
+    resume = folder / "sharded_adapters" / "iter_2.pth"
+    run(tmp_path / "continued", world=1, kind="QuietRunner", resume=resume, **adapters)
+    equal_files(read(tmp_path, "continued", 4), expected)

@@ -60,6 +60,8 @@ AS_WRITTEN = [
     (f"{DATASET}.data_root", "/my data/", "/my data/"),
     (f"{DATASET}.ann_file", "it's mine, (2).json", "it's mine, (2).json"),
     (f"{DATASET}.ann_file", "2024", "2024"),
+    ("model.backbone.lora", "dict(rank=4, targets=['qkv'])", {"rank": 4, "targets": ["qkv"]}),
+    ("model.backbone.lora", "dict(rank=f())", "dict(rank=f())"),
     (f"{DATASET}.ann_file", '"quoted"', "quoted"),
     (f"{DATASET}.ann_file", "C:\\data\\new.json", "C:\\data\\new.json"),
     (f"{DATASET}.ann_file", "a=b#c.json", "a=b#c.json"),

@@ -16,6 +16,7 @@ from pe_spatial import PerceptionEncoder
 from pe_spatial.planning.ledger import Ledger
 from pe_spatial.planning.planner import build_on_meta, measure_step, measure_weights, set_checkpointing
 
+ADAPTERS = dict(rank=2, dora=True, train_norms=True, targets=("qkv", "fc2"))
 WINDOWS = dict(window_size=3, global_attn_indexes=(1, 3))  # that do not divide a grid of 4 or 8
 
 
@@ -41,12 +42,13 @@ def really(model, forward):
         (lambda p: torch.optim.SGD(p, lr=1e-3), 0),
     ],
 )
-def test_weights_gradients_and_states_are_exact(make, in_passing):
-    model = PerceptionEncoder(TINY, frozen_stages=1)
+@pytest.mark.parametrize("options", [dict(frozen_stages=1), dict(lora=ADAPTERS)], ids=["frozen", "lora"])
+def test_weights_gradients_and_states_are_exact(make, in_passing, options):
+    model = PerceptionEncoder(TINY, **options)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     model(torch.rand(1, 3, 64, 64))[0].sum().backward()
     optimizer.step()
-    planned = on_meta(lambda: PerceptionEncoder(TINY, frozen_stages=1))
+    planned = on_meta(lambda: PerceptionEncoder(TINY, **options))
     weights = measure_weights(planned, make([p for p in planned.parameters() if p.requires_grad]), shards=None)
     assert weights.parameters == sum(p.nbytes for p in model.parameters())
     assert weights.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -71,6 +73,27 @@ def test_sharded_weights_are_the_first_parts():
     assert halved.extra == 2 * root + 1.5 * block + 0.5 * block + block
 
 
+@pytest.mark.parametrize(("bfloat16", "factor"), [(False, 1), (True, 0.5)])
+def test_sharded_units_have_gradients_of_adapters_alone(bfloat16, factor):
+    model = on_meta(lambda: PerceptionEncoder(TINY, lora=ADAPTERS))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = measure_weights(model, torch.optim.SGD(trained), shards=3, bfloat16=bfloat16)
+    block = sum(p.nbytes for p in model.blocks[0].parameters())
+    gradients = sum(p.nbytes for p in model.blocks[0].parameters() if p.requires_grad)
+    root = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("blocks."))
+    assert weights.extra == int(root + 3 * factor * block + (factor + 1) * gradients)
+
+
+def test_frozen_weights_are_cast_at_every_use_and_counted_as_copies():
+    plans = []
+    for last in (2, 3):
+        model = on_meta(lambda: PerceptionEncoder(TINY_NO_CLASS, out_indices=[last], lora=dict(rank=2)))  # noqa: B023
+        plans.append(measure_step(model, 1, (64, 64), bfloat16=True))
+    copies = [plan.activations - plan.activations_without_copies for plan in plans]
+    linear = sum(p.nbytes for p in on_meta(lambda: PerceptionEncoder(TINY)).blocks[0].parameters() if p.ndim == 2) // 2
+    assert copies[1] - copies[0] > 0.95 * linear
+
+
 def test_buckets_hold_the_gradients_once_more():
     model = on_meta(lambda: PerceptionEncoder(TINY))
     weights = measure_weights(model, torch.optim.SGD(model.parameters()), shards=None, buckets=True)
@@ -79,7 +102,9 @@ def test_buckets_hold_the_gradients_once_more():
 
 @pytest.mark.parametrize("recomputed", [False, True, "selective"])
 @pytest.mark.parametrize(
-    "options", [{}, WINDOWS, dict(drop_path_rate=0.2, frozen_stages=2)], ids=["plain", "windows", "frozen"]
+    "options",
+    [{}, WINDOWS, dict(drop_path_rate=0.2, frozen_stages=2), dict(lora=ADAPTERS), dict(lora=dict(rank=4))],
+    ids=["plain", "windows", "frozen", "dora", "lora"],
 )
 @pytest.mark.parametrize("config", [TINY, TINY_NO_CLASS], ids=["class", "no class"])
 def test_encoder_keeps_what_was_planned(config, options, recomputed):

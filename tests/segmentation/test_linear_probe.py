@@ -112,6 +112,14 @@ def test_training_moves_the_head_alone(probe):
     assert_close(one, both[:1], rtol=1e-4, atol=1e-4)  # the running statistics, not the batch's
 
 
+def test_adapters_train_beside_the_head(probe):
+    model = probe(lora=dict(rank=2)).train()
+    model.decode_head(model.extract_feat(torch.randn(2, 3, 64, 64))).square().mean().backward()
+    found = {name for name, p in model.named_parameters() if p.grad is not None}
+    head = {"decode_head.bn.weight", "decode_head.bn.bias", "decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
+    assert found == head | {name for name, _ in model.named_parameters() if ".lora_" in name}
+
+
 def test_windows_cover_the_image_every_341_pixels(probe):
     model = probe()
     assert (model.test_cfg.mode, model.test_cfg.crop_size, model.test_cfg.stride) == ("slide", (512, 512), (341, 341))

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pe_spatial.encoder.checkpoint import load_checkpoint, mismatch
-from pe_spatial.encoder.files import CheckpointError, locate, read_state_dict
+from pe_spatial.encoder.files import CheckpointError, locate, read_checkpoint, read_state_dict
 from pe_spatial.encoder.geometry import PRESETS, Geometry
+from pe_spatial.encoder.lora_files import add_base
 from pe_spatial.encoder.pyramid import SimpleFeaturePyramid
 from pe_spatial.encoder.variants import EncoderConfig, get_config
 from pe_spatial.encoder.vit import PerceptionEncoder
@@ -70,7 +71,8 @@ class PETrunk(nn.Module):
         image_size: pixels per side of the input images, which are normalized with ImageNet's statistics; None takes one
             patch of the encoder per token.
         out_index: block whose output is returned.
-        frozen: run in evaluation mode and without autograd (up to `frozen_stages` if `options` contain it).
+        frozen: run in evaluation mode and without autograd (up to `frozen_stages` if `options` contain it), but for the
+            adapters if `options` contain `lora`.
         options: options of `PerceptionEncoder`. `geometry` or `window_size` among them replaces the geometry above:
             `dict(geometry='release')` is the released one at every grid.
 
@@ -93,7 +95,7 @@ class PETrunk(nn.Module):
         super().__init__()
         config = get_config(variant)
         options = dict(options or {})
-        if frozen:
+        if frozen and not options.get("lora"):
             options.setdefault("frozen_stages", out_index % config.depth + 1)
         if "window_size" not in options:
             options.setdefault("geometry", _geometry(config, grid))
@@ -305,9 +307,11 @@ def load_tracker_weights(model: SAM2Base, source: str | Path) -> None:
     listing both sides, if it does not map one to one.
     """
     path = locate(source)
-    state = read_state_dict(path)
+    file = read_checkpoint(path)
+    state = dict(file.state)
     mark = "maskmem_tpos_enc"
     prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)), "")
+    add_base(model, file.rest.get("meta"), {"": state}, path, inside=prefix)
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     _load(model, state, path, list(model.state_dict()))
 

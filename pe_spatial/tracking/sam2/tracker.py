@@ -74,6 +74,8 @@ class PESAM2(BaseModel):
         super().__init__(data_preprocessor=BaseDataPreprocessor())
         self.tracker = build_pe_sam2(**tracker)
         self.prompting, self.loss = Prompting(**(prompting or {})), MultiStepLoss(**(loss or {}))
+        if encoder_weights is not None:
+            self.tracker.image_encoder.trunk.encoder.base_source = encoder_weights
         self.encoder_weights, self.sam2_weights, self.streaming = encoder_weights, sam2_weights, dict(streaming or {})
         self.recompute, self.prompt, self.corrections, self.seed = recompute, prompt, corrections, seed
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from pe_spatial import VARIANTS, EncoderConfig, PerceptionEncoder
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.layer_decay import lr_factors
+from pe_spatial.encoder.lora_files import describe_adapters, omit_base
 from pe_spatial.errors import ConfigError
 from pe_spatial.tracking.sam2.model import (
     IMAGENET_MEAN,
@@ -279,6 +280,28 @@ def test_a_trained_tracker_loads_from_any_place_in_a_larger_model(model, randomi
     torch.save(state, tmp_path / "trained.pth")
     with pytest.raises(CheckpointError, match=r"image_encoder\.trunk\.encoder\.pos_embed"):
         load_tracker_weights(model, tmp_path / "trained.pth")
+
+
+def test_a_tracker_with_adapters_gets_the_base_of_its_encoder(randomize, tmp_path):
+    torch.save(randomize(PerceptionEncoder(TINY)).state_dict(), tmp_path / "base.pt")
+    options = dict(SMALL, encoder_options=dict(lora=dict(rank=2)))
+    trained = build_pe_sam2(TINY, 4, checkpoint=tmp_path / "base.pt", **options)
+    encoder = trained.image_encoder.trunk.encoder
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad is (".lora_" in name)  # though it is frozen
+    encoder.blocks[0].mlp.fc1.lora_b.data.normal_()
+    state, facts = trained.state_dict(), describe_adapters(trained)
+    omit_base(trained, facts, [state])
+    facts = {f"tracker.{place}": about for place, about in facts.items()}
+    state = {f"tracker.{name}": x for name, x in state.items()}
+    assert not any("fc1.weight" in name for name in state)
+    torch.save(dict(state_dict=state, meta=dict(lora=facts)), tmp_path / "trained.pth")
+    model = build_pe_sam2(TINY, 4, **options)
+    with pytest.raises(CheckpointError, match="which this model was not given; set init_cfg"):
+        load_tracker_weights(model, tmp_path / "trained.pth")
+    model.image_encoder.trunk.encoder.base_source = str(tmp_path / "base.pt")
+    load_tracker_weights(model, tmp_path / "trained.pth")
+    assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
 def test_the_encoders_own_checkpoint(tmp_path, tiny):
