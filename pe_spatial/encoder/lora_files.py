@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import base_hash, load_checkpoint
 from .files import CheckpointError
-from .lora import get_lora
+from .lora import LoRA, get_lora
 from .vit import PerceptionEncoder
 
 State = MutableMapping[str, Tensor]
@@ -67,11 +67,14 @@ def add_base(model: nn.Module, meta: Any, states: Mapping[str, State], path: obj
         assert options is not None
         if encoder is None or encoder.lora is None:
             raise CheckpointError(
-                f"{path} holds LoRA adapters, and the encoder of this model has none: set lora={about['lora']} in its "
-                f"config, or merge them first: pe-spatial merge_lora {path} FILE"
+                f"{path} holds LoRA adapters, and the encoder of this model has none; give the option lora="
+                f"{_written(options)} of its backbone, or merge them first: pe-spatial merge_lora {path} FILE"
             )
         if replace(options, dropout=0.0) != replace(encoder.lora, dropout=0.0):
-            raise CheckpointError(f"{path} was trained with {options}, but the config says {encoder.lora}; change it")
+            raise CheckpointError(
+                f"{path} was trained with lora={_written(options)}, but the config has {_written(encoder.lora)}; "
+                "give the first"
+            )
         if about["base"] is None:
             continue
         _restore(encoder, about, path)
@@ -80,21 +83,27 @@ def add_base(model: nn.Module, meta: Any, states: Mapping[str, State], path: obj
             state.update({prefix + _at(place, name): tensors[name] for name in encoder.base_names})
 
 
+def _written(options: LoRA) -> str:
+    """Return the options as a config has them, without defaults."""
+    given = {name: value for name, value in asdict(options).items() if name == "rank" or value != getattr(LoRA, name)}
+    return f"dict({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+
 def _restore(encoder: PerceptionEncoder, about: Mapping[str, Any], path: object) -> None:
     """Load the base of adapters unless the encoder has it already."""
     if base_hash(encoder) == about["base"]:
         return
-    wanted = f"{about['source']} (SHA-256 {about['base'][:12]})"
+    wanted = f"the weights {about['source']} (SHA-256 {about['base'][:12]})"
     remedy = "set init_cfg.checkpoint of the backbone (a tracker: model.encoder_weights) to that file by --cfg-options"
     sharded = any(hasattr(parameter, "full_tensor") for parameter in encoder.parameters())
     if encoder.base_source is None or sharded:
-        raise CheckpointError(f"{path} holds LoRA adapters of {wanted}, which this model was not given; {remedy}")
+        raise CheckpointError(f"{path} holds LoRA adapters for {wanted}, which this model was not given; {remedy}")
     try:
         load_checkpoint(encoder, encoder.base_source)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} holds LoRA adapters of {wanted}: {error}; then {remedy}") from error
+        raise CheckpointError(f"{path} holds LoRA adapters for {wanted}: {error}; then {remedy}") from error
     if encoder.base_hash != about["base"]:
         raise CheckpointError(
-            f"{path} holds LoRA adapters of {wanted}, but {encoder.base_source} holds other weights (SHA-256 "
+            f"{path} holds LoRA adapters for {wanted}, but {encoder.base_source} holds other weights (SHA-256 "
             f"{str(encoder.base_hash)[:12]}); {remedy}"
         )

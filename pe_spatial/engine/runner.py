@@ -39,7 +39,7 @@ class RunnerMixin(QuietStartMixin):
         if fn_name == "after_load_checkpoint":
             states = {prefix: checkpoint[key] for prefix, key in _STATES.items() if key in checkpoint}
             add_base(plain_model(self.model), checkpoint.get("meta"), states, self._load_from)  # type: ignore[attr-defined]
-        super().call_hook(fn_name, **options)  # type: ignore[misc]
+        super().call_hook(fn_name, **options)
         if fn_name == "before_save_checkpoint":
             self.omit_base(checkpoint)
 

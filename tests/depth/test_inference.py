@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("mmseg")
 from helpers.repository import REPO, tool
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.depth.estimator import DepthEstimator
@@ -32,6 +33,7 @@ from pe_spatial.depth.outputs import (
 )
 from pe_spatial.depth.pointcloud import encode_ply, exif_camera, given_camera, guessed_camera, without_edges
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.encoder.lora_files import describe_adapters, omit_base
 from pe_spatial.engine.configs import config_in
 from pe_spatial.engine.sources import Sources
 from pe_spatial.errors import ConfigError, DatasetError
@@ -288,7 +290,7 @@ def project(tmp_path_factory):
     cfg = Config.fromfile(REPO / "configs" / "pe_spatial_lin1_nyu.py")
     cfg.model.backbone.update(variant=TINY, init_cfg=None)
     cfg.dump(root / "depth.py")
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import init_default_scope
 
     init_default_scope("mmseg")
     torch.manual_seed(0)
@@ -330,6 +332,20 @@ def test_prediction_is_that_of_the_config(project, predictor):
     again = predictor([rgb[::-1], rgb])
     np.testing.assert_allclose(again[1], depth, rtol=1e-4)
     assert np.abs(again[0] - depth).max() > 0.1
+
+
+def test_adapters_get_the_base_of_their_config(project, predictor, tmp_path):
+    torch.save(predictor.model.backbone.state_dict(), tmp_path / "base.pt")
+    cfg = Config.fromfile(project / "depth.py")
+    cfg.model.backbone.update(lora=dict(rank=2), init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "base.pt")))
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.decode_head.load_state_dict(predictor.model.decode_head.state_dict())
+    facts, state = describe_adapters(model), model.state_dict()
+    omit_base(model, facts, [state])
+    torch.save(dict(state_dict=state, meta=dict(iter=1, lora=facts)), tmp_path / "adapters.pth")
+    rgb = read_rgb(project / "in" / "alpha.png")
+    np.testing.assert_array_equal(DepthPredictor(cfg, tmp_path / "adapters.pth")([rgb]), predictor([rgb]))
 
 
 def test_tiles_are_predicted_alone_and_blended(predictor):

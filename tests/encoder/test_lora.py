@@ -188,7 +188,7 @@ def test_another_base_is_refused(tiny, base, tmp_path):
     for source, said in (
         (
             None,
-            r"file\.pth holds LoRA adapters of .*base\.pt \(SHA-256 \w{12}\), which this model was not given; set init",
+            r"file\.pth holds LoRA adapters for the weights .*base\.pt \(SHA-256 \w{12}\), which this model was not",
         ),
         (tmp_path / "other.pt", r"other\.pt holds other weights \(SHA-256 \w{12}\); set init_cfg\.checkpoint"),
         (tmp_path / "gone.pt", r"no checkpoint at .*gone\.pt.*; then set init_cfg\.checkpoint"),
@@ -204,10 +204,14 @@ def test_other_adapters_are_refused(base):
     load_checkpoint(model, base)
     meta, state = saved(model)
     with pytest.raises(
-        CheckpointError, match=r"trained with LoRA\(rank=2, alpha=4.*config says LoRA\(rank=2, alpha=None"
+        CheckpointError,
+        match=r"trained with lora=dict\(rank=2, alpha=4\), but the config has dict\(rank=2\); give the first",
     ):
         add_base(PerceptionEncoder(TINY, lora=dict(rank=2)), meta, {"": state}, "file.pth")
-    with pytest.raises(CheckpointError, match=r"the encoder of this model has none.*merge_lora file\.pth"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"this model has none; give the option lora=dict\(rank=2, alpha=4\).*merge_lora file\.pth",
+    ):
         add_base(PerceptionEncoder(TINY), meta, {"": state}, "file.pth")
 
 

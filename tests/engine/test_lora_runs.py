@@ -121,14 +121,14 @@ def test_a_checkpoint_is_small_and_merges_into_plain_weights(trained, base, tmp_
         merge_checkpoint(cfg, str(tmp_path / "merged.pth"), tmp_path / "twice.pth")
     with pytest.raises(CheckpointError, match=r"holds LoRA adapters, which have no other layout"):
         convert(read_checkpoint(trained), "timm")
-    with pytest.raises(CheckpointError, match=r"the encoder of this model has none.*merge_lora"):
+    with pytest.raises(CheckpointError, match=r"has none; give .* lora=dict\(rank=2, dora=True\) .*merge_lora"):
         load_weights(MODELS.build({**cfg.model, "backbone": {**cfg.model.backbone, "lora": None}}), trained)
 
 
 def test_another_base_is_refused_when_resuming(trained, base, tmp_path):
     torch.save({name: x + 1 for name, x in torch.load(base).items()}, tmp_path / "other.pt")
     with pytest.raises(
-        CheckpointError, match=r"iter_10\.pth holds LoRA adapters of .*base\.pt .*set init_cfg"
+        CheckpointError, match=r"iter_10\.pth holds LoRA adapters for the weights .*base\.pt .*set init_cfg"
     ) as error:
         run(tmp_path / "b", tmp_path / "other.pt", lora=dict(rank=2, dora=True), resume=trained)
     assert "\n" not in str(error.value)

@@ -197,13 +197,18 @@ def test_init_cfg_none_starts_from_random_weights_and_others_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("cfg", "needed"),
-    [(dict(resume=True, load_from="a.pth"), False), (dict(resume=True), True), (dict(load_from="a.pth"), True)],
+    ("cfg", "lora", "needed"),
+    [
+        (dict(resume=True, load_from="a.pth"), None, False),
+        (dict(resume=True, load_from="a.pth"), dict(rank=2), True),
+        (dict(resume=True), None, True),
+        (dict(load_from="a.pth"), None, True),
+    ],
 )
-def test_only_a_run_that_resumes_does_without_pretrained_weights(tmp_path, cfg, needed):
+def test_only_a_run_that_resumes_complete_weights_does_without_pretrained_ones(tmp_path, cfg, lora, needed):
     hook = HOOKS.build(dict(type="ResumeWithoutPretrained"))
     assert isinstance(hook, Hook)
-    detector = Detector(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "absent.pt")))
+    detector = Detector(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "absent.pt")), lora=lora)
     runner = type("Runner", (), dict(cfg=cfg, work_dir=str(tmp_path), model=detector))
     hook.before_run(runner)
     if needed:
