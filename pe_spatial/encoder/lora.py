@@ -98,7 +98,7 @@ class LoRALinear(nn.Linear):
                 self.lora_magnitude.copy_(self._row_norms())
 
     def _row_norms(self) -> Tensor:
-        """Return the norm of each row of weight + update, (out,), as a constant (section 4.3 of DoRA), without the sum."""
+        """Return the norm of each row of weight + update, (out,), as a constant: section 4.3 of DoRA."""
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             a, b = self.lora_a, self.lora_b * self.scale
             squares = torch.linalg.vector_norm(self.weight, dim=1).square()
