@@ -20,12 +20,17 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 
 from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.errors import ConfigError
 from pe_spatial.planning.ledger import EmulateCuda, Ledger, encoder_blocks
 from pe_spatial.planning.registry import find_example, sum_outputs
+
+try:
+    from torch.autograd.graph import _engine_run_backward
+except ImportError as error:
+    raise ConfigError(f"planning needs torch 2.4 or later, and this is torch {torch.__version__}") from error
 
 OBJECTS = 20  # annotated objects in an image by default; COCO images have 7 on average
 

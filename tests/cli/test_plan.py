@@ -9,6 +9,7 @@ from helpers.encoders import TINY
 from helpers.repository import REPO
 
 pytest.importorskip("mmseg")
+pytest.importorskip("torch", minversion="2.4")
 from mmengine.config import Config
 from PIL import Image
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("mmengine")
+pytest.importorskip("torch", minversion="2.4")
 from helpers.tiny_run import tiny_config
 
 from pe_spatial.engine import batch

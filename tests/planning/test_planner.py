@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("torch", minversion="2.4")
 from pe_spatial import PerceptionEncoder
 from pe_spatial.planning.ledger import Ledger
 from pe_spatial.planning.planner import build_on_meta, measure_step, measure_weights, set_checkpointing
