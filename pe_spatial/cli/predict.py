@@ -119,6 +119,8 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     from pe_spatial.predict.live import LiveFrames, is_live
     from pe_spatial.predict.results import class_labels
 
+    if args.batch is not None and args.batch < 1:
+        raise ConfigError(f"the batch size is {args.batch}; it must be at least 1")
     live = [text for text in args.inputs if is_live(text) and not Path(text).exists()]
     if live and len(args.inputs) > 1:
         raise ConfigError(f"{live[0]} is a camera or a stream, which is predicted alone; give it without other inputs")
@@ -129,6 +131,10 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
         predictor: Any = pe_spatial.load(args.checkpoint, config=cfg, device=choose_device(args), tta=args.tta,
                                          score=score_of(args, cfg))  # fmt: skip
     class_labels(args.classes or (), predictor.class_names)
+    if args.tile is not None:
+        predictor.choose_tiles(args.tile or None, args.overlap)
+    elif args.overlap is not None:
+        raise ConfigError("--overlap is of tiles; give --tile too, or omit it")
     progress = partial(tqdm, unit="image" if sources else "frame")
     folder = ResultFolder(args.out, partial(predict, predictor, args), class_names=predictor.class_names,
                           formats=args.write or ("images", "json", "csv"), progress=progress)  # fmt: skip
@@ -163,7 +169,7 @@ def score_of(args: argparse.Namespace, cfg: Config) -> float:
 
 def predict(predictor: Any, args: argparse.Namespace, images: Iterable[np.ndarray]) -> Iterator[Any]:
     """Yield the result of each image, as the options want it."""
-    batch = 1 if args.batch is None else args.batch
+    batch = args.batch or 1
     if args.tile is None:
         results = predictor.stream(images, batch_size=batch)
     else:

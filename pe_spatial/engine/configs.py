@@ -39,7 +39,7 @@ def config_in(checkpoint: str) -> Config:
     meta = read_checkpoint(locate(checkpoint)).rest.get("meta")
     text = meta.get("cfg") if isinstance(meta, Mapping) else None
     if not isinstance(text, str):
-        raise CheckpointError(f"{checkpoint} holds no config; name it with --config")
+        raise CheckpointError(f"{checkpoint} holds no config; name it with --config (in Python: config=)")
     try:
         values = parse_saved_config(text)
     except ValueError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.engine.configs import config_in, read_config
@@ -70,6 +70,6 @@ def find_meta(cfg: Config, rest: dict[str, Any]) -> dict[str, Any]:
     dataset = test_dataset(cfg)
     if (dataset.get("metainfo") or {}).get("classes"):
         return dict(dataset.metainfo)
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
-        kind = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
     return dict(getattr(kind, "METAINFO", {}))

@@ -37,7 +37,7 @@ class Predictor:
     def __init__(self, model: Any, *, device: str, dtype: torch.dtype | None = None, compile: bool = False) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         if compile:
-            model.backbone.compile()
+            getattr(model, "module", model).backbone.compile()  # a module is inside of test-time augmentation
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 1) -> Any:
         """Return the result of one image, or the list of results of several.
@@ -121,6 +121,10 @@ class OpenMMLabPredictor(Predictor):
         raise NotImplementedError
 
 
+MAX_MASK_PIXELS = 2**26
+"""The largest image in which masks are detected: a detector writes all of them out, 100 in 6.7 GB."""
+
+
 class DetectionPredictor(OpenMMLabPredictor):
     """Boxes and, where the model has them, masks; `score` is the lowest score that is returned."""
 
@@ -129,6 +133,15 @@ class DetectionPredictor(OpenMMLabPredictor):
     def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.score = score
+
+    def _prepare(self, rgb: np.ndarray) -> dict[str, Any]:
+        height, width = rgb.shape[:2]
+        if height * width > MAX_MASK_PIXELS and getattr(self.model, "with_mask", False):
+            raise DatasetError(
+                f"an image of {width}x{height} pixels is too large for the masks of all its objects; detect in tiles "
+                "(--tile; in Python: tiled())"
+            )
+        return super()._prepare(rgb)
 
     def tiled(
         self, image: ImageLike, *, tile: int | None = None, overlap: int | None = None, batch_size: int = 1
@@ -142,12 +155,20 @@ class DetectionPredictor(OpenMMLabPredictor):
 
         Raises ConfigError for other sides.
         """
+        tile, overlap = self.choose_tiles(tile, overlap)
         rgb = read_image(image)
-        tile = choose_tile(self.model, self.pipeline, tile)
         size = rgb.shape[0], rgb.shape[1]
-        corners = tile_corners(size, tile, tile // 4 if overlap is None else overlap)
+        corners = tile_corners(size, tile, overlap)
         parts: Any = self.stream((rgb[y : y + tile, x : x + tile] for y, x in corners), batch_size=batch_size)
         return merge_tiles(parts, corners, size, self.class_names)
+
+    def choose_tiles(self, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
+        """Return the side and the overlap that `tiled` uses; ConfigError for impossible ones."""
+        tile = choose_tile(getattr(self.model, "module", self.model), self.pipeline, tile)
+        overlap = tile // 4 if overlap is None else overlap
+        if not 0 <= overlap < tile:
+            raise ConfigError(f"the overlap is {overlap}; tiles of {tile} pixels allow 0 to {tile - 1}")
+        return tile, overlap
 
     def _result(self, sample: Any) -> Detections:
         from mmdet.structures.bbox import get_box_tensor

@@ -140,6 +140,8 @@ def test_only_broken_inputs_fail(checkpoint, photos, tmp_path):
         (("photos", "--classes", "cat"), "the model has no class 'cat'; its classes are red, blue"),
         (("photos", "--tile", "100"), "attention windows have 64 pixels, so give 128"),
         (("photos", "--batch", "0"), "the batch size is 0"),
+        (("photos", "--overlap", "9"), "--overlap is of tiles; give --tile too"),
+        (("photos", "--tile", "--overlap", "9999"), "the overlap is 9999; tiles of 1024 pixels allow"),
         (("photos", "--tta"), "no tta_model and no tta_pipeline"),
         (("photos", "--box", "1:1,2,3,4"), "is a model for detection, which has no --box; it has --write"),
         (("photos", "--write", "ply"), "a model for detection does not write 'ply' but images, json, csv, masks"),
@@ -149,6 +151,7 @@ def test_bad_input_is_one_sentence(checkpoint, photos, args, message):
     with pytest.raises(SystemExit, match=message) as error:
         predict(*args, "--checkpoint", checkpoint, cwd=photos.parent)
     assert "\n" not in str(error.value)
+    assert not (photos.parent / "predictions").exists()
 
 
 def test_no_permission_to_write_is_one_sentence(checkpoint, photos, tmp_path, monkeypatch):

@@ -17,11 +17,12 @@ from helpers.reference_maskrcnn import ReferenceMaskRCNN, match
 from helpers.repository import CONFIGS, command
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 
 import pe_spatial
 from pe_spatial.convert.converter import write_checkpoint
 from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.engine.configs import read_config
 from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet
@@ -196,6 +197,53 @@ def test_init_detector_of_mmdetection(project, predictor, files):
     result = predictor(files[0])
     assert torch.equal(found.bboxes, torch.from_numpy(result.boxes))
     assert [model.dataset_meta["classes"][label] for label in found.labels] == result.names
+
+
+def test_augmentation_is_that_of_the_test(project, files):
+    cfg = Config.fromfile(project / "c.py")
+    cfg.tta_model = dict(type="BoxTTA", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=30))
+    views = [[dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (192, 160)]]
+    views += [[dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)], [dict(type="PackDetInputs")]]
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+    views[-1][0]["meta_keys"] = keys
+    load = dict(type="pe_spatial.LoadImageFromFile")
+    cfg.tta_pipeline = [load, dict(type="TestTimeAug", transforms=views)]
+    cfg.tta_evaluator = dict(cfg.test_evaluator, metric="bbox")
+    cfg.dump(project / "tta.py")
+    command("test", "tta.py", "w.pth", "--tta", "--out", "tta.pkl", cwd=project)
+    expected = pickle.loads((project / "tta.pkl").read_bytes())
+    predictor = pe_spatial.load(project / "w.pth", config=cfg, tta=True)
+    for result, sample in zip(predictor(files), expected, strict=True):
+        assert torch.equal(torch.from_numpy(result.boxes), sample["pred_instances"]["bboxes"])
+        assert result.crops is None
+    assert predictor.choose_tiles() == (192, 48)
+
+
+def test_any_detector_of_mmdetection(tmp_path, files):
+    name = "mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py"
+    cfg = read_config(name)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / "w.pth")
+    predictor = pe_spatial.load(tmp_path / "w.pth", config=name)
+    cfg.model.backbone.init_cfg = None
+    model = init_detector(cfg, str(tmp_path / "w.pth"), device="cpu", palette="coco")
+    found, result = inference_detector(model, str(files[0])).pred_instances, predictor(files[0])
+    assert (len(result), len(predictor.class_names), result.crops) == (len(found), 80, None)
+    assert torch.equal(found.bboxes, torch.from_numpy(result.boxes))
+
+
+def test_masks_of_a_huge_image_need_tiles(predictor, monkeypatch):
+    monkeypatch.setattr("pe_spatial.predict.predictor.MAX_MASK_PIXELS", 200 * 300)
+    with pytest.raises(DatasetError, match=r"an image of 300x201 pixels is too large .* detect in tiles \(--tile"):
+        predictor(np.zeros((201, 300, 3), np.uint8))
+    assert predictor.tiled(np.zeros((201, 300, 3), np.uint8)).image_size == (201, 300)
+
+
+def test_without_openmmlab_it_says_what_to_install(project, monkeypatch):
+    monkeypatch.setattr("pe_spatial.predict.loading.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"a predictor needs mmengine: pip install 'pe_spatial\[openmmlab\]'"):
+        pe_spatial.load(project / "w.pth")
 
 
 def test_other_sources(project, files, predictor):

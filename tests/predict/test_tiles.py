@@ -77,7 +77,7 @@ def test_memory_does_not_depend_on_the_image(predictor):
         predictor.tiled(rgb, tile=256, overlap=64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] - peaks[0] < 0.05 * 3 * (2800**2 - 700**2)  # of the bytes of the images
     assert {size[2:] for size in predictor.model.sizes[-20:]} == {(256, 256)}
 
 
