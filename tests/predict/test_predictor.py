@@ -265,6 +265,12 @@ def test_other_sources(project, files, predictor):
         pe_spatial.load(project / "w.pth", config=CONFIGS / "pe_demo_cascade_synthetic.py")
 
 
+def test_names_of_the_checkpoint_come_before_those_of_the_config(project):
+    state = torch.load(project / "w.pth", weights_only=False)["state_dict"]
+    torch.save(dict(state_dict=state, meta=dict(dataset_meta=dict(CLASSES=("x", "y")))), project / "named.pth")
+    assert pe_spatial.load(project / "named.pth", config=project / "c.py").class_names == ("x", "y")
+
+
 def test_missing_labels_and_augmentation_are_named(project):
     cfg = Config.fromfile(project / "c.py")
     cfg.test_dataloader.dataset.type, cfg.test_dataloader.dataset.metainfo = "mmdet.BaseDetDataset", None
