@@ -30,14 +30,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In CI a skip is a failure; only a GPU and Detectron2, which no package index has, may be missing.
+    """In CI a skip is a failure; only a GPU, Detectron2, which no package index has, and a browser may be missing.
 
     A job that has one of them names it in `PE_SPATIAL_REQUIRE`, and then it may not be missing either.
     """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:  # a worker of pytest -n
         return
-    optional = {"gpu", "detectron2"} - set(os.environ.get("PE_SPATIAL_REQUIRE", "").split())
+    optional = {"gpu", "detectron2", "browser"} - set(os.environ.get("PE_SPATIAL_REQUIRE", "").split())
     skipped = [r.nodeid for r in reporter.stats.get("skipped", ()) if not optional & set(getattr(r, "keywords", ()))]
     if os.environ.get("CI") and skipped:
         allowed = " or ".join(sorted(optional)) or "nothing"

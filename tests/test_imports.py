@@ -36,7 +36,8 @@ ARROWS = {
     "predict": {"predict", "encoder"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations"} | GROUND,
     "analysis": {"analysis", "encoder"} | TASKS | SERVICES | GROUND,
-    "cli": {"cli", "predict", "features", "analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
+    "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
+    "cli": {"cli", "app", "predict", "features", "analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
 }
 
 

@@ -30,6 +30,7 @@ class Command:
 MODULES = {
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg"),
     "sam2": ("sam2",),
+    "app": ("gradio",),
     "images": ("numpy", "PIL", "cv2", "tqdm"),
 }
 """The modules by which an installed extra is recognized."""
@@ -55,6 +56,7 @@ COMMANDS = {
     "eval_vos": Command("score video object masks (J&F)"),
     "track_zero_shot": Command("track objects from a first mask with frozen features, without training"),
     "track": Command("track objects in a video from clicks, boxes and masks", ("openmmlab", "sam2")),
+    "app": Command("show models in the browser: detect, depth, track, features, compare", ("openmmlab", "app")),
     "render_synthetic": Command("render the synthetic RGB-D dataset"),
 }
 

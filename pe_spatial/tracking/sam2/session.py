@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pe_spatial.images import read_rgb
 from pe_spatial.tracking.sam2.prompts import Prompt
 from pe_spatial.tracking.sam2.streaming import Snapshot, StreamingTracker
 from pe_spatial.tracking.vos.clip import Clip, overlay
-from pe_spatial.tracking.vos.masks import PALETTE, join_masks, read_mask, write_mask
+from pe_spatial.tracking.vos.masks import PALETTE, VOID, join_masks, read_mask, write_mask
 from pe_spatial.video import mp4_writer
 
 _EVERY = 8
@@ -84,11 +85,16 @@ class ClickSession:
         self.video = StoredVideo.store(video, root / "frames", max_frames=max_frames)
         self._masks: Path = root / self.video.name
         self._tracker = tracker
+        self._lock = threading.Lock()  # a page that stops a job does not wait for its last step
         self._clicks: dict[int, list[Click]] = {}
         self._order: list[int] = []  # the frames of the clicks
         self._snapshots: dict[int, Snapshot] = {-1: tracker.snapshot()}
         self.tracked = 0
         """Number of frames that have a mask."""
+
+    def close(self) -> None:
+        """Remove the temporary folder; it also goes with the session."""
+        self._folder.cleanup()
 
     def __len__(self) -> int:
         return len(self.video.frames)
@@ -105,12 +111,13 @@ class ClickSession:
     def track(self, last: int) -> Iterator[int]:
         """Track up to the frame `last` and yield the number of each frame when its mask is there."""
         while self.tracked <= last:
-            frame = self.tracked
-            masks = self._tracker.step(read_rgb(self.video.frames[frame]))
-            for click in self._clicks.get(frame, ()):
-                masks = self._tracker.refine(click.prompt)
-            self._keep(frame, masks)
-            self.tracked = frame + 1
+            with self._lock:
+                frame = self.tracked
+                masks = self._tracker.step(read_rgb(self.video.frames[frame]))
+                for click in self._clicks.get(frame, ()):
+                    masks = self._tracker.refine(click.prompt)
+                self._keep(frame, masks)
+                self.tracked = frame + 1
             yield frame
 
     def go_to(self, frame: int) -> Iterator[int]:
@@ -126,10 +133,13 @@ class ClickSession:
 
     def click(self, click: Click) -> None:
         """Begin or correct an object on the last tracked frame; DatasetError for a click outside of it."""
-        frame = self.tracked - 1
-        self._keep(frame, self._tracker.refine(click.prompt))
-        self._clicks.setdefault(frame, []).append(click)
-        self._order.append(frame)
+        if not 0 < click.object_id < VOID:
+            raise DatasetError(f"the object is {click.object_id}; its number must be 1 to {VOID - 1}")
+        with self._lock:
+            frame = self.tracked - 1
+            self._keep(frame, self._tracker.refine(click.prompt))
+            self._clicks.setdefault(frame, []).append(click)
+            self._order.append(frame)
 
     def undo(self) -> Iterator[int]:
         """Take the last click back and track up to its frame again, as `track` does; DatasetError without clicks."""
@@ -182,9 +192,10 @@ class ClickSession:
             self._snapshots[frame] = self._tracker.snapshot()
 
     def _rewind(self, frame: int) -> None:
-        self._tracker.restore(self._snapshots[frame])
-        self._snapshots = {t: x for t, x in self._snapshots.items() if t <= frame}
-        self.tracked = frame + 1
+        with self._lock:
+            self._tracker.restore(self._snapshots[frame])
+            self._snapshots = {t: x for t, x in self._snapshots.items() if t <= frame}
+            self.tracked = frame + 1
 
     def _check_tracked(self) -> None:
         if not self.tracked or not self.objects:

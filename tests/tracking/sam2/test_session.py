@@ -134,5 +134,7 @@ def test_bad_input_changes_nothing(model, video, tmp_path):
     list(work.go_to(2))
     with pytest.raises(DatasetError, match="outside the frame of 64x48"):
         work.click(Click(1, 70, 10))
+    with pytest.raises(DatasetError, match="the object is 255; its number must be 1 to 254"):
+        work.click(Click(255, 10, 10))
     assert (work.objects, work.clicks(2), work.tracked) == ([], [], 3)
     assert not work.mask(2).any()

@@ -1,0 +1,49 @@
+r"""Show models in the browser: detect, depth, track, features, compare.
+
+pe-spatial app
+pe-spatial app --detector work_dirs/demo/iter_350.pth --depth DEPTH.pth --tracker TRACKER.pth
+pe-spatial app --encoder pe_spatial_s16_512 timm:vit_small_patch14_dinov2.lvd142m work_dirs/NAME/iter_100.pth
+
+Without options it shows the features of the encoder in the package. The page is served to this machine alone unless
+--host says otherwise; it has no password, and asks no other server for anything. One job runs at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+
+from pe_spatial.cli.arguments import add_device, choose_device, without_prints
+
+TASKS = {"detector": "detection", "depth": "depth", "tracker": "tracking"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in TASKS:
+        parser.add_argument(f"--{name}", metavar="CHECKPOINT", help=f"checkpoint of a {name} that `train` wrote")
+    encoders = "encoders to look at: a variant, timm:NAME, or a checkpoint (default: the one in the package)"
+    parser.add_argument("--encoder", nargs="+", default=["pe_synthetic_xs8_192"], metavar="ENCODER", help=encoders)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for everyone")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max-upload", type=float, default=50, metavar="MB", help="largest file")
+    parser.add_argument("--max-frames", type=int, default=300, metavar="FRAMES", help="longest video")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with without_prints():
+        from pe_spatial.app.models import Limits, load_models
+        from pe_spatial.app.page import build_page, serve
+
+        limits = Limits(megabytes=args.max_upload, max_frames=args.max_frames)
+        checkpoints = {task: getattr(args, name) for name, task in TASKS.items()}
+        models = load_models(checkpoints, args.encoder, device=choose_device(args), limits=limits)
+    page = build_page(models)
+    address = serve(page, models, host=args.host, port=args.port)
+    print(f"{address}  (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)

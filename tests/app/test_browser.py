@@ -1,0 +1,200 @@
+"""The page in Chromium: uploads, clicks, sliders, errors, two users, and no request to another server."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.app import fake_models, write_clip
+from PIL import Image
+
+from pe_spatial.app.models import Limits
+from pe_spatial.errors import ConfigError
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+pytest.importorskip("sam2")
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+playwright.expect.set_options(timeout=20_000)
+CHROMIUM = Path("/usr/bin/chromium")
+if not CHROMIUM.exists():
+    pytest.skip("needs Chromium in /usr/bin", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def address(randomize):
+    from pe_spatial.app.page import build_page, serve
+
+    models = fake_models(randomize, limits=Limits(max_frames=30))
+    page = build_page(models)
+    address = serve(page, models, host="127.0.0.1", port=7893)
+    with pytest.raises(ConfigError, match=r"cannot serve at 127.0.0.1:7893 .*give another --host or --port"):
+        serve(build_page(models), models, host="127.0.0.1", port=7893)
+    yield address
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def foreign():
+    """The requests to other servers."""
+    return []
+
+
+@pytest.fixture
+def page(browser, address, foreign):
+    yield new_page(browser, address, foreign)
+    assert foreign == []
+
+
+def new_page(browser, address, foreign):
+    page = browser.new_context(viewport=dict(width=1300, height=900)).new_page()
+    page.set_default_timeout(20_000)
+
+    def note(request):
+        if not request.url.startswith((address, "data:", "blob:")):
+            foreign.append(request.url)
+
+    page.on("request", note)
+    page.goto(address)
+    page.get_by_role("tab", name="Detect").wait_for()
+    return page
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(path)
+    return path
+
+
+def upload(page, tab, path):
+    page.get_by_role("tab", name=tab.capitalize()).click()
+    page.locator(f"#{tab}-file input[type=file]").set_input_files(path)
+
+
+def pixels(page, name):
+    """What an image shows."""
+    url = page.locator(f"#{name} img").first.get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(url).body())).convert("RGB"))
+
+
+def wait_for_change(page, name, before):
+    page.wait_for_function(
+        "([id, url]) => document.querySelector(`#${id} img`).src != url", arg=[name, before], timeout=20_000
+    )
+
+
+def source(page, name):
+    return page.locator(f"#{name} img").first.evaluate("x => x.src")
+
+
+def downloaded(page, name):
+    url = page.locator(f"#{name} a").first.get_attribute("href")
+    return page.request.get(url).body()
+
+
+def test_detect_and_move_the_slider(page, image):
+    upload(page, "detect", image)
+    page.locator("#detect-image img").wait_for()
+    playwright.expect(page.locator("#detect-rows")).to_contain_text("dog")
+    before = source(page, "detect-image")
+    page.locator("#detect-score input[type=number]").fill("0.5")
+    page.keyboard.press("Enter")
+    wait_for_change(page, "detect-image", before)
+    playwright.expect(page.locator("#detect-rows")).not_to_contain_text("dog")
+    page.locator("#detect-export").click()
+    page.locator("#detect-json a").first.wait_for()
+    assert downloaded(page, "detect-json").count(b'"score"') == 1
+
+
+def test_depth_and_its_points(page, image):
+    upload(page, "depth", image)
+    page.locator("#depth-slider img").first.wait_for()
+    playwright.expect(page.locator("#depth-range")).to_have_text(re.compile("1.03 to 2.97 m"))
+    page.locator("#depth-export").click()
+    page.locator("#depth-ply a").first.wait_for()
+    assert downloaded(page, "depth-ply").startswith(b"ply")
+
+
+def test_features_at_two_layers_and_a_clicked_patch(page, image):
+    upload(page, "features", image)
+    page.locator("#features-pca img").wait_for()
+    first, before = pixels(page, "features-pca"), source(page, "features-pca")
+    page.locator("#features-layer input[type=number]").fill("1")
+    page.keyboard.press("Enter")
+    wait_for_change(page, "features-pca", before)
+    assert not np.array_equal(first, pixels(page, "features-pca"))
+    page.locator("#features-photo img").click(position=dict(x=5, y=5))
+    page.locator("#features-similarity img").wait_for()
+    brightest = pixels(page, "features-similarity").sum(-1)
+    assert brightest[0, 0] == brightest.max()  # the patch that was clicked
+
+
+def test_compare_two_encoders(page, image):
+    upload(page, "compare", image)
+    page.locator("#compare-right-pca img").wait_for()
+    assert not np.array_equal(pixels(page, "compare-left-pca"), pixels(page, "compare-right-pca"))
+    page.locator("#compare-photo img").click(position=dict(x=5, y=5))
+    page.locator("#compare-left-similarity img").wait_for()
+    page.locator("#compare-right-similarity img").wait_for()
+
+
+def test_click_on_a_frame_track_correct_and_download(page, tmp_path):
+    upload(page, "track", write_clip(tmp_path / "discs.mp4", 12))
+    page.locator("#track-image img").wait_for()
+    status = page.locator("#track-status")
+    playwright.expect(status).to_have_text("0 of 12 frames have masks, no object yet")
+    plain = pixels(page, "track-image")
+    page.locator("#track-image img").click(position=dict(x=34, y=48))
+    playwright.expect(status).to_have_text("1 of 12 frames have masks, objects 1")
+    assert not np.array_equal(plain, pixels(page, "track-image"))
+    page.locator("#track-go").click()
+    playwright.expect(status).to_have_text("12 of 12 frames have masks, objects 1")
+    page.locator("#track-frame input[type=number]").fill("4")
+    page.keyboard.press("Enter")
+    page.get_by_label("beside it").check()
+    page.wait_for_timeout(500)
+    page.locator("#track-image img").click(position=dict(x=5, y=5))
+    playwright.expect(status).to_have_text("5 of 12 frames have masks, objects 1")
+    page.locator("#track-undo").click()
+    page.locator("#track-go").click()
+    playwright.expect(status).to_have_text("12 of 12 frames have masks, objects 1")
+    page.locator("#track-masks").click()
+    page.locator("#track-out a").first.wait_for()
+    assert downloaded(page, "track-out").count(b"discs/00011.png") == 2  # in the zip and in its directory
+
+
+def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    upload(page, "detect", tmp_path / "broken.png")
+    toast = page.locator(".toast-body")
+    playwright.expect(toast).to_contain_text("broken.png is not a readable image (7 bytes). Replace it")
+    assert "Traceback" not in page.content()
+    (tmp_path / "large.png").write_bytes(bytes(60_000_000))
+    upload(page, "features", tmp_path / "large.png")
+    playwright.expect(toast.last).to_contain_text("large.png")
+    playwright.expect(toast.last).to_contain_text(re.compile(r"maximum allowed size of 50"))
+    upload(page, "track", write_clip(tmp_path / "long.mp4", 31))
+    playwright.expect(toast.last).to_contain_text("long.mp4 has 31 frames, and the page tracks at most 30")
+
+
+def test_two_users_at_once_see_their_own(browser, address, foreign, tmp_path):
+    users, clips = [new_page(browser, address, foreign) for _ in range(2)], (10, 14)
+    for user, frames in zip(users, clips, strict=True):
+        upload(user, "track", write_clip(tmp_path / f"{frames}.mp4", frames))
+    for user in users:
+        user.locator("#track-image img").click(position=dict(x=34, y=48))
+        user.locator("#track-go").click()  # at once: the second waits in the queue
+    for user, frames in zip(users, clips, strict=True):
+        text = f"{frames} of {frames} frames have masks, objects 1"
+        playwright.expect(user.locator("#track-status")).to_have_text(text)
+    assert foreign == []

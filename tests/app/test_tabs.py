@@ -1,0 +1,173 @@
+"""What the tabs of the page do, without gradio and without a browser."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers.app import FakeDepth, FakeDetector, fake_models, write_clip
+from PIL import Image
+
+from pe_spatial.app import depth, detect, track
+from pe_spatial.app.compare import Comparison
+from pe_spatial.app.features import Seen
+from pe_spatial.app.models import Limits, Models, load_models, sentence, with_sentences
+from pe_spatial.encoder.files import CheckpointError
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.features.extract import FeatureExtractor
+from pe_spatial.features.patches import similarity
+from pe_spatial.tracking.sam2.session import Click
+
+pytest.importorskip("sam2")
+
+
+@pytest.fixture(scope="module")
+def models(randomize):
+    return fake_models(randomize)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "a <b>.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def test_detect_shows_and_writes_what_is_above_the_score(models, image, tmp_path):
+    found = detect.detect(models, image)
+    for score, names in ((0.0, ["cat", "dog"]), (0.5, ["cat"]), (0.95, [])):
+        drawn, rows = found.show(score)
+        assert [row["name"] for row in rows] == names
+        assert drawn.shape == (96, 128, 3)
+        assert np.array_equal(drawn, found.rgb) == (not names)
+    found.write_json(0.5, tmp_path / "a.json")
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [x["category_id"] for x in written["annotations"]] == [1]
+    assert written["images"] == [dict(id=0, file_name="a <b>.png", width=128, height=96)]
+    assert written["categories"] == [dict(id=1, name="cat"), dict(id=2, name="dog")]
+
+
+def test_depth_gives_a_pair_of_images_and_points(models, image, tmp_path):
+    measured = depth.measure(models, image)
+    (photo, colors), text = measured.show()
+    assert photo.shape == colors.shape == (96, 128, 3)
+    assert text.endswith(" m, red is near")
+    assert measured.write_points(60, tmp_path / "a.ply").startswith("12288 points, fx 110.85")
+    assert (tmp_path / "a.ply").read_bytes().startswith(b"ply")
+    relative = Models(predictors=dict(depth=FakeDepth("relative depth")))
+    with pytest.raises(DatasetError, match="predicts relative depth, and points need meters"):
+        depth.measure(relative, image).write_points(60, tmp_path / "b.ply")
+    with pytest.raises(ConfigError, match="field of view is 0 degrees"):
+        measured.write_points(0, tmp_path / "b.ply")
+
+
+def test_features_of_layers_and_the_similarity_to_a_clicked_patch(models, image):
+    seen = Seen.look(models, "tiny", image)
+    assert len(seen.maps) == 4
+    shown = [seen.photo(None), seen.photo((3, 90)), *(seen.pca(i) for i in range(4))]
+    assert {x.shape for x in shown} == {(480, 640, 3)}
+    assert not np.array_equal(seen.pca(0), seen.pca(3))
+    assert seen.similar(2, None) is None
+    at = seen.pixel((620, 10))  # of the image shown, which is 5 times as large
+    assert at == (124, 2)
+    cells = seen.similar(2, at)[8::80, 8::80].astype(int)  # one pixel of each patch: 6 x 8
+    best = np.abs(cells - cells[0, 7]).sum(-1)
+    expected = similarity(seen.maps[2][0], (0, 7))
+    assert (best == 0).sum() == 1
+    assert expected.argmax() == 7
+    assert seen.pixel((640, 480)) == (127, 95)  # the last pixel
+
+
+def test_compare_runs_an_encoder_once(models, image):
+    calls = []
+    hook = models.encoders["tiny"].encoder.register_forward_hook(lambda *_: calls.append(1))
+    comparison = Comparison(models, image, "tiny", "tiny")
+    hook.remove()
+    assert len(calls) == 1
+    photo, left, right, *similar = comparison.show(0, 3)
+    assert similar == [None, None]
+    assert not np.array_equal(left, right)
+    comparison.point = (10.0, 10.0)
+    marked, _, _, first, second = comparison.show(0, 3)
+    assert not np.array_equal(photo, marked)
+    assert not np.array_equal(first, second)
+    two = Comparison(models, image, "tiny", "other").show(3, 99)  # a slider of the encoder before
+    assert not np.array_equal(two[1], two[2])
+
+
+def test_track_a_clip(models, tmp_path):
+    session = track.open_video(models, str(write_clip(tmp_path / "discs.mp4", 6)))
+    assert track.status(session) == "0 of 6 frames have masks, no object yet"
+    with pytest.raises(DatasetError, match="no object to track; click on one"):
+        list(track.track(session))
+    assert list(track.click(session, 2, Click(1, 38, 48))) == [0, 1, 2, 2]
+    assert list(track.track(session)) == [3, 4, 5]
+    assert track.status(session) == "6 of 6 frames have masks, objects 1"
+    session.write_masks(tmp_path / "m.zip")
+    assert session.mask(5).any()
+    session.close()
+    assert not session.video.frames[0].exists()
+
+
+def test_missing_and_bad_uploads_are_one_sentence(models, image, tmp_path):
+    small = Models(limits=Limits(megabytes=0.01, megapixels=0.01, max_frames=5), predictors=models.predictors)
+    with pytest.raises(DatasetError, match="there is no file; upload an image"):
+        detect.detect(models, None)
+    with pytest.raises(DatasetError, match=r"a <b>.png has 0 MB, and the page takes at most 0.01 MB"):
+        detect.detect(small, image)
+    few_pixels = Models(limits=Limits(megapixels=0.01))
+    with pytest.raises(DatasetError, match=r"has 128x96 pixels, and the page takes at most 0.01 megapixels; resize"):
+        few_pixels.read_image(image)
+    for name, content in (("text.png", b"no image"), ("empty.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DatasetError, match=f"^{name} is not a readable image"):
+            models.read_image(str(tmp_path / name))
+        with pytest.raises(DatasetError, match=rf"(cannot open the video|no frame of) {name}"):
+            track.open_video(models, str(tmp_path / name))
+    with pytest.raises(DatasetError, match="has 9 frames, and the page tracks at most 5"):
+        track.open_video(
+            Models(limits=Limits(max_frames=5), predictors=models.predictors), str(write_clip(tmp_path / "l.mp4", 9))
+        )
+    with pytest.raises(DatasetError, match="there is no video; upload one"):
+        track.needed(None)
+    tiny = tmp_path / "dot.png"
+    Image.new("RGB", (1, 1)).save(tiny)
+    with pytest.raises(DatasetError, match="has 1x1 pixels, less than one patch"):
+        Seen.look(models, "tiny", str(tiny))
+
+
+def test_errors_of_jobs_and_generators_are_sentences_without_html(caplog):
+    def job(kind):
+        raise kind
+
+    def steps(kind):
+        yield 1
+        raise kind
+
+    class Shown(Exception):
+        pass
+
+    with pytest.raises(Shown, match=r"a &lt;b&gt;.png is broken") as caught:
+        with_sentences(job, Shown)(DatasetError("a <b>.png is broken"))
+    assert caught.value.__suppress_context__
+    running = with_sentences(steps, Shown)(OSError(28, "No space left on device"))
+    assert next(running) == 1
+    with pytest.raises(Shown, match="No space left on device; the disk of the server may be full"):
+        next(running)
+    assert "--device cpu" in sentence(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    with caplog.at_level(logging.ERROR):
+        assert sentence(KeyError("x")).startswith("the page failed (KeyError); the terminal")
+    assert caplog.records[0].exc_info
+
+
+def test_loading_refuses_a_checkpoint_of_another_task(monkeypatch):
+    monkeypatch.setattr("pe_spatial.app.models.load", lambda *_, **__: FakeDetector())
+    with pytest.raises(ConfigError, match=r"x.pth is a model for detection, not for depth; give"):
+        load_models(dict(detection=None, depth="x.pth"), [], device="cpu", limits=Limits())
+    found = load_models(dict(detection="x.pth", depth=None), ["pe_synthetic_xs8_192"], device="cpu", limits=Limits())
+    assert list(found.predictors) == ["detection"]
+    assert isinstance(found.encoders["pe_synthetic_xs8_192"], FeatureExtractor)
+    assert found.new_file("a.json").parent != found.new_file("a.json").parent
+    with pytest.raises(CheckpointError, match="unknown variant 'nothing_like_it'; allowed are"):
+        load_models({}, ["nothing_like_it"], device="cpu", limits=Limits())

@@ -1,0 +1,84 @@
+"""Models for tests of the page: a detector and a depth model that know the answer, tiny trackers and encoders."""
+
+import cv2
+import numpy as np
+import torch
+from helpers.videos import moving
+
+from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial.app.models import Models
+from pe_spatial.features.extract import FeatureExtractor
+from pe_spatial.predict.masks import MaskCrop
+from pe_spatial.predict.results import DepthMap, Detections
+
+TINY = dict(img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=2)
+
+
+class FakeDetector:
+    """Finds a cat at 0.9 and a dog at 0.4 in every image."""
+
+    task = "detection"
+
+    def __call__(self, rgb):
+        height, width = rgb.shape[:2]
+        mask = np.zeros((height, width), bool)
+        mask[2:20, 2:30] = True
+        return Detections(
+            boxes=np.array([[2, 2, 30, 20], [40, 30, 60, 50]], np.float32),
+            scores=np.array([0.9, 0.4], np.float32),
+            labels=np.array([0, 1]),
+            class_names=("cat", "dog"),
+            image_size=(height, width),
+            crops=(MaskCrop.cut(mask), MaskCrop.cut(~mask)),
+        )
+
+
+class FakeDepth:
+    """Depth of 1 to 3 m from left to right."""
+
+    task = "depth"
+
+    def __init__(self, quantity="meter"):
+        self.quantity = quantity
+
+    def __call__(self, rgb):
+        height, width = rgb.shape[:2]
+        depth = np.broadcast_to(np.linspace(1, 3, width, dtype=np.float32), (height, width)).copy()
+        return DepthMap(depth=depth, quantity=self.quantity)
+
+
+class TinyTracker:
+    """Starts trackers with random weights."""
+
+    task = "tracking"
+
+    def __init__(self, randomize):
+        from pe_spatial.tracking.sam2.model import build_pe_sam2
+
+        torch.manual_seed(0)
+        encoder = EncoderConfig(img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+        self.model = randomize(build_pe_sam2(encoder, 4, d_model=32, mem_dim=8, layers=1, feedforward=32)).eval()
+        self.model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)
+
+    def start(self):
+        from pe_spatial.tracking.sam2.streaming import StreamingTracker
+
+        return StreamingTracker(self.model, non_overlapping=True)
+
+
+def encoder(seed):
+    torch.manual_seed(seed)
+    return FeatureExtractor(PerceptionEncoder(EncoderConfig(**TINY), out_indices=range(4)).eval())
+
+
+def fake_models(randomize, **options):
+    predictors = dict(detection=FakeDetector(), depth=FakeDepth(), tracking=TinyTracker(randomize))
+    return Models(predictors=predictors, encoders=dict(tiny=encoder(0), other=encoder(1)), **options)
+
+
+def write_clip(path, frames):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (128, 96))
+    for _, rgb, _ in moving(frames):
+        writer.write(rgb[..., ::-1])
+    writer.release()
+    return path
