@@ -53,14 +53,16 @@ def add_base(model: nn.Module, meta: Any, states: Mapping[str, State], path: obj
 
     Args:
         model: the model that will load the checkpoint.
-        meta: the checkpoint's 'meta'; without an entry 'lora' nothing happens.
+        meta: the checkpoint's 'meta'; without an entry 'lora' of this package nothing happens.
         states: state dicts, by the prefix of their names.
         path: the checkpoint, for errors.
         inside: place of `model` in the model of the checkpoint.
 
     Raises CheckpointError if the model has no such adapters, or another base.
     """
-    facts: Mapping[str, Any] = (meta.get("lora") if isinstance(meta, Mapping) else None) or {}
+    found = meta.get("lora") if isinstance(meta, Mapping) else None
+    facts: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    facts = {place: x for place, x in facts.items() if isinstance(x, Mapping) and {"lora", "base"} <= {*x}}
     encoders = {f"{inside}{place}": x for place, x in model.named_modules() if isinstance(x, PerceptionEncoder)}
     for place, about in facts.items():
         encoder, options = encoders.get(place), get_lora(about["lora"])

@@ -101,6 +101,24 @@ def test_a_checkpoint_is_tested_on_own_data(data, tmp_path):
     assert f"coco/bbox_mAP: {ap}" in tested
 
 
+@pytest.mark.parametrize("swap", [(), ("--swap", "pe_synthetic_xs8_192")], ids=["ours", "swapped"])
+def test_adapters_are_trained_evaluated_and_merged(swap, data, tmp_path):
+    config = "mmdet::atss/atss_r50_fpn_1x_coco.py" if swap else DEMO
+    options = (*SIZE, *SHORT, *swap, *LOADERS, "model.backbone.lora=dict(rank=2)")
+    printed = command("train", config, "--data", data, *options, cwd=tmp_path)
+    assert "LoRA rank 2" in printed
+    assert "checkpoints do not hold its weights, but name them: " in printed
+    (folder,) = (tmp_path / "work_dirs").iterdir()
+    checkpoint, written = (folder / "last_checkpoint").read_text(), folder / f"{folder.name}.py"
+    assert "tensors of a plain model" in command("merge_lora", checkpoint, "merged.pth", cwd=tmp_path)
+    for weights, name in ((checkpoint, "adapters.json"), ("merged.pth", "merged.json")):
+        command("test", written, weights, "--out", name, cwd=tmp_path)
+    ours, merged = (json.loads((tmp_path / name).read_text()) for name in ("adapters.json", "merged.json"))
+    assert len(ours) == len(merged)
+    for one, other in zip(ours, merged, strict=True):
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
 def test_browse_draws_own_data_after_the_augmentation_of_a_config(data, tmp_path):
     printed = command("browse", "mmdet::atss/atss_r50_fpn_1x_coco.py", "--data", data, "--count", "2", cwd=tmp_path)
     assert "atss_r50_fpn_1x_coco.py: 4 images, 8 objects in the train set" in printed

@@ -216,6 +216,13 @@ def test_other_adapters_are_refused(base):
         add_base(PerceptionEncoder(TINY), meta, {"": state}, "file.pth")
 
 
+@pytest.mark.parametrize("meta", [None, "text", dict(lora=True), dict(lora=dict(rank=4)), dict(lora={"": dict(r=4)})])
+def test_what_other_projects_call_lora_changes_nothing(meta):
+    state = {}
+    add_base(PerceptionEncoder(TINY), meta, {"": state}, "file.pth")
+    assert not state
+
+
 def test_a_base_that_no_file_holds_is_saved(tiny, base):
     random = PerceptionEncoder(TINY, lora=dict(rank=2))
     replaced = PerceptionEncoder(TINY, lora=dict(rank=2))
