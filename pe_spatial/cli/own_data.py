@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,26 +31,33 @@ def use_data(args: argparse.Namespace, cfg: Config) -> OwnDataset | None:
         raise ConfigError(f"{args.config} is for {scope}; --data takes configs for detection or semantic segmentation")
     dataset = open_dataset(args.data)
     cfg.work_dir = args.work_dir or str(Path("work_dirs") / run_name(args))
-    files = write_splits(dataset, Path(cfg.work_dir, "annotations").resolve())
-    import_quietly("pe_spatial.segmentation" if scope == "mmseg" else "pe_spatial.detection")
+    folder = Path(cfg.work_dir, "annotations").resolve()
+    import_quietly("pe_spatial.detection")
     if scope == "mmseg":
+        import_quietly("pe_spatial.segmentation")
         from pe_spatial.segmentation.own_data import apply_dataset
 
-        _clean(files)
+        files = _write_cleaned(dataset, folder)
     else:
         from pe_spatial.detection.own_data import apply_dataset
+
+        files = write_splits(dataset, folder)
     notes = [*dataset.notes, *apply_dataset(cfg, dataset, files)]
     _say(f"{args.data}: {dataset.summary()}", notes)
     return dataset
 
 
-def _clean(files: Mapping[str, Path]) -> None:
-    """Replace annotation files by what detectors read of them: boxes and masks that can be used."""
+def _write_cleaned(dataset: OwnDataset, folder: Path) -> dict[str, Path]:
+    """Write the splits as detectors read them, with the boxes and masks that can be used; return their paths."""
     from pe_spatial.atomic import write_json
+    from pe_spatial.data.dataset import write_splits
     from pe_spatial.detection.annotations import read_coco
 
-    for path in files.values():
-        write_json(path, read_coco(str(path), annotated=False, masks=True)[0])
+    with tempfile.TemporaryDirectory() as raw:
+        files = write_splits(dataset, raw)
+        for path in files.values():
+            write_json(folder / path.name, read_coco(str(path), annotated=False, masks=True)[0])
+    return {name: folder / path.name for name, path in files.items()}
 
 
 def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | None) -> list[str]:
