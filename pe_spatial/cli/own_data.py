@@ -64,7 +64,7 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
     """Put the options of training into `cfg`, and say what follows; return it as sentences."""
     from mmengine.dist import get_world_size
 
-    from pe_spatial.engine import recipe
+    from pe_spatial.engine import image_size, recipe
     from pe_spatial.engine.runner import start_processes
     from pe_spatial.engine.schedule import counts_epochs, set_length
 
@@ -76,9 +76,9 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
     if args.freeze is not None:
         recipe.freeze(cfg, args.freeze)
     if args.image_size is not None:
-        notes.append(recipe.set_image_size(cfg, args.image_size))
+        notes.append(image_size.set_image_size(cfg, args.image_size))
     if args.rectangular:
-        recipe.batch_rectangles(cfg)
+        image_size.batch_rectangles(cfg)
     updates, steps = 1, None  # batches of an update, and of an epoch
     if args.batch == "auto":
         updates, note = _fit_batch(args, cfg)

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 import pe_spatial.detection  # noqa: F401  (registers)
 from pe_spatial.data.dataset import OwnDataset, Split
 from pe_spatial.detection.own_data import apply_dataset
-from pe_spatial.engine import recipe
+from pe_spatial.engine import image_size, recipe
 from pe_spatial.engine.checks import check_classes
 from pe_spatial.engine.configs import read_config
 from pe_spatial.engine.nodes import leaves, pipelines, steps
@@ -195,14 +195,14 @@ def test_warm_up_and_decay_follow_the_length(name, length, loop, ends):
 
 def test_image_sizes_are_complete_windows():
     cfg = read_config(CASCADE)
-    assert "px, complete windows" in recipe.set_image_size(cfg, 700)
+    assert "px, complete windows" in image_size.set_image_size(cfg, 700)
     window = 512 if cfg.model.data_preprocessor.pad_size_divisor == 512 else 0
     assert window
     sizes = [step[key] for p in pipelines(cfg) for step in steps(p) for key in ("scale", "crop_size") if key in step]
     assert set(map(tuple, sizes)) >= {(512, 512)}
     assert all(max(size) <= 512 for size in sizes)
     cfg = read_config(ATSS)
-    assert recipe.set_image_size(cfg, 640) == "images have 640 px at their longer side"
+    assert image_size.set_image_size(cfg, 640) == "images have 640 px at their longer side"
     assert {tuple(s.scale) for p in pipelines(cfg) for s in steps(p) if "scale" in s} == {(640, math.floor(384.1))}
 
 
@@ -261,7 +261,7 @@ def test_rectangular_batches_have_one_orientation_and_complete_windows(tmp_path)
     apply_dataset(cfg, dataset, {"train": path, "val": path})
     cfg.model.backbone.update(variant=dict(SMALL), init_cfg=None)
     cfg.model.data_preprocessor.pad_size_divisor = 64
-    recipe.batch_rectangles(cfg)
+    image_size.batch_rectangles(cfg)
     cfg.val_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
     cfg.val_dataloader.dataset.pipeline[1].scale = (128, 128)
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -276,4 +276,4 @@ def test_rectangular_batches_have_one_orientation_and_complete_windows(tmp_path)
 )
 def test_models_of_squares_refuse_rectangles(name, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        recipe.batch_rectangles(read_config(name))
+        image_size.batch_rectangles(read_config(name))
