@@ -33,6 +33,16 @@ class Limits:
     megapixels: float = 40
     max_frames: int = 300
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a limit that lets nothing through."""
+        for name, option in (
+            ("megabytes", "--max-upload"),
+            ("megapixels", "megapixels"),
+            ("max_frames", "--max-frames"),
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{option} is {getattr(self, name):g}; it must be more than 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Models:

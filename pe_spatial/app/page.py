@@ -10,7 +10,6 @@ from pe_spatial.app.detect import build_detect
 from pe_spatial.app.features import build_features
 from pe_spatial.app.models import Models
 from pe_spatial.app.track import build_track
-from pe_spatial.errors import ConfigError
 
 _WAITING = 20
 """Jobs that may wait; the next one is refused."""
@@ -38,21 +37,18 @@ def build_page(models: Models) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, models: Models, *, host: str, port: int) -> str:
-    """Start to serve the page in threads and return its address; ConfigError if the port is taken."""
-    try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=f"{models.limits.megabytes:g}mb",
-            theme=gr.themes.Default(**_FONTS),
-            footer_links=[],
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            show_error=True,
-            enable_monitoring=False,
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot serve at {host}:{port} ({error}); give another --host or --port") from error
+    """Start to serve the page in threads and return its address."""
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=f"{models.limits.megabytes:g}mb",
+        theme=gr.themes.Default(**_FONTS),
+        footer_links=[],
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        show_error=True,
+        enable_monitoring=False,
+    )
     return address

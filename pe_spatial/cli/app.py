@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import threading
 
 from pe_spatial.cli.arguments import add_device, choose_device, without_prints
+from pe_spatial.errors import ConfigError
 
 TASKS = {"detector": "detection", "depth": "depth", "tracker": "tracking"}
 
@@ -31,8 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError if nothing can be served there."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0].rstrip(".")
+        raise ConfigError(f"cannot serve at {host}:{port} ({reason}); give another --host or --port") from error
+
+
 def run(args: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    check_address(args.host, args.port)
     with without_prints():
         from pe_spatial.app.models import Limits, load_models
         from pe_spatial.app.page import build_page, serve

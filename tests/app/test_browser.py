@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.app import fake_models, write_clip
+from helpers.app import Busy, fake_models, write_clip
 from PIL import Image
 
 from pe_spatial.app.models import Limits
-from pe_spatial.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 pytest.importorskip("sam2")
@@ -28,10 +27,7 @@ def address(randomize):
 
     models = fake_models(randomize, limits=Limits(max_frames=30))
     page = build_page(models)
-    address = serve(page, models, host="127.0.0.1", port=7893)
-    with pytest.raises(ConfigError, match=r"cannot serve at 127.0.0.1:7893 .*give another --host or --port"):
-        serve(build_page(models), models, host="127.0.0.1", port=7893)
-    yield address
+    yield serve(page, models, host="127.0.0.1", port=7893)
     page.close(verbose=False)
 
 
@@ -185,6 +181,20 @@ def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
     playwright.expect(toast.last).to_contain_text(re.compile(r"maximum allowed size of 50"))
     upload(page, "track", write_clip(tmp_path / "long.mp4", 31))
     playwright.expect(toast.last).to_contain_text("long.mp4 has 31 frames, and the page tracks at most 30")
+
+
+def test_one_job_runs_at_a_time(browser, address, foreign, image):
+    """Of several users and tabs."""
+    Busy.most = 0
+    users = [new_page(browser, address, foreign) for _ in range(6)]
+    tabs = ["detect", "depth"] * 3
+    for user, tab in zip(users, tabs, strict=True):
+        user.get_by_role("tab", name=tab.capitalize()).click()
+    for user, tab in zip(users, tabs, strict=True):
+        user.locator(f"#{tab}-file input[type=file]").set_input_files(image)
+    for user, tab in zip(users, tabs, strict=True):
+        user.locator("#detect-image img" if tab == "detect" else "#depth-slider img").first.wait_for()
+    assert Busy.most == 1
 
 
 def test_two_users_at_once_see_their_own(browser, address, foreign, tmp_path):

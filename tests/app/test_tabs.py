@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pe_spatial.app import depth, detect, track
 from pe_spatial.app.compare import Comparison
 from pe_spatial.app.features import Seen
 from pe_spatial.app.models import Limits, Models, load_models, sentence, with_sentences
+from pe_spatial.cli.app import check_address
 from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.features.extract import FeatureExtractor
@@ -159,6 +161,23 @@ def test_errors_of_jobs_and_generators_are_sentences_without_html(caplog):
     with caplog.at_level(logging.ERROR):
         assert sentence(KeyError("x")).startswith("the page failed (KeyError); the terminal")
     assert caplog.records[0].exc_info
+
+
+def test_addresses_and_limits_that_cannot_be():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot serve at 127.0.0.1:{port} \(Address already in use\); give"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    for host, number in (("127.0.0.1", 99999), ("no.such.host.invalid", 7860)):
+        with pytest.raises(
+            ConfigError, match=rf"cannot serve at {host}:{number} \(.+\); give another --host or --port"
+        ):
+            check_address(host, number)
+    with pytest.raises(ConfigError, match="--max-frames is 0; it must be more than 0"):
+        Limits(max_frames=0)
+    with pytest.raises(ConfigError, match="--max-upload is nan"):
+        Limits(megabytes=float("nan"))
 
 
 def test_loading_refuses_a_checkpoint_of_another_task(monkeypatch):

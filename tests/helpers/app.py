@@ -1,5 +1,8 @@
 """Models for tests of the page: a detector and a depth model that know the answer, tiny trackers and encoders."""
 
+import threading
+import time
+
 import cv2
 import numpy as np
 import torch
@@ -14,6 +17,22 @@ from pe_spatial.predict.results import DepthMap, Detections
 TINY = dict(img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 
 
+class Busy:
+    """Takes a moment, and counts how many do so at once."""
+
+    lock, now, most = threading.Lock(), 0, 0
+
+    def __enter__(self):
+        with Busy.lock:
+            Busy.now += 1
+            Busy.most = max(Busy.most, Busy.now)
+        time.sleep(0.3)
+
+    def __exit__(self, *_):
+        with Busy.lock:
+            Busy.now -= 1
+
+
 class FakeDetector:
     """Finds a cat at 0.9 and a dog at 0.4 in every image."""
 
@@ -21,7 +40,8 @@ class FakeDetector:
 
     def __call__(self, rgb):
         height, width = rgb.shape[:2]
-        mask = np.zeros((height, width), bool)
+        with Busy():
+            mask = np.zeros((height, width), bool)
         mask[2:20, 2:30] = True
         return Detections(
             boxes=np.array([[2, 2, 30, 20], [40, 30, 60, 50]], np.float32),
@@ -43,7 +63,8 @@ class FakeDepth:
 
     def __call__(self, rgb):
         height, width = rgb.shape[:2]
-        depth = np.broadcast_to(np.linspace(1, 3, width, dtype=np.float32), (height, width)).copy()
+        with Busy():
+            depth = np.broadcast_to(np.linspace(1, 3, width, dtype=np.float32), (height, width)).copy()
         return DepthMap(depth=depth, quantity=self.quantity)
 
 
