@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worst", type=int, default=12, metavar="N", help="images or sequences to draw; 0: none")
     samples = "resamples of the images or sequences for the interval of a difference; 0: no interval"
     parser.add_argument("--bootstrap", type=int, default=300, metavar="N", help=samples)
+    sequences = "sequences of video masks, or a .txt file of names (default: those of all results)"
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help=sequences)
     group = parser.add_argument_group("detection")
     group.add_argument("--images", help="folder of the images (default: that of the config)")
     group.add_argument("--masks", action="store_true", help="analyze masks instead of boxes")
@@ -90,10 +92,13 @@ def of_depth(args: argparse.Namespace) -> Report:
 
 def of_video(args: argparse.Namespace) -> Report:
     from pe_spatial.analysis.vos import write_page
-    from pe_spatial.tracking.vos.evaluation import divide_sequences, evaluate
+    from pe_spatial.tracking.vos.evaluation import divide_sequences, evaluate, read_sequences
 
-    parts = [divide_sequences(args.truth, path, protocol="davis")[0] for path in args.results]
-    sequences = [name for name in parts[0] if name in parts[-1]]
+    if args.sequences:
+        sequences = read_sequences(args.sequences)
+    else:
+        parts = [divide_sequences(args.truth, path, protocol="davis")[0] for path in args.results]
+        sequences = [name for name in parts[0] if name in parts[-1]]
     if not sequences:
         raise ConfigError(f"{args.results[0]} and {args.results[-1]} have no sequence in common; give others")
     workers = os.cpu_count() or 1

@@ -94,6 +94,10 @@ def test_depth(tmp_path):
     assert list(rows) == ["1 to 2", "2 to 3", "3 to 5", "5 to 10"]
     values = {name: [float(x) for x in re.findall(r">([\d.]+)<", row)] for name, row in rows.items()}
     assert [(row[0], row[2], row[3]) for row in values.values()] == [(0.1, 1, 0.1)] * 2 + [(0.1, 1, 0.3)] * 2
+    truth = np.concatenate([np.load(path).ravel() for path in (tmp_path / "truth").iterdir()])
+    for low, high in ((1, 2), (2, 3), (3, 5), (5, 10)):
+        inside = truth[(truth >= low) & (truth < high)]
+        assert values[f"{low} to {high}"][1] == pytest.approx(0.1 * np.sqrt((inside**2).mean()), abs=6e-4)
     assert html.index("far: abs_rel") < html.index("near: abs_rel")
 
 
@@ -108,6 +112,8 @@ def test_video_masks(tmp_path):
     assert re.search(r"difference in J&F -\d.*resamples of the sequences; it excludes 0", said)
     html = (tmp_path / "video.html").read_text()
     assert all(text in html for text in ("<td>cat</td>", "<td>dog</td>", "Over time"))
+    command("analyze", "davis", "a", "--sequences", "dog", "--out", "one.html", cwd=tmp_path)
+    assert "<td>cat</td>" not in (tmp_path / "one.html").read_text()
 
 
 @pytest.mark.slow
