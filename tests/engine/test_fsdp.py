@@ -176,10 +176,9 @@ def two_processes(rank, port, folder):
         "model.backbone.init_cfg": dict(_delete_=True, type="Pretrained", checkpoint=str(folder / "base.pt")),
     }
     for name, options in {
-        "sharded_adapters": sharded | adapters,
-        "sharded_adapters_bfloat16": sharded | adapters | bfloat16,
-        "resumed_adapters": sharded | adapters | dict(resume=folder / "sharded_adapters" / "iter_2.pth"),
         "parts_adapters": sharded | adapters | dict(sharded_checkpoints=True),
+        "resumed_adapters": sharded | adapters | dict(resume=folder / "parts_adapters" / "iter_2.pth"),
+        "bfloat16_adapters": sharded | adapters | bfloat16,
         "ddp_adapters": dict(world=2, kind="QuietRunner") | adapters,
         "ddp": dict(world=2),
         "sharded": sharded,
@@ -424,20 +423,19 @@ def test_parts_are_kept_and_removed_with_their_files(results):
 def test_adapters_are_saved_without_their_base_and_resume(results, tmp_path):
     """Sharded, replicated, resumed, in parts, with an average; either kind of runner resumes the other's."""
     ranks, folder, _ = results
-    assert_close(losses(ranks, "sharded_adapters"), losses(ranks, "ddp_adapters"), **EQUAL)
-    assert_close(losses(ranks, "sharded_adapters_bfloat16"), losses(ranks, "ddp_adapters"), rtol=3e-2, atol=0)
+    assert_close(losses(ranks, "parts_adapters"), losses(ranks, "ddp_adapters"), **EQUAL)
+    assert_close(losses(ranks, "bfloat16_adapters"), losses(ranks, "ddp_adapters"), rtol=3e-2, atol=0)
     expected = read(folder, "ddp_adapters", 4)
     assert not any(name.endswith("blocks.0.mlp.fc1.weight") for name in expected["state_dict"])
     assert any(name.endswith("blocks.0.mlp.fc1.lora_magnitude") for name in expected["state_dict"])
-    for name in ("sharded_adapters", "resumed_adapters"):
-        equal_files(read(folder, name, 4), expected)
-        assert read(folder, name, 4)["meta"]["lora"] == expected["meta"]["lora"]
+    equal_files(read(folder, "resumed_adapters", 4), expected)
+    assert read(folder, "resumed_adapters", 4)["meta"]["lora"] == expected["meta"]["lora"]
     consolidate(folder / "parts_adapters" / "iter_4.pth", tmp_path / "whole.pth")
     equal_files(torch.load(tmp_path / "whole.pth", weights_only=False), expected)
     adapters = AVERAGED | {
         "model.backbone.lora": dict(rank=3, dora=True),
         "model.backbone.init_cfg": dict(_delete_=True, type="Pretrained", checkpoint=str(folder / "base.pt")),
     }
-    resume = folder / "sharded_adapters" / "iter_2.pth"
-    run(tmp_path / "continued", world=1, kind="QuietRunner", resume=resume, **adapters)
+    consolidate(folder / "parts_adapters" / "iter_2.pth", tmp_path / "half.pth")
+    run(tmp_path / "continued", world=1, kind="QuietRunner", resume=tmp_path / "half.pth", **adapters)
     equal_files(read(tmp_path, "continued", 4), expected)
