@@ -94,7 +94,7 @@ class OpenMMLabPredictor(Predictor):
 
     def _prepare(self, rgb: np.ndarray) -> dict[str, Any]:
         size = rgb.shape[:2]
-        bgr = np.ascontiguousarray(rgb[..., ::-1])
+        bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
         given = dict(img=bgr, img_shape=size, ori_shape=size, height=size[0], width=size[1], img_id=0, img_path=None)
         try:
             item = self.pipeline(dict(given, seg_fields=[]))
