@@ -2,6 +2,7 @@
 
 pe-spatial plan projects/coco_detection/deta/stage4_coco_1824.py --gpus 64 --gpu-memory 80
 pe-spatial plan configs/pe_spatial_cascade_coco.py --gpus 8 --variants t16,s16,b16,l14,g14 --json plan.json
+pe-spatial plan configs/pe_spatial_cascade_coco.py --gpus 1 --fit 24      # options with which it fits into 24 GB
 
 Everything runs on the meta device: nothing is allocated and no GPU is needed. The table is Markdown.
 """
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs in all nodes")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="memory of one GPU")
+    fits = "print the fastest training that fits into GPUs of this memory, as options of `pe-spatial train`"
+    parser.add_argument("--fit", type=float, metavar="GB", help=fits)
     parser.add_argument("--reserve", type=float, default=4, metavar="GB", help="GPU memory to leave free")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images or clips per GPU (default: the config's)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size, if the config has none")
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.atomic import atomic_write
     from pe_spatial.cli.own_data import use_data
     from pe_spatial.engine.configs import read_config
+    from pe_spatial.engine.fit import fit
     from pe_spatial.engine.options import set_options
     from pe_spatial.errors import ConfigError
     from pe_spatial.planning.report import describe, explain, format_table
@@ -56,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("gpus", "batch_size", "images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.fit is not None:
+        if args.variants or args.batch_size or args.size:
+            raise ConfigError("--fit chooses batch and size itself; omit --variants, --batch-size and --size")
+        args.gpu_memory = args.fit
     hardware = Hardware(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)})
     with without_prints(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as args.work_dir:
         warnings.simplefilter("ignore")
@@ -66,12 +74,17 @@ def run(args: argparse.Namespace) -> None:
             importlib.import_module(_PACKAGES[cfg.default_scope])
         dataset, reason = build_dataset(cfg) if cfg.get("train_dataloader") else (None, "")
         images = args.images or (COCO_IMAGES if dataset is None else len(dataset))
-        options = dict(images=images, batch_size=args.batch_size, size=args.size, dataset=dataset)
-        rows = [
-            dict(variant=variant, **row)
-            for variant, changed in with_variants(cfg, args.variants.split(",") if args.variants else ()).items()
-            for row in plan(changed, hardware, **options)
-        ]
+        variants = with_variants(cfg, args.variants.split(",") if args.variants else ())
+        if args.fit is not None:
+            chosen = fit(cfg, hardware, images=images, dataset=dataset)
+            rows = [dict(variant=next(iter(variants)), **chosen.row)]
+        else:
+            options = dict(images=images, batch_size=args.batch_size, size=args.size, dataset=dataset)
+            rows = [
+                dict(variant=variant, **row)
+                for variant, changed in variants.items()
+                for row in plan(changed, hardware, **options)
+            ]
     epoch = f"{images}"
     if args.images is None and dataset is None:
         epoch += f" (assumed, as in COCO; --images N. The dataset cannot be read: {reason.partition('; ')[0]})"
@@ -79,6 +92,9 @@ def run(args: argparse.Namespace) -> None:
     print(describe(rows[0], hardware, config=args.config, images=epoch, run=f"{number} {unit}".strip()))
     print(format_table(rows, hardware))
     print(explain(rows, hardware))
+    if args.fit is not None:
+        print(f"\nIt fits with {chosen.accumulated} x {chosen.batch} images in an update:")
+        print(f"pe-spatial train {args.config} {chosen}".rstrip())
     if args.json:
         with atomic_write(args.json) as unfinished:
             unfinished.write_text(json.dumps(rows, indent=1) + "\n")

@@ -29,7 +29,7 @@ def batch_rectangles(cfg: Config) -> None:
     augments = preprocessor.get("batch_augments") or []
     if augments:
         preprocessor["batch_augments"] = [one for one in augments if type_name(one) != "BatchFixedSizePad"]
-    preprocessor["pad_size_divisor"] = max(preprocessor.get("pad_size_divisor", 1), _unit(cfg)[0])
+    preprocessor["pad_size_divisor"] = max(preprocessor.get("pad_size_divisor", 1), image_unit(cfg)[0])
     for name in ("train_dataloader", "val_dataloader"):
         if cfg.get(name):
             cfg[name]["batch_sampler"] = dict(type="AspectRatioBatchSampler")
@@ -45,7 +45,7 @@ def set_image_size(cfg: Config, side: int) -> str:
     if "input_size" in _anchors(cfg):
         size = _anchors(cfg)["input_size"]
         raise ConfigError(f"--image-size: the anchors of {cfg.filename} belong to images of {size} px")
-    unit, what = _unit(cfg)
+    unit, what = image_unit(cfg)
     rounded = max(1, round(side / unit)) * unit
     old = _longest_side(cfg)
     ratio = rounded / old
@@ -84,7 +84,7 @@ def _preprocessor(cfg: Config) -> Any:
     return preprocessor
 
 
-def _unit(cfg: Config) -> tuple[int, str]:
+def image_unit(cfg: Config) -> tuple[int, str]:
     """Return the pixels of which an image side should be a multiple, and why."""
     places = [options for place, options in encoders(cfg.model) if "type" in options and place.endswith("backbone")]
     if not places:

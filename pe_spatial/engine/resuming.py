@@ -1,6 +1,7 @@
 """What a resumed run continues with: the samples that were not seen yet, and the options of its checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice, repeat
 from typing import Any
 
 from mmengine.dist import get_world_size
@@ -54,13 +55,24 @@ class ResumeBySamplesHook(Hook):
         else:
             seen = meta.get("samples_seen", step * per_step)
             self._start = (step, seen)
-            skip = runner.train_loop.dataloader_iterator.skip_iter
-            runner.train_loop.dataloader_iterator.skip_iter = lambda _: skip(seen // per_step)
+            _skip(runner.train_loop, step, seen // per_step)
         if before != per_step:
             runner.logger.warning(
                 f"resumes after the {seen} samples that were seen, with {per_step} in a step instead of {before}; "
                 "the learning rate stays as it was"
             )
+
+
+def _skip(loop: Any, step: int, batches: int) -> None:
+    """Let a loop that starts at `step` skip so many `batches`."""
+    iterator = loop.dataloader_iterator
+    if hasattr(iterator, "skip_iter"):
+        skip = iterator.skip_iter
+        iterator.skip_iter = lambda _: skip(batches)
+    else:  # MMEngine 0.10.7 draws `step` batches
+        loop.dataloader_iterator = chain(
+            repeat(None, max(step - batches, 0)), islice(iterator, max(batches - step, 0), None)
+        )
 
 
 def samples_per_step(runner: Runner) -> int:

@@ -105,7 +105,7 @@ def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError
     """Return the error of a training step as a sentence with the options that fix it, if it is a known one."""
     text = str(error)
     loader = cfg.train_dataloader
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         place, options = next(encoders(cfg.model), ("model.backbone", {"type": None}))
         encoder = place if "type" in options else f"{place}.encoder_options"
         return TrainingError(

@@ -61,7 +61,7 @@ def training(tmp_path):
 def test_out_of_memory_names_the_step_and_the_knobs(training):
     with pytest.raises(RuntimeError) as cpu:
         torch.empty(1 << 60)
-    for error in (cpu.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")):
+    for error in (cpu.value, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")):
         explained = explain_failure(training, 17, error)
         assert isinstance(explained, TrainingError)
         for part in ("step 17", "batch_size (now 4", "model.detector.backbone.grad_checkpointing=True", "--amp"):

@@ -23,5 +23,5 @@ class Hungry(Line):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "cpu":
                 raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
-            raise torch.OutOfMemoryError("CUDA out of memory") if self.how == "gpu" else ValueError("wrong shape")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory") if self.how == "gpu" else ValueError("wrong shape")
         return super().forward(inputs, data_samples, mode)
