@@ -23,7 +23,7 @@ demo: setup
 	$(python) tools/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(python) -m pytest -m "" -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(python) -m pytest -m "not long" -n auto --maxprocesses 8 --dist worksteal
 
 test-matrix:
 	nox --session $(or $(ENV),d)

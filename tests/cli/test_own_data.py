@@ -67,7 +67,14 @@ FAMILIES = {  # of the fast sample of the swap; where images have one size, with
 }
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda name: name.split("/")[0][7:])
+QUICK = ("mmdet::atss/", "mmdet::mask2former/")  # `make test` runs these two, -m long the others
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(name, marks=() if name.startswith(QUICK) else pytest.mark.long) for name in FAMILIES],
+    ids=[name.split("/")[0][7:] for name in FAMILIES],
+)
 def test_families_train_report_and_can_be_repeated(config, nuts, tmp_path):
     """Two steps and an evaluation on nuts; the written config alone gives the same losses and detections."""
     swap = ("--swap", json.dumps(ENCODER), "--checkpoint", "none")
