@@ -47,6 +47,15 @@ def use_data(args: argparse.Namespace, cfg: Config) -> OwnDataset | None:
     return dataset
 
 
+def images_of(data: str) -> list[str]:
+    """Return the paths of the test images of a dataset, or of its validation images if it has no test part."""
+    from pe_spatial.data.dataset import open_dataset
+
+    dataset = open_dataset(data)
+    split = dataset.test or dataset.val
+    return [str(split.root / image["file_name"]) for image in split.content["images"]]
+
+
 def _write_cleaned(dataset: OwnDataset, folder: Path) -> dict[str, Path]:
     """Write the splits as detectors read them, with the boxes and masks that can be used; return their paths."""
     from pe_spatial.atomic import write_json

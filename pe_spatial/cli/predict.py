@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, without_prints
+from pe_spatial.cli.own_data import images_of
 from pe_spatial.cli.track import add_prompts
 from pe_spatial.errors import ConfigError
 
@@ -48,7 +49,9 @@ FORMATS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs = "images, folders (searched recursively), patterns, videos, the number of a camera, or rtsp://..."
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help=inputs)
+    data = "also the images of an own dataset: of its test part, or of validation if it has none (docs/own_data.md)"
+    parser.add_argument("--data", metavar="DATA", help=data)
     parser.add_argument(
         "--checkpoint", required=True, help="checkpoint that `pe-spatial train` wrote, or other weights"
     )
@@ -77,6 +80,10 @@ def run(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)  # of torch and mmdet, about their own code
     # The encoder's advice on geometry is for training; here the checkpoint determines it.
     logging.getLogger("pe_spatial.encoder.vit").setLevel(logging.ERROR)
+    if args.data is not None:
+        args.inputs = [*args.inputs, *images_of(args.data)]
+    if not args.inputs:
+        raise ConfigError("there is nothing to predict; give images, folders, videos, a camera, or --data DATA")
     with without_prints():
         from pe_spatial.engine.options import set_options
         from pe_spatial.predict.models import config_and_weights, task_of

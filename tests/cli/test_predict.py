@@ -11,6 +11,7 @@ from PIL import Image
 
 pytest.importorskip("mmdet")
 from helpers.blobs import draw_blobs, write_blobs
+from helpers.coco import write_coco
 from helpers.repository import command
 from mmengine.config import Config
 
@@ -42,6 +43,19 @@ def photos(tmp_path):
 
 def predict(*args, cwd):
     return command("predict", *args, "--device", "cpu", cwd=cwd)
+
+
+def test_the_validation_images_of_own_data(checkpoint, tmp_path):
+    for split in ("train2017", "val2017"):
+        write_coco(tmp_path / "own", split=split, images=3)
+    printed = predict(
+        "--data", tmp_path / "own", "--checkpoint", checkpoint, "--out", "out", "--write", "json", cwd=tmp_path
+    )
+    assert "3 predicted, 0 kept, 0 unreadable" in printed
+    shown = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert {image["file_name"].rpartition("/")[2] for image in shown} == {
+        path.name for path in (tmp_path / "own" / "val2017").iterdir()
+    }
 
 
 def test_a_folder(checkpoint, photos, tmp_path):
