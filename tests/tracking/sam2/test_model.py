@@ -108,7 +108,7 @@ def test_options_with_a_window_size_are_the_whole_geometry():
     windowed = PETrunk(TINY, grid=8, image_size=128, options=WINDOWED).encoder.geometry
     assert (windowed.window_size, windowed.pos_embed_mode) == (4, "tile")
     added = PETrunk(TINY, grid=4, image_size=64, options=dict(grad_checkpointing=True)).encoder
-    assert added.grad_checkpointing == (0, 1)
+    assert added.grad_checkpointing == {0: "full", 1: "full"}
 
 
 def test_a_frozen_trunk_has_no_gradients_and_the_neck_has():
