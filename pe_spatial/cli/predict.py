@@ -126,6 +126,8 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     from pe_spatial.predict.live import LiveFrames, is_live
     from pe_spatial.predict.results import class_labels
 
+    if args.score is not None and not 0 <= args.score <= 1:
+        raise ConfigError(f"--score is {args.score:g}; scores are from 0 to 1")
     if args.batch is not None and args.batch < 1:
         raise ConfigError(f"the batch size is {args.batch}; it must be at least 1")
     live = [text for text in args.inputs if is_live(text) and not Path(text).exists()]
@@ -146,6 +148,7 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     folder = ResultFolder(args.out, partial(predict, predictor, args), class_names=predictor.class_names,
                           formats=args.write or ("images", "json", "csv"), progress=progress)  # fmt: skip
     options = {name: getattr(args, name) for name in ("score", "classes", "tile", "overlap", "tta")}
+    options["write"] = sorted(folder.formats)
     options["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
     record_model(args.out, args.checkpoint, overwrite=args.overwrite, **options)
     if sources:
@@ -156,9 +159,10 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
         print(f"{frames.dropped} frames dropped, {frames.reconnected} times reconnected")
     objects = folder.finish()
     counts, unreadable = folder.counts, folder.unreadable
+    limit = f" of score {predictor.score:g} or more" if predictor.task == "detection" else ""
     print(
         f"{counts['predicted']} predicted, {counts['kept']} kept, {len(unreadable)} unreadable; "
-        f"{objects} objects in {args.out}"
+        f"{objects} objects{limit} in {args.out}"
     )
     print(*(f"unreadable: {message}" for message in unreadable), sep="\n", end="\n" * bool(unreadable), file=sys.stderr)
     if unreadable and not counts["predicted"] + counts["kept"]:

@@ -63,7 +63,7 @@ def test_a_folder(checkpoint, photos, tmp_path):
     printed = predict(
         photos, "--checkpoint", checkpoint, "--out", out, "--write", "images", "json", "csv", "masks", cwd=tmp_path
     )
-    assert "3 predicted, 0 kept, 1 unreadable; 7 objects in" in printed
+    assert "3 predicted, 0 kept, 1 unreadable; 7 objects of score 0.3 or more in" in printed
     assert "unreadable: " in printed
     assert "broken.jpg is not a readable image (0 bytes)" in printed
     tables = json.loads((out / "predictions.json").read_text())
@@ -98,6 +98,10 @@ def test_a_second_call_continues(checkpoint, photos, tmp_path):
     assert (out / "parts" / "a.jsonl").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="holds predictions with another score; choose another --out, or --overwrite"):
         predict(photos, *args, "--score", 0.2, cwd=tmp_path)
+    with pytest.raises(SystemExit, match="holds predictions with another write"):
+        predict(photos, *args, "--write", "csv", cwd=tmp_path)
+    with pytest.raises(SystemExit, match=r"--score is 2; scores are from 0 to 1"):
+        predict(photos, *args, "--score", 2, cwd=tmp_path)
     printed = predict(photos, *args, "--score", 0.2, "--classes", "red", "--overwrite", cwd=tmp_path)
     assert "3 predicted, 0 kept, 1 unreadable; 3 objects" in printed
 
