@@ -2,6 +2,7 @@
 
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,19 @@ from PIL import Image
 
 from pe_spatial.app.models import Limits
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser]
-pytest.importorskip("sam2")
-pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
-playwright.expect.set_options(timeout=20_000)
 CHROMIUM = Path("/usr/bin/chromium")
-if not CHROMIUM.exists():
-    pytest.skip("needs Chromium in /usr/bin", allow_module_level=True)
+MISSING = [name for name in ("sam2", "gradio", "playwright") if find_spec(name) is None]
+MISSING += [] if CHROMIUM.exists() else [str(CHROMIUM)]
+# marked one by one, so that CI lets them be skipped
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason=f"the page in a browser needs {', '.join(MISSING)}"),
+]
+if not MISSING:
+    from playwright import sync_api as playwright
+
+    playwright.expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="module")
