@@ -27,19 +27,19 @@ def build_compare(models: Models) -> None:
     import gradio as gr
 
     from pe_spatial.app.events import job, view
-    from pe_spatial.app.widgets import picture, upload
+    from pe_spatial.app.widgets import image_view, upload
 
     state = gr.State()
     controls, images = [], []
     with gr.Row():
         with gr.Column():
             file = upload("Image", "compare-file")
-            photo = picture("Photo: click a patch", "compare-photo")
+            photo = image_view("Photo: click a patch", "compare-photo")
         for index, side in enumerate(("left", "right")):
             with gr.Column():
                 controls.append(choose_layer(models, f"compare-{side}", index))
                 images.append([
-                    picture(label, f"compare-{side}-{kind}")
+                    image_view(label, f"compare-{side}-{kind}")
                     for label, kind in (("Principal components", "pca"), ("Similarity", "similarity"))
                 ])  # fmt: skip
     (left, left_layer), (right, right_layer) = controls

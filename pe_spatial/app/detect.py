@@ -50,7 +50,7 @@ def build_detect(models: Models) -> None:
     import gradio as gr
 
     from pe_spatial.app.events import job, view
-    from pe_spatial.app.widgets import download, picture, ready, upload
+    from pe_spatial.app.widgets import download, image_view, ready, upload
 
     found = gr.State()
     with gr.Row():
@@ -60,7 +60,7 @@ def build_detect(models: Models) -> None:
             export = gr.Button("Write JSON", elem_id="detect-export")
             result = download("COCO JSON", "detect-json")
         with gr.Column(scale=3):
-            image = picture("Detections", "detect-image")
+            image = image_view("Detections", "detect-image")
             rows = gr.JSON(label="Objects", elem_id="detect-rows", max_height=300)
 
     def show(result: Found | None, value: float) -> Any:

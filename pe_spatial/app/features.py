@@ -101,7 +101,7 @@ def build_features(models: Models) -> None:
     import gradio as gr
 
     from pe_spatial.app.events import job, view
-    from pe_spatial.app.widgets import picture, upload
+    from pe_spatial.app.widgets import image_view, upload
 
     seen, point = gr.State(), gr.State()
     with gr.Row():
@@ -109,9 +109,9 @@ def build_features(models: Models) -> None:
             file = upload("Image", "features-file")
             encoder, layer = choose_layer(models, "features", 0)
         with gr.Column(scale=4), gr.Row():
-            photo = picture("Photo: click a patch", "features-photo")
-            pca = picture("Principal components", "features-pca")
-            heatmap = picture("Similarity to the patch", "features-similarity")
+            photo = image_view("Photo: click a patch", "features-photo")
+            pca = image_view("Principal components", "features-pca")
+            heatmap = image_view("Similarity to the patch", "features-similarity")
 
     def look(path: str | None, name: str, number: int) -> Any:
         result = Seen.look(models, name, path)

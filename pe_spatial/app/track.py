@@ -51,7 +51,7 @@ def build_track(models: Models) -> None:
     import gradio as gr
 
     from pe_spatial.app.events import job, view
-    from pe_spatial.app.widgets import download, picture, ready, upload
+    from pe_spatial.app.widgets import download, image_view, ready, upload
 
     state = gr.State(delete_callback=lambda session: session and session.close())
     with gr.Row():
@@ -68,7 +68,7 @@ def build_track(models: Models) -> None:
                 write_video = gr.Button("Write video", elem_id="track-video")
             result = download("DAVIS masks (zip), video (mp4)", "track-out")
         with gr.Column(scale=3):
-            image = picture("Click on objects", "track-image")
+            image = image_view("Click on objects", "track-image")
             frame = gr.Slider(0, 1, value=0, step=1, label="Frame", elem_id="track-frame")
             text = gr.Markdown(elem_id="track-status")
 

@@ -10,7 +10,7 @@ def upload(label: str, elem_id: str) -> gr.File:
     return gr.File(label=label, elem_id=elem_id, height=140)
 
 
-def picture(label: str, elem_id: str) -> gr.Image:
+def image_view(label: str, elem_id: str) -> gr.Image:
     """Add an image that cannot be edited but clicked."""
     buttons = ["download", "fullscreen"]
     return gr.Image(label=label, format="png", interactive=False, buttons=buttons, elem_id=elem_id)
