@@ -35,7 +35,7 @@ def a(session: nox.Session) -> None:
 def pinned(session: nox.Session) -> None:
     with_pins = ("-c", "constraints.txt")
     session.install(*with_pins, "torch", "torchvision", "ninja", "psutil", "setuptools", "wheel", "numpy")
-    session.install(*with_pins, "--no-build-isolation", "-e", ".[openmmlab,sam2,dev]")
+    session.install(*with_pins, "--no-build-isolation", "-e", ".[openmmlab,sam2,export,language,alignment,torchao,dev]")
     session.install(*with_pins, "--force-reinstall", "--no-deps", "opencv-python-headless")
     run(session, "tests")
 

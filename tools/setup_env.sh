@@ -155,7 +155,7 @@ if ! have_mmcv_ops; then
   have_mmcv_ops || die "onedl-mmcv was installed but its compiled ops do not load: $(tail -n 1 "$log") (all of it is in $log)"
 fi
 
-pip_install "the other packages and pe_spatial itself" --no-build-isolation -e ".[openmmlab,sam2,dev]"
+pip_install "the other packages and pe_spatial itself" --no-build-isolation -e ".[openmmlab,sam2,export,language,alignment,torchao,dev]"
 have_headless_cv2 || die "OpenCV does not load: $(tail -n 1 "$log") (all of it is in $log)"
 
 echo "$wanted gpu=$gpu" >"$stamp"

@@ -44,10 +44,11 @@ def tool(name, *args, cwd, silent=False):
 def command(name, *args, cwd):
     """Run a command in this process, which saves the start of an interpreter, and return what it prints."""
     printed, before = io.StringIO(), os.getcwd()
-    # loggers of earlier tests print where those were captured, and hooks draw with the latest visualizer of all
-    for module, kind in (("mmengine.logging", "MMLogger"), ("mmengine.visualization", "Visualizer")):
-        if module in sys.modules:
-            getattr(sys.modules[module], kind)._instance_dict.clear()
+    # loggers of earlier tests print where those were captured, hooks draw with the latest visualizer of all, and a
+    # run of the same second has the same name, so it would print the other's results too
+    for module, kind in (("logging", "MMLogger"), ("logging", "MessageHub"), ("visualization", "Visualizer")):
+        if f"mmengine.{module}" in sys.modules:
+            getattr(sys.modules[f"mmengine.{module}"], kind)._instance_dict.clear()
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
