@@ -15,6 +15,7 @@ _HOME = {
     "PerceptionEncoderPyramid": "pe_spatial.encoder.backbone",
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
     "from_pretrained": "pe_spatial.encoder.checkpoint",
+    "PECore": "pe_spatial.language.model",
     "load": "pe_spatial.predict.loading",
 }
 __all__ = list(_HOME)

@@ -15,7 +15,10 @@ PACKAGE = REPO / "pe_spatial"
 FRAMEWORKS = ("mmengine", "mmcv", "mmdet", "mmseg", "detectron2", "timm", "sam2")
 ENCODER = sorted(f"pe_spatial.encoder.{path.stem}" for path in (PACKAGE / "encoder").glob("[!_]*.py"))
 CONVERT = sorted(f"pe_spatial.convert.{path.stem}" for path in (PACKAGE / "convert").glob("[!_]*.py"))
-CORE = ("pe_spatial", *ENCODER, *CONVERT, "pe_spatial.errors", "pe_spatial.atomic")
+# what a PE-Core is, without its data and evaluation
+_TOWERS = ("checkpoint", "image_tower", "model", "text_tower", "tokenizer", "variants")
+LANGUAGE = [f"pe_spatial.language.{name}" for name in _TOWERS]
+CORE = ("pe_spatial", *ENCODER, *CONVERT, *LANGUAGE, "pe_spatial.errors", "pe_spatial.atomic")
 
 # A room of the package -> the rooms that it may import.
 GROUND = {"errors", "atomic", "images", "video"}
@@ -29,15 +32,16 @@ ARROWS = {
     "data": {"data"} | GROUND,
     "encoder": {"encoder", "errors"},
     "convert": {"convert", "encoder"} | GROUND,
+    "language": {"language", "encoder"} | GROUND,
     "integrations": {"integrations", "encoder"} | GROUND,
     "planning": {"planning", "integrations", "encoder"} | GROUND,
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
-    "predict": {"predict", "encoder"} | TASKS | SERVICES | GROUND,
-    "features": {"features", "encoder", "integrations"} | GROUND,
+    "predict": {"predict", "encoder", "language"} | TASKS | SERVICES | GROUND,
+    "features": {"features", "encoder", "integrations", "language"} | GROUND,
     "analysis": {"analysis", "encoder"} | TASKS | SERVICES | GROUND,
     "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
-    "cli": {"cli", "app", "predict", "features", "analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
+    "cli": {"cli", "app", "predict", "features", "analysis", "encoder", "language", "data"} | TASKS | SERVICES | GROUND,
 }
 
 
