@@ -3,6 +3,7 @@
 import nox
 
 nox.options.sessions = ["d"]
+nox.options.error_on_missing_interpreters = True
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pillow", "safetensors", "huggingface_hub", "timm")
 CORE = (
     "tests/encoder",
