@@ -37,9 +37,9 @@ ARROWS = {
     "planning": {"planning", "integrations", "encoder"} | GROUND,
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
-    "predict": {"predict", "encoder", "language"} | TASKS | SERVICES | GROUND,
+    "predict": {"predict", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
-    "analysis": {"analysis", "encoder"} | TASKS | SERVICES | GROUND,
+    "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
     "cli": {"cli", "app", "predict", "features", "analysis", "encoder", "language", "data"} | TASKS | SERVICES | GROUND,
 }

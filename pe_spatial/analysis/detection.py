@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from pycocotools.coco import COCO
 
 from pe_spatial.analysis.counts import Calibration, calibrate, confusion_matrix
@@ -15,6 +14,7 @@ from pe_spatial.analysis.page import Page, less
 from pe_spatial.analysis.precision import SUMMARY, Precision, difference_in_ap
 from pe_spatial.analysis.results import Detection, match_scenes
 from pe_spatial.analysis.tide import KINDS, ErrorCosts, count_errors
+from pe_spatial.data.colors import palette
 from pe_spatial.detection.report import IOU, SCORE, draw_pair, rank_by_errors
 
 _SIDE = 420  # pixels of a drawn image
@@ -151,8 +151,7 @@ def _add_images(
     if images is None:
         page.text("Not drawn: the folder of the images is not known (--images).")
         return
-    palette = [tuple(int(255 * x) for x in colormaps["tab20"](i % 20)[:3]) for i in range(len(truth.cats))]
-    colors = dict(zip(sorted(truth.cats), palette, strict=True))
+    colors = dict(zip(sorted(truth.cats), palette(len(truth.cats)), strict=True))
     for image, errors in rank_by_errors(truth, results[last])[:worst]:
         pairs = [draw_pair(images, truth, one, image, colors, side=_SIDE) for one in results.values()]
         drawn = side_by_side([pairs[0][0], *(pair[1] for pair in pairs)])

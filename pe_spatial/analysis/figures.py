@@ -21,7 +21,7 @@ def draw_curves(curves: Mapping[str, np.ndarray]) -> bytes:
             axes.plot(np.linspace(0, 1, 101), curve[place], label=f"{name} ({curve[place].mean():.3f})")
         axes.set(title=title, xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="lower left")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.axes[0].set_ylabel("precision, mean over classes")
     return _png(figure)
 
@@ -56,9 +56,9 @@ def draw_calibration(results: Mapping[str, Calibration]) -> bytes:
         curve.plot(one.score[full], one.precision[full], marker="o", label=f"{name} (error {one.error:.3f})")
         histogram.stairs(one.count, np.linspace(0, 1, len(one.count) + 1), label=name)
     curve.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    curve.legend(fontsize=7)
+    curve.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     histogram.set(xlabel="score", ylabel="detections", yscale="symlog", xlim=(0, 1))
-    histogram.legend(fontsize=7)
+    histogram.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return _png(figure)
 
 
@@ -73,7 +73,7 @@ def draw_over_time(sequences: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
         axes.set(ylim=(0, 102))
         axes.set_title(sequence, fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower left")
     return _png(figure)
 
 

@@ -3,16 +3,17 @@
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from pe_spatial.detection.annotations import is_number, read_coco
+from pe_spatial.detection.annotations import as_nfc, is_number, read_coco
 from pe_spatial.errors import DatasetError, listed
 
 MOST = 100
@@ -36,16 +37,29 @@ def read_truth(path: str, *, masks: bool) -> COCO:
     return truth
 
 
+def find_images(path: str, truth: COCO) -> str | None:
+    """Return the folder of the images of an annotation file: beside it or one above, or in a folder named for it."""
+    part = Path(path).stem.split("_")[-1]  # val2017 of instances_val2017
+    first = next(iter(truth.imgs.values()))["file_name"]
+    around = (Path(path).parent, Path(path).parent.parent)
+    places = (place / name for place in around for name in (".", part, "images", f"images/{part}"))
+    return next((str(place) for place in places if (place / first).is_file()), None)
+
+
 def read_results(path: str | Path, truth: COCO, *, masks: bool) -> list[dict[str, Any]]:
     """Read detections in COCO's form, each with a bbox, and with a segmentation if `masks`.
 
-    DatasetError for a file that is no such list, is empty, or belongs to other images or categories.
+    They are a list as `test --out` writes it, or the predictions.json of `predict`, whose images and categories are
+    those of `truth` with the same names. DatasetError for a file that is neither, is empty, or belongs to other images
+    or categories.
     """
     path = Path(path)
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} is not JSON ({error}); give what `test --out FILE.json` writes") from error
+    if isinstance(results, dict) and results.keys() >= {"images", "categories", "annotations"}:
+        results = _of_truth(results, truth)
     if not isinstance(results, list) or not all(isinstance(one, dict) for one in results):
         raise DatasetError(f"{path} is no list of detections; give what `test --out FILE.json` writes")
     if not results:
@@ -68,6 +82,30 @@ def read_results(path: str | Path, truth: COCO, *, masks: bool) -> list[dict[str
                 "give the annotations and the results of one set"
             )
     return results
+
+
+def _of_truth(predictions: Mapping[str, Any], truth: COCO) -> list[dict[str, Any]]:
+    """Return the annotations of a predictions.json with the ids of `truth`, or with names that it does not have.
+
+    Classes have the same name; of an image the folders may differ, unless `truth` has several files of that name.
+    """
+    names = {image["id"]: as_nfc([image["file_name"]])[0] for image in truth.imgs.values()}
+    ends = Counter(PurePath(name).name for name in names.values())
+    images = {name: i for i, name in names.items()}
+    images |= {PurePath(name).name: i for i, name in names.items() if ends[PurePath(name).name] == 1}
+    classes = {as_nfc([category["name"]])[0]: i for i, category in truth.cats.items()}
+    ids = {}
+    for image in predictions["images"]:
+        (name,) = as_nfc([image["file_name"]])
+        ids[image["id"]] = images.get(name, images.get(PurePath(name).name, name))
+    labels = {}
+    for category in predictions["categories"]:
+        (name,) = as_nfc([category["name"]])
+        labels[category["id"]] = classes.get(name, name)
+    return [
+        dict(one, image_id=ids[one["image_id"]], category_id=labels[one["category_id"]])
+        for one in predictions["annotations"]
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Explain results in one HTML file that needs no network; two results are compared, with an interval.
 
 Detection: AP, costs of errors, confusion, calibration, worst images. Results are checkpoints, or detections as
-`pe-spatial test --out FILE.json` writes them.
+`pe-spatial test --out FILE.json` or `pe-spatial predict` writes them.
     pe-spatial analyze CONFIG CHECKPOINT --out report.html
     pe-spatial analyze instances_val2017.json A.json B.json --images data/coco/val2017
 Depth: errors by range, worst maps. Results are folders that `pe-spatial infer_depth` wrote.
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sequences = "sequences of video masks, or a .txt file of names (default: those of all results)"
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help=sequences)
     group = parser.add_argument_group("detection")
-    group.add_argument("--images", help="folder of the images (default: that of the config)")
+    group.add_argument("--images", help="folder of the images (default: that of the config, or beside the annotations)")
     group.add_argument("--masks", action="store_true", help="analyze masks instead of boxes")
     group.add_argument("--data-root", help="folder of the data; replaces data_root of the config")
     add_cfg_options(parser)
@@ -68,14 +68,14 @@ def run(args: argparse.Namespace) -> None:
 def of_detection(args: argparse.Namespace) -> Report:
     import_quietly("mmdet.datasets")
     from pe_spatial.analysis.detection import write_page
-    from pe_spatial.analysis.results import read_results, read_truth
+    from pe_spatial.analysis.results import find_images, read_results, read_truth
 
     names = unique_names(args.results)
     with tempfile.TemporaryDirectory() as folder:
         annotations, images, files = located(args, Path(folder))
         truth = read_truth(annotations, masks=args.masks)
         results = {name: read_results(file, truth, masks=args.masks) for name, file in zip(names, files, strict=True)}
-    drawn = args.images or images
+    drawn = args.images or images or find_images(annotations, truth)
     return write_page(truth, results, masks=args.masks, images=drawn, worst=args.worst, samples=args.bootstrap)
 
 
@@ -127,11 +127,11 @@ def located(args: argparse.Namespace, folder: Path) -> tuple[str, str | None, li
     return annotations, str(images), files
 
 
-def read(args: argparse.Namespace) -> Config:
+def read(args: argparse.Namespace, work_dir: str | None = None) -> Config:
     from pe_spatial.cli.arguments import load_config
     from pe_spatial.detection.coco import use_checked_annotations
 
-    args.config, args.work_dir, args.launcher, args.local_rank = args.truth, None, "none", 0
+    args.config, args.work_dir, args.launcher, args.local_rank = args.truth, work_dir, "none", 0
     cfg = load_config(args)
     use_checked_annotations(cfg)
     return cfg
@@ -143,7 +143,7 @@ def tested(args: argparse.Namespace, checkpoint: str, file: Path) -> Path:
         import pe_spatial.detection  # noqa: F401  (registers)
         from pe_spatial.engine.evaluation import test, write_predictions
 
-        cfg = read(args)
+        cfg = read(args, str(file.with_suffix("")))  # what a test logs goes with the temporary file
         cfg.load_from, cfg.resume = checkpoint, False
         write_predictions(cfg, str(file))
         test(cfg)

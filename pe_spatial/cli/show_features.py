@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pe_spatial.cli.arguments import VARIANT_HELP, add_device, choose_device, layers, variant
-from pe_spatial.errors import ConfigError, DatasetError, one_of
+from pe_spatial.errors import ConfigError, DatasetError, listed, one_of
 
 if TYPE_CHECKING:
     from pe_spatial.features.extract import FeatureExtractor
@@ -103,7 +103,17 @@ def read_images(paths: list[Path]) -> list[Named]:
         files += inside
     if len(files) > MOST:
         raise DatasetError(f"{len(files)} images are given, and a sheet has room for {MOST}; name some of them")
-    return [(file.name, read_rgb(file)) for file in files]
+    images, unreadable = [], []
+    for file in files:
+        try:
+            images.append((file.name, read_rgb(file)))
+        except DatasetError as error:
+            unreadable.append(str(error))
+    if not images:
+        raise DatasetError(unreadable[0])
+    if unreadable:
+        print(f"omitted {len(unreadable)} of {len(files)} images: {listed(unreadable, 3)}")
+    return images
 
 
 def describe(extractor: FeatureExtractor, name: str, shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from pe_spatial.data.colors import palette
 from pe_spatial.data.dataset import OwnDataset
 from pe_spatial.engine.classes import add_imports, set_classes
-from pe_spatial.engine.nodes import EVALUATORS, LOADERS, core, leaves, pipelines, steps, type_name
+from pe_spatial.engine.nodes import EVALUATORS, LOADERS, core, leaves, pipelines, replace_dataset, steps, type_name
 from pe_spatial.errors import ConfigError
 
 _DATASET_OPTIONS = (
@@ -140,14 +140,13 @@ def _set_datasets(cfg: Config, dataset: OwnDataset, files: Mapping[str, Path], n
         split, loader = name.partition("_")[0], copy.deepcopy(cfg[name])
         loader["dataset"] = _without_repetition(loader.dataset)
         for leaf in leaves(loader.dataset):
-            options = {key: leaf[key] for key in _DATASET_OPTIONS if key in leaf}
-            leaf.clear()
-            leaf.update(
+            replace_dataset(
+                leaf,
+                keep=_DATASET_OPTIONS,
                 type="CheckedCocoDataset",
                 ann_file=str(paths[split]),
                 data_prefix=dict(img=f"{splits[split].root}/"),
                 metainfo=dict(classes=tuple(dataset.classes), palette=colors),
-                **options,
             )
             _read_run_lengths(leaf, splits[split].content)
         cfg[name] = loader

@@ -203,7 +203,8 @@ def draw_images(path: Path, truth: Any, results: Sequence[Mapping[str, Any]], id
     sheet = Image.new("RGB", (2 * side + 24, sum(max(p.height for p in pair) + 24 for _, pair in rows) + 8), "white")
     y = 8
     for record, pair in rows:
-        ImageDraw.Draw(sheet).text((8, y), f"{record['file_name']}: annotated (left), detected (right)", "black")
+        title = f"{record['file_name']}: annotated (left), detected with a score from {SCORE} (right)"
+        ImageDraw.Draw(sheet).text((8, y), title, "black")
         for i, panel in enumerate(pair):
             sheet.paste(panel, (8 + i * (side + 8), y + 14))
         y += max(panel.height for panel in pair) + 24

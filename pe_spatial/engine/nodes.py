@@ -1,6 +1,6 @@
 """Parts of a config, wherever they are: datasets inside wrappers, pipelines, transforms."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -44,6 +44,13 @@ def steps(pipeline: Any) -> Iterator[ConfigDict]:
     elif isinstance(pipeline, list | tuple):
         for value in pipeline:
             yield from steps(value)
+
+
+def replace_dataset(leaf: Any, *, keep: Sequence[str], **options: Any) -> None:
+    """Make a dataset of a config another one, with what it states of the options `keep`."""
+    kept = {key: leaf[key] for key in keep if key in leaf}
+    leaf.clear()
+    leaf.update(kept, **options)
 
 
 def type_name(node: Mapping[str, Any]) -> str:

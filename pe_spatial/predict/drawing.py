@@ -1,6 +1,5 @@
 """Objects, class maps and their names drawn over an image."""
 
-import colorsys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,17 +8,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pe_spatial.data.colors import color_of
 from pe_spatial.predict.masks import MaskCrop
 
 OPACITY = 0.45
 """Share of the color in a mask."""
-
-
-def color_of(label: int) -> tuple[int, int, int]:
-    """Return a color (R, G, B) for a class or an object; neighboring numbers differ most."""
-    hue = (0.02 + label * 0.6180339887) % 1  # the golden ratio
-    red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6)[label // 7 % 2], (1.0, 0.8)[label // 14 % 2])
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_objects(

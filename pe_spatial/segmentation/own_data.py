@@ -15,7 +15,7 @@ from pycocotools import mask as run_lengths
 from pe_spatial.data.colors import palette
 from pe_spatial.data.dataset import OwnDataset
 from pe_spatial.engine.classes import add_imports, set_classes
-from pe_spatial.engine.nodes import EVALUATORS, LOADERS, leaves, pipelines, steps, type_name
+from pe_spatial.engine.nodes import EVALUATORS, LOADERS, leaves, pipelines, replace_dataset, steps, type_name
 from pe_spatial.errors import ConfigError, DatasetError
 
 BACKGROUND = "background"
@@ -51,14 +51,13 @@ def apply_dataset(cfg: Config, dataset: OwnDataset, files: Mapping[str, Path]) -
     for name in LOADERS:
         split = name.partition("_")[0] if name.startswith(tuple(files)) else "val"  # of a test part that is not there
         for leaf in leaves((cfg.get(name) or {}).get("dataset")):
-            options = {key: leaf[key] for key in _DATASET_OPTIONS if key in leaf}
-            leaf.clear()
-            leaf.update(
+            replace_dataset(
+                leaf,
+                keep=_DATASET_OPTIONS,
                 type="ObjectSegDataset",
                 ann_file=str(files[split]),
                 data_prefix=dict(img_path=f"{dataset.splits[split].root}/"),
                 metainfo=dict(classes=classes, palette=[(0, 0, 0), *palette(len(dataset.classes))]),
-                **options,
             )
     for pipeline in pipelines(cfg):
         for step in steps(pipeline):

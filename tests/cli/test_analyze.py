@@ -56,8 +56,22 @@ def test_comparison_in_one_file(folder):
 
 
 def test_one_result_without_images(folder):
-    command("analyze", TRUTH, "all.json", "--out", "new/one.html", cwd=folder)
+    shutil.copy(folder / TRUTH, folder / "alone.json")
+    command("analyze", "alone.json", "all.json", "--out", "new/one.html", cwd=folder)
     assert "the folder of the images is not known (--images)" in (folder / "new/one.html").read_text()
+
+
+def test_predictions_of_a_folder_are_matched_by_names_and_images_found(folder):
+    content = json.loads((folder / TRUTH).read_text())
+    results = json.loads((folder / "all.json").read_text())
+    images = [dict(id=i["id"] + 50, file_name=f"photos/{i['file_name']}") for i in content["images"]]
+    categories = [dict(id=c["id"] * 10, name=c["name"]) for c in content["categories"]]
+    own = [dict(r, image_id=r["image_id"] + 50, category_id=r["category_id"] * 10) for r in results]
+    (folder / "predictions.json").write_text(json.dumps(dict(images=images, categories=categories, annotations=own)))
+    said = [command("analyze", TRUTH, f"{name}.json", "--out", "same.html", cwd=folder).partition(":")[2]
+            for name in ("all", "predictions")]  # fmt: skip
+    assert said[0] == said[1]
+    assert (folder / "same.html").read_text().count("image/jpeg") == 4
 
 
 def test_one_category(folder, tmp_path):

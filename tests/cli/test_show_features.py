@@ -29,8 +29,9 @@ def test_sheet_of_all_layers(tmp_path):
     assert "b.jpg: 64x64 is resized to 96x96 pixels, 12x12 patches" in said
     with Image.open(tmp_path / "new/f.png") as sheet:
         assert sheet.width == 6 + 6 * 66  # the image and five layers
-    again = command("show_features", "a.png", "b.jpg", *XS, *options, "--out", "g.png", cwd=tmp_path)
-    assert again
+    (tmp_path / "c.jpg").write_bytes(b"broken")
+    again = command("show_features", "a.png", "c.jpg", "b.jpg", *XS, *options, "--out", "g.png", cwd=tmp_path)
+    assert "omitted 1 of 3 images: " in again
     assert (tmp_path / "g.png").read_bytes() == (tmp_path / "new/f.png").read_bytes()
 
 
