@@ -31,6 +31,7 @@ MODULES = {
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg"),
     "sam2": ("sam2",),
     "app": ("gradio",),
+    "language": ("open_clip",),
     "images": ("numpy", "PIL", "cv2", "tqdm"),
 }
 """The modules by which an installed extra is recognized."""
@@ -50,6 +51,7 @@ COMMANDS = {
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
     "show_features": Command("show the features of images and videos: colors, similarity, attention", ("images",)),
+    "zero_shot": Command("classify, retrieve and search images and videos by words", ("images", "language")),
     "predict": Command("predict images, folders, videos and cameras with any trained model"),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),

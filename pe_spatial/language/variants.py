@@ -117,8 +117,4 @@ def core_key(name: str) -> str:
         return key
     _, kind, size = key.split("_", 2)
     core = next((core for core in CORES if core.split("_")[2] == size.split("_")[0]), "pe_core_b16_224")
-    raise ConfigError(
-        f"{RELEASED_NAMES.get(key, key)} has no text space: {_NO_TEXT[kind]}. Use {RELEASED_NAMES[core]}"
-    )
-
-
+    raise ConfigError(f"{RELEASED_NAMES.get(key, key)} has no text space: {_NO_TEXT[kind]}. Use {RELEASED_NAMES[core]}")

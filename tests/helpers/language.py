@@ -1,5 +1,6 @@
 """PE-Cores that are small enough for any test."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +34,12 @@ TINY_CORE = CoreConfig(
 )
 
 
-def tiny_core(**options: Any) -> PECore:
+WORD_CORE = replace(TINY_CORE, text=replace(TINY_CORE.text, context_length=32, vocab_size=49408))
+"""With the real vocabulary."""
+
+
+def tiny_core(config: CoreConfig = TINY_CORE, **options: Any) -> PECore:
     """Return a small PE-Core in evaluation mode, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return PECore(TINY_CORE, **options).eval()
+        return PECore(config, **options).eval()
