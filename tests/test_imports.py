@@ -39,9 +39,11 @@ ARROWS = {
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
     "predict": {"predict", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
+    "alignment": {"alignment", "encoder", "data", "features"} | TASKS | SERVICES | GROUND,
     "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
-    "cli": {"cli", "app", "predict", "features", "analysis", "encoder", "language", "data"} | TASKS | SERVICES | GROUND,
+    "cli": {"cli", "app", "predict", "features", "alignment", "analysis", "encoder", "language", "data"}
+    | TASKS | SERVICES | GROUND,
 }
 
 
