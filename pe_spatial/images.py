@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -127,10 +128,23 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 def exif_turn(image: Image.Image) -> Transpose | None:
     """Return what EXIF's orientation asks for; all other tags are ignored, malformed ones too."""
-    try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # PIL raises almost anything on broken tags
-        return None
+    orientation = None
+    with suppress(Exception):  # PIL raises almost anything on broken tags, and some versions stop at the first of them
+        orientation = image.getexif().get(_ORIENTATION)
+    if orientation is None:
+        with suppress(struct.error, KeyError):
+            orientation = _stored_orientation(image.info.get("exif") or b"")
+    return _TURNS.get(orientation)  # type: ignore[arg-type]
+
+
+def _stored_orientation(tags: bytes) -> int | None:
+    """Return the orientation in the first directory of EXIF's bytes; struct.error or KeyError if they are none."""
+    tags = tags.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}[tags[:2]]
+    (start,) = struct.unpack_from(f"{order}L", tags, 4)
+    (count,) = struct.unpack_from(f"{order}H", tags, start)
+    entries = (struct.unpack_from(f"{order}HHLH", tags, start + 2 + 12 * i) for i in range(count))
+    return next((value for tag, kind, _, value in entries if (tag, kind) == (_ORIENTATION, 3)), None)  # 3: short
 
 
 def tile_starts(side: int, tile: int, overlap: int) -> list[int]:

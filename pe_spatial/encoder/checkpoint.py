@@ -225,7 +225,10 @@ def load_state(
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     if on_meta:  # one tensor at a time: the pages of a mapped file are cache, which the system takes back when needed
         state = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.load_state_dict(state, assign=on_meta)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)  # torch 2.2 forgets what was frozen on the meta device
     _log.info(
         "%s: %s layout, geometry %s, omitted %s",
         path, layout, preset_name(model.geometry, model.config) or model.geometry, sorted(set(omitted.values())),
