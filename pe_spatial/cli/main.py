@@ -52,6 +52,7 @@ COMMANDS = {
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
     "show_features": Command("show the features of images and videos: colors, similarity, attention", ("images",)),
     "zero_shot": Command("classify, retrieve and search images and videos by words", ("images", "language")),
+    "embed_classes": Command("write text embeddings of class names for open-vocabulary detectors", ("language",)),
     "predict": Command("predict images, folders, videos and cameras with any trained model"),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),

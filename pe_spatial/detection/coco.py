@@ -29,13 +29,16 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
 
     Args:
         skip_missing: omit and count missing images in training; an evaluation would count their objects as missed.
+        left_out: classes whose objects are not learned, as if nobody had annotated them; they keep their labels.
         options: options of mmdet's `CocoDataset`.
     """
 
     COCOAPI: Any
 
-    def __init__(self, *args: Any, skip_missing: bool = False, **options: Any) -> None:
-        self.skip_missing = skip_missing
+    def __init__(
+        self, *args: Any, skip_missing: bool = False, left_out: Sequence[str] = (), **options: Any
+    ) -> None:
+        self.skip_missing, self.left_out = skip_missing, as_nfc(left_out)
         super().__init__(*args, **options)
         if self.test_mode and any(getattr(step, "skip_broken", False) for step in self.pipeline.transforms):
             raise DatasetError(
@@ -48,6 +51,7 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
         self._check_names()
         content, counts = self.read_annotations()
         self._check_classes(content)
+        self._leave_out(content)
         counts.update(missing=self._check_images(content["images"]))
         self._check_masks(content)
         coco = self.COCOAPI()
@@ -124,6 +128,15 @@ class CheckedCocoDataset(RefetchBrokenMixin, CocoDataset):
                 f"{self.ann_file} has its categories in the order {listed(order, 20)}, the classes are "
                 f"{listed(classes, 20)}; set metainfo=dict(classes=(...)) in the file's order"
             )
+
+    def _leave_out(self, content: dict[str, Any]) -> None:
+        """Remove the annotations of the classes that are left out."""
+        unknown = [name for name in self.left_out if name not in self.metainfo["classes"]]
+        if unknown:
+            classes = listed(self.metainfo["classes"], 20)
+            raise ConfigError(f"left_out names {listed(unknown)}; the classes are {classes}")
+        ids = {category["id"] for category in content["categories"] if category["name"] in self.left_out}
+        content["annotations"] = [one for one in content["annotations"] if one["category_id"] not in ids]
 
     def _check_images(self, images: list[dict[str, Any]]) -> int:
         """Remove or report missing images; return their number."""

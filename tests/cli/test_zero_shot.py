@@ -17,6 +17,7 @@ from pe_spatial.cli.main import main
 from pe_spatial.language.cache import EmbeddingCache, weights_hash
 from pe_spatial.language.checkpoint import save_core
 from pe_spatial.language.embedding import embed, squash, video_frames
+from pe_spatial.language.protocol import class_embeddings
 from pe_spatial.video import mp4_writer
 
 
@@ -229,3 +230,30 @@ def test_missing_data(tmp_path, fail):
 def test_long_phrase_is_cut_and_said(photos, weights, capsys, caplog):
     run(capsys, photos / "cat", "--model", weights, "--classes", "cat,dog," + "fox " * 300)
     assert "cut to the 32 tokens" in caplog.text
+
+
+def test_embed_classes(weights, capsys, tmp_path):
+    from safetensors.torch import load_file
+
+    categories = [dict(id=9, name="flag_(banner)"), dict(id=2, name="red_fox")]
+    (tmp_path / "a.json").write_text(json.dumps(dict(images=[], annotations=[], categories=categories)))
+    main([str(tmp_path / "a.json"), str(tmp_path / "v.safetensors"), "--model", weights], "embed_classes")
+    assert "2 classes, 1 templates, width 24" in capsys.readouterr().out
+    model = tiny_core(WORD_CORE)
+    expected = class_embeddings(model, ["red fox", "flag banner"])
+    torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["embeddings"], expected)
+
+
+@pytest.mark.parametrize(
+    ("classes", "out", "message"),
+    [
+        ("", "v.safetensors", "the list names no class"),
+        ("a,A", "v.safetensors", "the list names A twice"),
+        ("absent.json", "v.safetensors", "there is no file absent.json"),
+        ("a,b", "v.pt", "should end in .safetensors"),
+    ],
+)
+def test_classes_that_cannot_be_embedded(weights, tmp_path, classes, out, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([classes, str(tmp_path / out), "--model", weights], "embed_classes")
+    assert message in str(stopped.value.code)

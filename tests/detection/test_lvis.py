@@ -101,6 +101,16 @@ def dataset(root, split="train", **options):
     )
 
 
+def test_frequencies_leave_classes_out(lvis):
+    everything, some = dataset(lvis), dataset(lvis, frequencies=["c", "f"])
+    assert everything.metainfo["image_count"] == (4, 64, 900)
+    assert some.metainfo["image_count"] == (0, 64, 900)
+    labels = [{one["bbox_label"] for image in one_set for one in image["instances"]} for one_set in (everything, some)]
+    assert labels == [{0, 1, 2}, {1, 2}]
+    with pytest.raises(ConfigError, match="frequencies is 'x'; allowed are 'r', 'c', 'f'"):
+        dataset(lvis, frequencies=["x"])
+
+
 # --- the loss
 
 

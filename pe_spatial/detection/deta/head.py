@@ -11,6 +11,7 @@ import torch
 from mmdet.models.dense_heads import DeformableDETRHead
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmdet.utils import reduce_mean
+from mmengine.model import bias_init_with_prob
 from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -30,6 +31,8 @@ class DETAHead(DeformableDETRHead):
     Args as in DeformableDETRHead, except:
         sync_cls_avg_factor: the mean over ranks cannot be disabled; ConfigError if False.
         loss_cls: must use the sigmoid; ConfigError otherwise.
+        classifier: options of a `TextClassifierHead` for the classes of the decoder layers; None is a linear layer.
+            The encoder's proposals keep one.
         train_cfg: `proposal_assigner`, a DETAFirstStageAssigner, and `assigner`, a DETASecondStageAssigner.
         test_cfg: options of `postprocess`.
     """
@@ -38,12 +41,14 @@ class DETAHead(DeformableDETRHead):
         self,
         *args: Any,
         sync_cls_avg_factor: bool = True,
+        classifier: Mapping[str, Any] | None = None,
         train_cfg: Mapping[str, Any] | None = None,
         test_cfg: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if not sync_cls_avg_factor:
             raise ConfigError("sync_cls_avg_factor=False: DETAHead always divides by the mean over ranks; remove it")
+        self.classifier = classifier
         super().__init__(*args, sync_cls_avg_factor=True, train_cfg=train_cfg, test_cfg=test_cfg or {}, **options)
         if not self.loss_cls.use_sigmoid:
             raise ConfigError("loss_cls has use_sigmoid=False: DETAHead needs one score per class, as in FocalLoss")
@@ -51,6 +56,14 @@ class DETAHead(DeformableDETRHead):
             if "proposal_assigner" not in train_cfg:
                 raise ConfigError(f"train_cfg has {sorted(train_cfg)}: add proposal_assigner, a DETAFirstStageAssigner")
             self.proposal_assigner = TASK_UTILS.build(train_cfg["proposal_assigner"])
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        if self.classifier is not None:
+            options = dict(prior=bias_init_with_prob(0.01), background=False) | dict(self.classifier)
+            options |= dict(in_features=self.embed_dims, out_features=self.cls_out_channels)
+            for layer in range(self.num_pred_layer - 1):
+                self.cls_branches[layer] = MODELS.build(options)
 
     def loss(
         self,
