@@ -1,4 +1,9 @@
 """Alignment: losses, teachers, students and data to make a PE-Spatial of one's own; which geometry and layer to use.
 
-Importing it registers what configs name; `losses` alone needs torch alone.
+Importing this package registers what configs name; `losses` alone needs nothing but torch.
 """
+
+from importlib.util import find_spec
+
+if find_spec("mmengine") and find_spec("mmcv"):
+    from pe_spatial.alignment import data, model, optimizer, planning, sam2_teacher, teachers  # noqa: F401

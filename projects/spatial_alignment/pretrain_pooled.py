@@ -1,0 +1,114 @@
+"""Pretrain a small encoder on the synthetic world with a pooled objective, as PE-Core is: nothing asks for its maps.
+
+The class token of the last layer, behind a linear map, finds the other frame of the same scene among the batch
+(contrastive), and says which categories are in the image. Writes an encoder in Meta's place for the configs
+beside this file: `work_dirs/spatial_alignment/core.pt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial.synthetic import CATEGORIES, write_dataset
+
+CONFIG = EncoderConfig(img_size=96, patch_size=8, embed_dim=128, depth=8, num_heads=4)
+TEMPERATURE = 0.1
+
+
+def load(root: Path) -> tuple[Tensor, Tensor]:
+    """Return images (scenes, 2, 3, H, W) uint8 and the categories in them (scenes, 2, categories), 0 or 1."""
+    coco = json.loads((root / "annotations/instances_pretrain.json").read_text())
+    images = [np.asarray(Image.open(root / "pretrain" / image["file_name"])) for image in coco["images"]]
+    present = np.zeros((len(images), len(CATEGORIES)), np.float32)
+    for annotation in coco["annotations"]:
+        present[annotation["image_id"] - 1, annotation["category_id"] - 1] = 1
+    pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
+    return pixels.unflatten(0, (-1, 2)), torch.from_numpy(present).unflatten(0, (-1, 2))
+
+
+def augment(images: Tensor) -> Tensor:
+    """Crop to a random part of at least 60 %, flip and change the colors of each image; normalize to [-1, 1]."""
+    n, side = len(images), images.shape[-1]
+    scale = torch.empty(n).uniform_(0.75, 1.0)
+    shift = (1 - scale)[:, None] * torch.empty(n, 2).uniform_(-1, 1)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = scale * (torch.rand(n) < 0.5).float().mul(2).sub(1)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, [n, 3, side, side], align_corners=False)
+    views = F.grid_sample(images.float() / 255, grid, align_corners=False, padding_mode="reflection")
+    gain = torch.empty(n, 3, 1, 1).uniform_(0.85, 1.15) * torch.empty(n, 1, 1, 1).uniform_(0.7, 1.3)
+    return (views * gain).clamp(0, 1) * 2 - 1
+
+
+class Pooled(nn.Module):
+    """An encoder and what is read from its last class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = PerceptionEncoder(CONFIG)
+        self.norm = nn.LayerNorm(CONFIG.embed_dim)
+        self.embed = nn.Linear(CONFIG.embed_dim, 64)
+        self.classify = nn.Linear(CONFIG.embed_dim, len(CATEGORIES))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> embeddings (B, 64) of length 1, logits (B, categories)."""
+        pooled = self.norm(self.encoder.forward_with_class_tokens(images)[1][0])
+        return F.normalize(self.embed(pooled).float(), dim=-1), self.classify(pooled).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("work_dirs/spatial_alignment"))
+    parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch-size", type=int, default=48, help="scenes in a step, two frames each")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    start = time.time()
+    write_dataset(args.root / "world", scenes={"train": 150, "val": 50, "pretrain": args.scenes}, size=(96, 96))
+    images, present = load(args.root / "world")
+    print(f"{len(images)} scenes after {time.time() - start:.0f} s", flush=True)
+    model = Pooled().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    warmup = max(1, args.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / args.steps))
+    )
+    for step in range(1, args.steps + 1):
+        index = torch.randint(len(images), (args.batch_size,))
+        views, labels = augment(images[index].flatten(0, 1)), present[index].flatten(0, 1)
+        embeddings, logits = model(views)
+        first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
+        similar = first @ second.T / TEMPERATURE
+        target = torch.arange(len(similar))
+        contrast = (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)) / 2
+        classes = F.binary_cross_entropy_with_logits(logits, labels)
+        optimizer.zero_grad()
+        (contrast + classes).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            right = (similar.argmax(1) == target).float().mean()
+            known = ((logits > 0) == (labels > 0)).float().mean()
+            values = f"contrast {contrast.item():.3f} ({right:.0%})  categories {classes.item():.3f} ({known:.0%})"
+            print(f"step {step}/{args.steps}  {time.time() - start:.0f} s  {values}", flush=True)
+    torch.save(model.encoder.state_dict(), args.root / "core.pt")
+
+
+if __name__ == "__main__":
+    main()
