@@ -2,6 +2,7 @@
 
 pe-spatial predict photos/ --checkpoint work_dirs/coco/iter_66375.pth --out predictions
 pe-spatial predict 'shelf/*.jpg' --checkpoint CKPT --score 0.5 --classes person bicycle --write images masks csv
+pe-spatial predict photos/ --checkpoint CKPT --keep "a red cone" --words PE-Core-B16-224    # filter by words
 pe-spatial predict aerial.tif --checkpoint CKPT --tile --overlap 256     # a large image in overlapping windows
 pe-spatial predict 0 --checkpoint CKPT                                   # a camera, or rtsp://...; Ctrl-C ends it
 pe-spatial predict rooms/ --checkpoint DEPTH.pth                         # as infer_depth
@@ -32,8 +33,12 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 SCORE = 0.3
+AGAINST = ("an object", "the background")
 OPTIONS = {
-    "detection": ("write", "overwrite", "batch", "tta", "frames", "score", "classes", "tile", "overlap"),
+    "detection": (
+        "write", "overwrite", "batch", "tta", "frames", "score", "classes", "tile", "overlap", "keep", "against",
+        "words",
+    ),
     "segmentation": ("write", "overwrite", "batch", "tta", "frames"),
     "depth": ("write", "overwrite", "batch", "tile", "overlap"),
     "tracking": ("write", "points", "box", "mask"),
@@ -68,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("detectors")
     group.add_argument("--score", type=float, help=f"lowest score (default: {SCORE})")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="only these classes")
+    keep = "only objects that fit one of these phrases, which become their classes"
+    group.add_argument("--keep", nargs="+", metavar="PHRASE", help=keep)
+    against = "phrases that compete with --keep (default: an object, the background)"
+    group.add_argument("--against", nargs="+", metavar="PHRASE", help=against)
+    group.add_argument("--words", metavar="MODEL", help="PE-Core of --keep: a name such as PE-Core-B16-224, or a file")
     tile = "predict in square tiles (default: of the side that the model gets)"
     group.add_argument("--tile", type=int, nargs="?", const=0, metavar="PIXELS", help=tile)
     overlap = "overlap of neighboring tiles, at least the largest object (default: a quarter of the tile)"
@@ -130,6 +140,7 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
         raise ConfigError(f"--score is {args.score:g}; scores are from 0 to 1")
     if args.batch is not None and args.batch < 1:
         raise ConfigError(f"the batch size is {args.batch}; it must be at least 1")
+    check_words(args)
     live = [text for text in args.inputs if is_live(text) and not Path(text).exists()]
     if live and len(args.inputs) > 1:
         raise ConfigError(f"{live[0]} is a camera or a stream, which is predicted alone; give it without other inputs")
@@ -138,8 +149,10 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     sources = None if live else Sources(args.inputs, exclude=args.out)
     with without_prints():
         predictor: Any = pe_spatial.load(args.checkpoint, config=cfg, device=choose_device(args), tta=args.tta,
-                                         score=score_of(args, cfg))  # fmt: skip
+                                         score=score_of(args, cfg), words=args.words)  # fmt: skip
     class_labels(args.classes or (), predictor.class_names)
+    if args.keep is not None:
+        predictor = predictor.named(args.keep, background=args.against or AGAINST, proposals=False)
     if args.tile is not None:
         predictor.choose_tiles(args.tile or None, args.overlap)
     elif args.overlap is not None:
@@ -147,7 +160,8 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     progress = partial(tqdm, unit="image" if sources else "frame")
     folder = ResultFolder(args.out, partial(predict, predictor, args), class_names=predictor.class_names,
                           formats=args.write or ("images", "json", "csv"), progress=progress)  # fmt: skip
-    options = {name: getattr(args, name) for name in ("score", "classes", "tile", "overlap", "tta")}
+    names = ("score", "classes", "tile", "overlap", "tta", "keep", "against", "words")
+    options = {name: getattr(args, name) for name in names}
     options["write"] = sorted(folder.formats)
     options["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
     record_model(args.out, args.checkpoint, overwrite=args.overwrite, **options)
@@ -167,6 +181,16 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     print(*(f"unreadable: {message}" for message in unreadable), sep="\n", end="\n" * bool(unreadable), file=sys.stderr)
     if unreadable and not counts["predicted"] + counts["kept"]:
         sys.exit("error: no input could be read (listed above)")
+
+
+def check_words(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options of words that do not go together."""
+    if args.keep is None and (args.words is not None or args.against is not None):
+        raise ConfigError("--words and --against are for --keep PHRASE; give it too, or omit them")
+    if args.keep is not None and args.words is None:
+        raise ConfigError("--keep needs --words, a PE-Core such as PE-Core-B16-224, or a file of one")
+    if args.keep is not None and (args.classes is not None or args.tile is not None):
+        raise ConfigError("--keep does not go with --classes and --tile; omit them")
 
 
 def score_of(args: argparse.Namespace, cfg: Config) -> float:

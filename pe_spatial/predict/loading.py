@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     import torch
     from mmengine.config import Config
 
+    from pe_spatial.language.model import PECore
     from pe_spatial.predict.predictor import Predictor
 
 
 def load(
     source: str | Path, *, config: str | Path | Config | None = None, device: str = "cpu",
     dtype: torch.dtype | None = None, compile: bool = False, score: float = 0.0, tta: bool = False,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None, words: str | Path | PECore | None = None,
 ) -> Predictor:  # fmt: skip
     """Return the predictor of a checkpoint: of a detector, a segmenter, a depth estimator or a tracker.
 
@@ -31,6 +32,7 @@ def load(
         score: lowest score of a detection.
         tta: test-time augmentation, as the config describes it.
         class_names: names of the classes; None takes those of the checkpoint, or of the config's dataset.
+        words: a PE-Core, its name or its file, so that a detector takes `classes=[...]`, which are words.
 
     Raises ConfigError, CheckpointError; ImportError without OpenMMLab's packages.
     """
@@ -43,7 +45,7 @@ def load(
     cfg, weights = config_and_weights(source, config)
     task = task_of(cfg)
     options: dict[str, Any] = dict(device=device, dtype=dtype, compile=compile)
-    unused = dict(score=score, tta=tta, class_names=class_names)
+    unused = dict(score=score, tta=tta, class_names=class_names, words=words)
     if task == "depth":
         from pe_spatial.predict.depth import DepthMapPredictor as Kind
     elif task == "tracking":

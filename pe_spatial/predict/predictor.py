@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,6 +24,10 @@ from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.models import find_meta, task_of, test_dataset, without_loading
 from pe_spatial.predict.results import Detections, Result, SegmentationMap
 from pe_spatial.predict.tiles import choose_tile, merge_tiles, tile_corners
+
+if TYPE_CHECKING:
+    from pe_spatial.language.model import PECore
+    from pe_spatial.predict.words import NamedPredictor
 
 
 class Predictor:
@@ -126,13 +131,54 @@ MAX_MASK_PIXELS = 2**26
 
 
 class DetectionPredictor(OpenMMLabPredictor):
-    """Boxes and, where the model has them, masks; `score` is the lowest score that is returned."""
+    """Boxes and, where the model has them, masks; `score` is the lowest score that is returned.
+
+    `words` is the PE-Core that names regions, if there is one.
+    """
 
     task = "detection"
+    words: PECore | None = None
 
     def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.score = score
+        self._named: dict[Any, NamedPredictor] = {}
+
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 1, classes: Sequence[str] | None = None,
+        by: str = "tokens",
+    ) -> Any:  # fmt: skip
+        """Return the results; with `classes` (words), proposals of the detector under these names.
+
+        `by` is 'tokens' or 'crops', as in `RegionClassifier`.
+        """
+        if classes is not None:
+            return self.named(classes, by=by)(images, batch_size=batch_size)
+        return super().__call__(images, batch_size=batch_size)
+
+    def named(
+        self, classes: Sequence[str], *, by: str = "tokens", background: Sequence[str] = (), proposals: bool = True
+    ) -> NamedPredictor:
+        """Return a predictor with other classes, which are words.
+
+        Args:
+            classes: names or phrases.
+            by: 'tokens' or 'crops', as in `RegionClassifier`.
+            background: phrases that compete; what is one of them is dropped.
+            proposals: name the detector's class-agnostic proposals; otherwise its detections.
+
+        Raises ConfigError without a PE-Core, for equal names, and for a detector without proposals.
+        """
+        from pe_spatial.language.regions import RegionClassifier
+        from pe_spatial.predict.words import NamedPredictor
+
+        if self.words is None:
+            raise ConfigError("words need a PE-Core; load the detector with words='PE-Core-L14-336', or a file of one")
+        key = (tuple(classes), by, tuple(background), proposals)
+        if key not in self._named:
+            classifier = RegionClassifier(self.words, classes, by=by, background=background)
+            self._named[key] = NamedPredictor(self, classifier, proposals=proposals)
+        return self._named[key]
 
     def _prepare(self, rgb: np.ndarray) -> dict[str, Any]:
         height, width = rgb.shape[:2]
@@ -209,12 +255,15 @@ class SegmentationPredictor(OpenMMLabPredictor):
 def build_predictor(
     cfg: Config, weights: str, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False,
     score: float = 0.0, tta: bool = False, class_names: Sequence[str] | None = None,
+    words: str | Path | PECore | None = None,
 ) -> OpenMMLabPredictor:  # fmt: skip
     """Build the predictor of a detector or a segmenter; the arguments are those of `pe_spatial.load`."""
     task = task_of(cfg)
     scope = "mmdet" if task == "detection" else "mmseg"
     if score and task != "detection":
         raise ConfigError("score is for detectors, and this is a segmenter; omit it")
+    if words is not None and task != "detection":
+        raise ConfigError("words are for detectors, and this is a segmenter; omit them")
     model_cfg, pipeline = cfg.model, test_dataset(cfg).pipeline
     if tta:
         missing = [name for name in ("tta_model", "tta_pipeline") if name not in cfg]
@@ -237,7 +286,19 @@ def build_predictor(
         arguments = (model.eval().to(device), without_loading(pipeline), meta)
         if task == "segmentation":
             return SegmentationPredictor(*arguments, **options)
-        return DetectionPredictor(*arguments, score=score, **options)
+        predictor = DetectionPredictor(*arguments, score=score, **options)
+        predictor.words = load_words(words, device)
+        return predictor
+
+
+def load_words(words: str | Path | PECore | None, device: str) -> PECore | None:
+    """Return a PE-Core on a device, from its name or file."""
+    if words is None:
+        return None
+    from pe_spatial.language.model import PECore
+
+    model = PECore.from_pretrained(words) if isinstance(words, str | Path) else words
+    return model.eval().to(device)
 
 
 def _test_dtype(cfg: Config) -> torch.dtype | None:
