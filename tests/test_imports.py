@@ -38,11 +38,14 @@ ARROWS = {
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
     "predict": {"predict", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
+    "runtime": {"runtime", "predict"} | GROUND,
+    "export": {"export", "runtime", "predict", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
     "alignment": {"alignment", "encoder", "data", "features"} | TASKS | SERVICES | GROUND,
     "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
-    "cli": {"cli", "app", "predict", "features", "alignment", "analysis", "encoder", "language", "data"}
+    "cli": {"cli", "app", "predict", "export", "runtime", "features", "alignment", "analysis", "encoder", "language"}
+    | {"data"}
     | TASKS | SERVICES | GROUND,
 }
 
@@ -72,6 +75,19 @@ def test_import_brings_no_framework():
         "from pe_spatial import *; print(*sorted({name.partition('.')[0] for name in set(sys.modules) - torch_alone}))"
     )
     assert set(run(script).split()) & {*FRAMEWORKS, "torchvision", "safetensors", "huggingface_hub", "PIL"} == set()
+
+
+def test_exported_models_run_without_torch():
+    """With numpy, Pillow and a runtime alone."""
+    absent = ("torch", "torchvision", "cv2", "matplotlib", "pycocotools", *FRAMEWORKS)
+    modules = sorted(f"pe_spatial.runtime.{path.stem}" for path in (PACKAGE / "runtime").glob("[!_]*.py"))
+    script = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({absent}))
+for module in {["pe_spatial", *modules, "pe_spatial.cli.main", "pe_spatial.cli.export"]}:
+    importlib.import_module(module)
+"""
+    run(script)
 
 
 def test_core_modules_import_one_by_one_with_every_framework_blocked():

@@ -33,6 +33,7 @@ MODULES = {
     "app": ("gradio",),
     "language": ("open_clip",),
     "images": ("numpy", "PIL", "cv2", "tqdm"),
+    "export": ("numpy", "onnx", "onnxscript"),
 }
 """The modules by which an installed extra is recognized."""
 
@@ -54,6 +55,7 @@ COMMANDS = {
     "zero_shot": Command("classify, retrieve and search images and videos by words", ("images", "language")),
     "embed_classes": Command("write text embeddings of class names for open-vocabulary detectors", ("language",)),
     "predict": Command("predict images, folders, videos and cameras with any trained model"),
+    "export": Command("export a model for other runtimes, with a certificate that it computes the same", ("export",)),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),
     "eval_vos": Command("score video object masks (J&F)"),

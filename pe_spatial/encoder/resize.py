@@ -21,6 +21,8 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, mode: str) -> 
     On the pretraining grid itself every mode returns `pos_embed` unchanged.
     """
     side = sizes_of(pos_embed)[1]
+    if is_exporting():
+        return _resized_in_graph(pos_embed[0], grid, mode)[None]
     if grid == (side, side):
         return pos_embed
     if mode == "tile":
@@ -43,8 +45,55 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
     return resized.to(kernel.dtype)
 
 
+def _resized_in_graph(pos_embed: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
+    """(G, G, C) -> (h, w, C) by operators that know no size in advance, for a graph that takes images of any size."""
+    side = pos_embed.shape[0]
+    if mode == "tile":
+        rows, columns = (torch.arange(n, device=pos_embed.device) % side for n in grid)
+        return pos_embed[rows][:, columns]
+    rows, columns = (interpolation_matrix(n, side, mode, device=pos_embed.device) for n in grid)
+    width = pos_embed.shape[2]
+    resized = (rows.to(pos_embed) @ pos_embed.flatten(1)).unflatten(1, (side, width))  # (h, G, C)
+    return columns.to(pos_embed) @ resized
+
+
+def interpolation_matrix(size: int, side: int, mode: str, *, device: torch.device) -> Tensor:
+    """Return the weights (size, side), float32, with which `F.interpolate` brings `side` values to `size` of them.
+
+    `mode` is 'bilinear', 'bicubic' or 'bicubic_antialias', without `align_corners`. `size` may be symbolic.
+    """
+    scale = side / size
+    cells = torch.arange(side, device=device, dtype=torch.float32)
+    centers = (torch.arange(size, device=device, dtype=torch.float32)[:, None] + 0.5) * scale - 0.5
+    if mode == "bilinear":
+        return (1 - (centers.clamp(0, side - 1) - cells).abs()).clamp(min=0)
+    if mode == "bicubic":  # the cells beyond the border repeat its values
+        first = centers.floor()
+        weights = torch.zeros_like(centers - cells)
+        for step in (-1, 0, 1, 2):
+            cell = (first + step).clamp(0, side - 1)
+            weights = weights + _cubic(centers - (first + step), -0.75) * (cell == cells)
+        return weights
+    stretch = torch.sym_max(scale, 1.0)
+    distance = (cells - centers).abs() / stretch
+    weights = torch.where(distance < 2, _cubic(distance, -0.5), 0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """The kernel of cubic convolution, which is 0 at distances from 2."""
+    x = x.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+
+
 # torch before 2.3 does not have it: compiling an encoder there breaks the graph at complex numbers
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
+
+
+# torch before 2.7 does not have it
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 
 
 _BEFORE_2_4 = not hasattr(torch.amp, "is_autocast_available")  # autocast has a function for each type of devices

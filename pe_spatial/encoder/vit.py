@@ -331,7 +331,7 @@ class PerceptionEncoder(nn.Module):
     def _enter_windows(self, x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
         windows = window_partition(x[:, self.num_prefix_tokens :].unflatten(1, grid), window)
         if self.num_prefix_tokens:
-            copies = x[:, :1].repeat_interleave(windows.shape[0] // x.shape[0], dim=0)
+            copies = x[:, None, :1].expand(-1, windows.shape[0] // x.shape[0], -1, -1).flatten(0, 1)
             windows = torch.cat((copies, windows), dim=1)
         return windows
 

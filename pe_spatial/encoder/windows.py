@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .resize import sizes_of
+from .resize import is_exporting, sizes_of
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
@@ -12,24 +12,37 @@ def window_partition(x: Tensor, window: int) -> Tensor:
 
     Where the window does not divide the grid, zeros are added at the bottom and on the right.
     """
-    _, h, w, c = sizes_of(x)
-    rows, cols = -(-h // window), -(-w // window)
+    b, h, w, c = sizes_of(x)
+    rows, cols = _windows((h, w), window)
     x = F.pad(x, (0, 0, 0, cols * window - w, 0, rows * window - h))
-    x = x.view(-1, rows, window, cols, window, c)
-    return x.transpose(2, 3).reshape(-1, window * window, c)
+    x = x.view(b, rows, window, cols, window, c)
+    return x.transpose(2, 3).reshape(b * rows * cols, window * window, c)
 
 
 def window_unpartition(windows: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
     """Undo `window_partition`: (B * n, window * window, C) to (B, H, W, C) for `grid` = (H, W), without the padding."""
-    rows, cols = -(-grid[0] // window), -(-grid[1] // window)
-    c = windows.shape[-1]
-    x = windows.view(-1, rows, cols, window, window, c)
+    rows, cols = _windows(grid, window)
+    count, _, c = sizes_of(windows)
+    x = windows.view(count // (rows * cols), rows, cols, window, window, c)
     x = x.transpose(2, 3).reshape(-1, rows * window, cols * window, c)
     return x[:, : grid[0], : grid[1]]
 
 
+def _windows(grid: tuple[int, int], window: int) -> tuple[int, int]:
+    """Return the rows and columns of windows that cover a grid (rounded up without negative numbers, for graphs)."""
+    return (grid[0] + window - 1) // window, (grid[1] + window - 1) // window
+
+
 def valid_tokens(grid: tuple[int, int], window: int, device: torch.device) -> Tensor | None:
     """Return which tokens of the windows are not padding, (n, window * window) bool; None if all of them are valid."""
-    if grid[0] % window + grid[1] % window == 0:  # one condition, so that a compiled model meets two cases, not three
+    rest = grid[0] % window + grid[1] % window  # one condition, so that a compiled model meets two cases, not three
+    if _is_known(rest == 0) if is_exporting() else rest == 0:
         return None
     return window_partition(torch.ones(1, *grid, 1, device=device), window)[..., 0] > 0
+
+
+def _is_known(condition: bool) -> bool:
+    """Return whether a condition on sizes holds for all sizes that an exported graph takes."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)

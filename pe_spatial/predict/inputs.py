@@ -1,25 +1,30 @@
-"""What a predictor takes as an image: a path, a PIL image, an array, a tensor."""
+"""What a predictor takes as an image: a path, a PIL image, an array, a tensor. Importing it needs no torch."""
 
+from __future__ import annotations
+
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, Union
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb, to_rgb, turn_upright
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+ImageLike = Union[str, Path, Image.Image, np.ndarray, "Tensor"]
 
 
 def is_single(images: Any) -> bool:
     """Return whether `images` is one image and not several."""
-    if isinstance(images, np.ndarray | Tensor):
+    if isinstance(images, np.ndarray) or _is_tensor(images):
         return images.ndim != 4
     return isinstance(images, str | Path | Image.Image) or not isinstance(images, Iterable)
 
@@ -41,7 +46,7 @@ def read_image(image: ImageLike, name: str = "the image") -> np.ndarray:
             return to_rgb(turn_upright(image))
         except ValueError as error:
             raise DatasetError(f"{name} cannot be used: {error}") from error
-    if isinstance(image, Tensor):
+    if _is_tensor(image):
         kind, wanted = f"a tensor {tuple(image.shape)} of {image.dtype}", "(3, H, W) uint8"
         pixels: np.ndarray = image.movedim(0, -1).cpu().numpy()
     elif isinstance(image, np.ndarray):
@@ -52,6 +57,11 @@ def read_image(image: ImageLike, name: str = "the image") -> np.ndarray:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DatasetError(f"{name} is {kind}; give {wanted}, RGB from 0 to 255")
     return pixels
+
+
+def _is_tensor(image: Any) -> TypeGuard[Tensor]:
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    return torch is not None and isinstance(image, torch.Tensor)
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:

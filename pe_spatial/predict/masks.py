@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as run_lengths
 
 
 class MaskCrop(NamedTuple):
@@ -43,6 +42,8 @@ class MaskCrop(NamedTuple):
 
     def rle(self, size: tuple[int, int]) -> dict[str, Any]:
         """Return COCO's run lengths of the mask in an image (H, W), compressed, without writing it out."""
+        from pycocotools import mask as run_lengths
+
         height, width = size
         edges = np.diff(np.pad(self.pixels.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # (w, h + 1)
         columns, rows = edges.nonzero()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ from mmengine.utils import import_modules_from_strings
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.weights import load_weights
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.predict.inputs import ImageLike, ahead, is_single, read_image, read_images
+from pe_spatial.predict.inputs import ImageLike, read_image
 from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.models import find_meta, task_of, test_dataset, without_loading
-from pe_spatial.predict.results import Detections, Result, SegmentationMap
+from pe_spatial.predict.results import Detections, SegmentationMap
+from pe_spatial.predict.streaming import Streamed
 from pe_spatial.predict.tiles import choose_tile, merge_tiles, tile_corners
 
 if TYPE_CHECKING:
@@ -30,60 +31,13 @@ if TYPE_CHECKING:
     from pe_spatial.predict.words import NamedPredictor
 
 
-class Predictor:
-    """A trained model that takes images and returns results.
-
-    `task` is 'detection', 'segmentation', 'depth' or 'tracking'; `class_names` are the model's classes, if it has any.
-    """
-
-    task: str
-    class_names: tuple[str, ...] = ()
+class Predictor(Streamed):
+    """A trained model in torch that takes images and returns results."""
 
     def __init__(self, model: Any, *, device: str, dtype: torch.dtype | None = None, compile: bool = False) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         if compile:
             getattr(model, "module", model).backbone.compile()  # a module is inside of test-time augmentation
-
-    def __call__(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 1) -> Any:
-        """Return the result of one image, or the list of results of several.
-
-        Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W), both uint8 RGB, and may differ in size.
-        Raises DatasetError for an image that cannot be used.
-        """
-        if is_single(images):
-            return next(self.stream([images]))  # type: ignore[list-item]
-        return list(self.stream(images, batch_size=batch_size))  # type: ignore[arg-type]
-
-    def stream(self, images: Iterable[ImageLike], *, batch_size: int = 1) -> Iterator[Result]:
-        """Yield the result of each image, in order; images are read when they are needed.
-
-        Consecutive images run as one batch where the model gets them in one size, so that a batch changes nothing. A
-        thread reads and prepares the next images meanwhile.
-        """
-        if batch_size < 1:
-            raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
-        waiting: list[Any] = []
-        for item in ahead(map(self._prepare, read_images(images)), batch_size):
-            if waiting and self._shape(waiting[0]) != self._shape(item):
-                yield from self._predict(waiting)
-                waiting = []
-            waiting.append(item)
-            if len(waiting) == batch_size:
-                yield from self._predict(waiting)
-                waiting = []
-        if waiting:
-            yield from self._predict(waiting)
-
-    def _prepare(self, rgb: np.ndarray) -> Any:
-        """Return what `_predict` needs of an image (H, W, 3)."""
-        raise NotImplementedError
-
-    def _shape(self, item: Any) -> Any:
-        """Return what items of one batch must have in common."""
-        raise NotImplementedError
-
-    def _predict(self, items: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(torch.device(self.device).type, self.dtype) if self.dtype else nullcontext()

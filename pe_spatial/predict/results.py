@@ -1,4 +1,4 @@
-"""What a predictor returns: small typed objects in pixels of the original image.
+"""What a predictor returns: small typed objects in pixels of the original image. Importing it needs no torch.
 
 N detections, H x W pixels. Boxes are x0, y0, x1, y1.
 """
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pe_spatial.depth.outputs import depth_range, draw_depth
 from pe_spatial.errors import ConfigError, DatasetError, listed
-from pe_spatial.predict import drawing
 from pe_spatial.predict.inputs import ImageLike, read_image
 from pe_spatial.predict.masks import MaskCrop
 
@@ -95,6 +93,8 @@ class Detections:
 
     def draw(self, image: ImageLike) -> np.ndarray:
         """Return the image with boxes, masks, classes and scores, (H, W, 3) uint8 RGB."""
+        from pe_spatial.predict import drawing
+
         rgb = _checked(image, self.image_size)
         texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
         return drawing.draw_objects(rgb, self.boxes, self.labels.tolist(), texts, self.crops)
@@ -139,6 +139,8 @@ class SegmentationMap:
 
     def draw(self, image: ImageLike) -> np.ndarray:
         """Return the image under the half transparent colors of its classes, (H, W, 3) uint8 RGB."""
+        from pe_spatial.predict import drawing
+
         return drawing.draw_labels(_checked(image, self.image_size), self.labels, self.class_names, self.palette)
 
 
@@ -164,6 +166,8 @@ class DepthMap:
 
         The `image` is not needed; it is checked for its size, so that all results are drawn by the same call.
         """
+        from pe_spatial.depth.outputs import depth_range, draw_depth
+
         if image is not None:
             _checked(image, self.image_size)
         return draw_depth(self.depth, depth_range(self.depth, (2, 98)) or (0.0, 1.0), colors)
@@ -221,6 +225,8 @@ class Tracks:
 
     def draw(self, image: ImageLike, frame: int) -> np.ndarray:
         """Return the image of a frame with its masks, (H, W, 3) uint8 RGB."""
+        from pe_spatial.predict import drawing
+
         crops = self.objects[frame]
         boxes = np.array([crop.box for crop in crops.values()], np.float32).reshape(-1, 4)
         rgb = _checked(image, self.image_size)

@@ -1,0 +1,1 @@
+"""Exported models without torch: numpy, Pillow, and ONNX Runtime or OpenVINO."""
