@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.source} is not an encoder; only encoders are exported so far")
     exportable = build_encoder(
         args.source, weights=args.weights, layers=args.layers, geometry=args.geometry or "release", inputs=args.input,
-        whole_windows=args.whole_windows,
+        whole_windows=args.whole_windows or args.format == "torch",
     )  # fmt: skip
     manifest = export(exportable, args.out, form=args.format)
     print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.outputs)}")
