@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoders import TINY, TINY_NO_CLASS
+from helpers.versions import COMPILE
 from torch.testing import assert_close
 
 from pe_spatial import (
@@ -137,6 +138,7 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_NO_CLASS], ids=["class token", "no class token"])
+@COMPILE
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_trace_and_export_equal_eager(config, geometry):
     options = dict(GEOMETRIES[geometry])

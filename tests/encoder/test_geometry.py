@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from helpers.versions import COMPILE
 
 from pe_spatial import VARIANTS, Geometry, PerceptionEncoder
 from pe_spatial.encoder import vit
@@ -98,6 +99,7 @@ def test_another_depth_takes_the_nearest_recipe_and_says_so_once(caplog):
     ]
 
 
+@COMPILE
 def test_one_warning_where_the_released_geometry_meets_large_images(tiny, monkeypatch, caplog):
     monkeypatch.setattr(vit, "_warned", False)
     caplog.set_level("WARNING", logger=vit.__name__)

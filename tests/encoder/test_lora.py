@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from helpers.encoders import TINY
+from helpers.versions import SELECTIVE
 from torch.testing import assert_close
 
 from pe_spatial import PerceptionEncoder, from_pretrained, load_checkpoint
@@ -84,7 +85,7 @@ def test_dora_treats_the_norm_as_a_constant():
         assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("recomputed", [False, True, "selective"])
+@pytest.mark.parametrize("recomputed", [False, True, pytest.param("selective", marks=SELECTIVE)])
 @pytest.mark.parametrize("stages", [-1, 2])
 def test_gradients_reach_adapters_alone(tiny, stages, recomputed):
     options = dict(frozen_stages=stages, grad_checkpointing=recomputed)
@@ -100,6 +101,7 @@ def test_gradients_reach_adapters_alone(tiny, stages, recomputed):
     assert set(model.base_names) == {name for name, _ in model.named_parameters()} - found
 
 
+@SELECTIVE
 def test_recomputing_changes_no_gradient(tiny):
     grads = []
     for recomputed in (False, True, "selective"):

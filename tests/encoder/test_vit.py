@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.golden import checkpoint_file, read_arrays, read_json
+from helpers.versions import COMPILE, FLOAT16, SELECTIVE
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -194,7 +195,13 @@ def test_builds_and_runs_on_the_meta_device():
 
 
 @pytest.mark.parametrize(
-    "blocks", [True, (1, -1), "selective", {1: "full", -1: "selective"}], ids=["all", "some", "selective", "mixed"]
+    "blocks",
+    [
+        pytest.param(True, id="all"),
+        pytest.param((1, -1), id="some"),
+        pytest.param("selective", marks=SELECTIVE, id="selective"),
+        pytest.param({1: "full", -1: "selective"}, marks=SELECTIVE, id="mixed"),
+    ],
 )
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 @geometries
@@ -261,7 +268,9 @@ def test_frozen_stages(tiny, stages):
 
 @layouts
 @geometries
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 0.03), pytest.param(torch.float16, 0.004, marks=FLOAT16.marks)]
+)
 def test_half_precision_stays_close_to_float32(tiny, class_token, geometry, dtype, bound):
     """The mean error over the mean magnitude stays under four units in the last place of the type."""
     model = tiny(class_token, out_indices=(0, 3), **geometry)
@@ -280,6 +289,7 @@ def test_half_precision_stays_close_to_float32(tiny, class_token, geometry, dtyp
 # --- compilation
 
 
+@COMPILE
 @pytest.mark.parametrize(
     ("class_token", "geometry"), [(True, GEOMETRIES[0]), *((c, g) for c in (True, False) for g in GEOMETRIES[1:])]
 )
@@ -294,6 +304,7 @@ def test_compiles_without_graph_breaks_and_seldom_for_new_sizes(tiny, class_toke
     assert counter.frame_count <= 5
 
 
+@COMPILE
 def test_compiled_training_gives_the_same_gradients(tiny):
     torch._dynamo.reset()
     options = {**WINDOWED, "out_indices": (2,), "grad_checkpointing": (0, 2), "frozen_stages": 1}
@@ -302,6 +313,7 @@ def test_compiled_training_gives_the_same_gradients(tiny):
     assert_close(gradients(twin, images(80, 64)), gradients(model, images(80, 64)), **EXACT)
 
 
+@COMPILE
 @pytest.mark.slow
 def test_inductor_gives_the_same(tiny):
     torch._dynamo.reset()
@@ -315,7 +327,7 @@ def test_inductor_gives_the_same(tiny):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("patch", "size"), [(16, (64, 64)), (14, (28, 70)), (8, (40, 16)), (1, (3, 5))])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16, torch.float32])
 def test_patch_embedding_equals_its_convolution(dtype, patch, size, layout):
     """Outputs, and gradients of images and weights; in float32 to the last bit."""
     embed = PatchEmbed(3, 8, patch).to(dtype).to(memory_format=layout)
@@ -349,6 +361,7 @@ def test_patch_embedding_as_a_matrix_product_is_exact():
     assert not torch.equal(results[0][0], results[1][0])  # the matrix product did run
 
 
+@COMPILE
 def test_patch_embedding_in_16_bits_compiles_and_runs_without_values():
     torch._dynamo.reset()
     embed, counter = PatchEmbed(3, 8, 16).bfloat16(), CompileCounterWithBackend("eager")
