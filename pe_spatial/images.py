@@ -181,3 +181,16 @@ def _describe(data: bytes) -> str:
         if start.startswith(first_bytes.lower()):
             return f"{kind}. {remedy}"
     return f"not a readable image ({len(data)} bytes). Replace it or remove it from the dataset"
+
+
+def bilinear_weights(size: int, out: int, *, antialias: bool = False) -> np.ndarray:
+    """Return the matrix (out, size) float64 of a bilinear resize of one side, as torch's with align_corners off.
+
+    `antialias` widens the filter when `out` is smaller, as Pillow does.
+    """
+    scale = size / out
+    centers = (np.arange(out) + 0.5) * scale - 0.5
+    if antialias:
+        weights = np.maximum(1 - np.abs(np.arange(size) - centers[:, None]) / max(scale, 1.0), 0.0)
+        return weights / weights.sum(1, keepdims=True)
+    return np.maximum(1 - np.abs(np.arange(size) - centers.clip(0, size - 1)[:, None]), 0.0)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pe_spatial.errors import DatasetError
-from pe_spatial.images import decode_rgb, read_rgb
+from pe_spatial.images import bilinear_weights, decode_rgb, read_rgb
 
 RAMP = np.arange(20 * 30, dtype=np.uint32).reshape(20, 30)
 PIXELS = np.stack([RAMP % 256, RAMP // 3 % 256, RAMP // 256 * 100], axis=2).astype(np.uint8)
@@ -150,3 +150,13 @@ def test_avif_is_read_or_named(tmp_path):
         return
     Image.fromarray(PIXELS).save(tmp_path / "a.avif")
     assert read_rgb(tmp_path / "a.avif").shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(("size", "out"), [(7, 7), (64, 16), (16, 61), (61, 16), (5, 3), (1, 4), (480, 128)])
+def test_bilinear_weights_resize_as_torch_does(size, out, antialias):
+    torch = pytest.importorskip("torch")
+    image = np.random.default_rng(0).random((size, 9))
+    options = dict(size=(out, 9), mode="bilinear", align_corners=False, antialias=antialias)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(image)[None, None], **options)[0, 0]
+    np.testing.assert_allclose(bilinear_weights(size, out, antialias=antialias) @ image, expected, atol=1e-12)

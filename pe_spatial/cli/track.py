@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.encoder.files import locate, read_checkpoint
     from pe_spatial.engine.configs import config_in, read_config
     from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+    from pe_spatial.tracking.sam2.online import track_clip
     from pe_spatial.tracking.sam2.streaming import StreamingTracker
-    from pe_spatial.tracking.sam2.tracker import track_clip
     from pe_spatial.tracking.vos.clip import Clip, overlay
     from pe_spatial.tracking.vos.masks import write_mask
     from pe_spatial.video import mp4_writer

@@ -14,9 +14,9 @@ from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.predictor import Predictor
 from pe_spatial.predict.results import Tracks
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+from pe_spatial.tracking.sam2.online import track_clip
 from pe_spatial.tracking.sam2.prompts import Prompt
 from pe_spatial.tracking.sam2.streaming import StreamingTracker
-from pe_spatial.tracking.sam2.tracker import track_clip
 from pe_spatial.tracking.vos.clip import Clip
 
 Prompts = Mapping[int, Mapping[int, Prompt]]

@@ -1,4 +1,7 @@
-"""Prompts: masks, clicks and boxes in pixels of a frame, checked and brought to the size of the model's image."""
+"""Prompts: masks, clicks and boxes in pixels of a frame, checked and brought to the size of the model's image.
+
+Importing it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pe_spatial.errors import DatasetError
+from pe_spatial.images import bilinear_weights
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,12 +38,12 @@ class Prompt:
 
 
 class Clicks(NamedTuple):
-    points: Tensor  # (n, 2), in pixels of the model's image
-    labels: Tensor  # (n,): 0 beside the object, 1 on it, or `BOX_CORNERS`
+    points: np.ndarray  # (n, 2) float32, in pixels of the model's image
+    labels: np.ndarray  # (n,) int32: 0 beside the object, 1 on it, or `BOX_CORNERS`
 
 
-def read_prompt(where: str, prompt: Prompt, size: tuple[int, int], side: int) -> Clicks | Tensor:
-    """Return clicks, or a mask (1, S, S) of 0 and 1, on the CPU; DatasetError for a prompt that cannot be used.
+def read_prompt(where: str, prompt: Prompt, size: tuple[int, int], side: int) -> Clicks | np.ndarray:
+    """Return clicks, or a mask (1, S, S) float32 of 0 and 1; DatasetError for a prompt that cannot be used.
 
     `where` is the name of the prompt in error messages, `size` (H, W) of the frame, `side` S of the model's image.
     """
@@ -77,11 +78,11 @@ def _read_clicks(where: str, prompt: Prompt, size: tuple[int, int], side: int) -
                 f"{where} has the box {box.tolist()}; expected x0 < x1 and y0 < y1 within the frame of {width}x{height}"
             )
         points, labels = np.concatenate((box.reshape(2, 2), points)), np.concatenate((BOX_CORNERS, labels))
-    scaled = torch.from_numpy(points).float() / torch.tensor([width, height]) * side
-    return Clicks(scaled, torch.from_numpy(labels).int())
+    scaled = points.astype(np.float32) / np.array([width, height], np.float32) * np.float32(side)
+    return Clicks(scaled, labels.astype(np.int32))
 
 
-def _read_mask(where: str, mask: ArrayLike | None, size: tuple[int, int], side: int) -> Tensor:
+def _read_mask(where: str, mask: ArrayLike | None, size: tuple[int, int], side: int) -> np.ndarray:
     values = _numbers(where, mask)
     if values.shape != size or not ((values == 0) | (values == 1)).all():
         raise DatasetError(
@@ -90,17 +91,16 @@ def _read_mask(where: str, mask: ArrayLike | None, size: tuple[int, int], side: 
         )
     if not values.any():
         raise DatasetError(f"{where} has an empty mask; omit the prompt if the object is not in the frame")
-    small = torch.from_numpy(values).float()[None]
-    if size != (side, side):
-        small = F.interpolate(small[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
+    rows, columns = (bilinear_weights(length, side, antialias=True) for length in size)
+    small = (rows @ values @ columns.T).astype(np.float32)  # rounded, so that half covered pixels are exactly 0.5
     # sam2 takes pixels that are half covered; an object smaller than that keeps the pixel that it covers most
-    return (small >= small.max().clamp(max=0.5)).float()
+    return (small >= min(small.max(), 0.5)).astype(np.float32)[None]
 
 
 def _numbers(where: str, values: ArrayLike | None) -> np.ndarray:
     """Return finite float32 numbers."""
     try:
-        array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        array = values.cpu().numpy() if hasattr(values, "cpu") else np.asarray(values)
         array = array.astype(np.float32)
     except (TypeError, ValueError):
         array = np.full(1, np.nan, np.float32)

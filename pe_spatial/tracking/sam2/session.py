@@ -17,8 +17,9 @@ from torch import Tensor
 from pe_spatial.atomic import atomic_write
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb
+from pe_spatial.tracking.sam2.online import Snapshot
 from pe_spatial.tracking.sam2.prompts import Prompt
-from pe_spatial.tracking.sam2.streaming import Snapshot, StreamingTracker
+from pe_spatial.tracking.sam2.streaming import StreamingTracker
 from pe_spatial.tracking.vos.clip import Clip, overlay
 from pe_spatial.tracking.vos.masks import PALETTE, VOID, join_masks, read_mask, write_mask
 from pe_spatial.video import mp4_writer

@@ -1,7 +1,6 @@
 """SAM 2 on a Perception Encoder as an mmengine model: trained on clips, evaluated on videos."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -16,7 +15,7 @@ from torch import Tensor
 import pe_spatial.engine
 import pe_spatial.integrations.openmmlab  # noqa: F401  (both register optimizers and hooks)
 from pe_spatial.encoder.checkpoint import load_checkpoint
-from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.errors import ConfigError
 from pe_spatial.planning.registry import register_example, total_loss
 from pe_spatial.tracking.sam2.losses import MultiStepLoss
 from pe_spatial.tracking.sam2.model import IMAGENET_MEAN, IMAGENET_STD, build_pe_sam2, load_sam2_weights
@@ -25,8 +24,6 @@ from pe_spatial.tracking.sam2.streaming import StreamingTracker
 from pe_spatial.tracking.sam2.training import Prompting, predict_clip
 from pe_spatial.tracking.vos.clip import Clip
 from pe_spatial.tracking.vos.masks import join_masks
-
-_log = logging.getLogger(__name__)
 
 PROMPTS = ("mask", "box", "click")
 
@@ -158,25 +155,6 @@ class PESAM2(BaseModel):
         for _ in range(self.corrections if truth else 0):
             masks |= tracker.refine({i: _click(mask, masks[i].cpu().numpy()) for i, mask in truth.items()})
         return {i: mask.cpu().numpy() for i, mask in masks.items()}
-
-
-def track_clip(
-    tracker: StreamingTracker, clip: Clip, prompts: Mapping[int, Mapping[int, Prompt]]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield the name, the image (H, W, 3) uint8 RGB and the index mask (H, W) uint8 of each frame.
-
-    The masks of `tracker` must not overlap; those of `clip` are not read. `prompts` are frame number -> object id ->
-    `Prompt`; DatasetError for a frame that does not exist, or a warning where only the end of a video file shows it.
-    """
-    last, count = max(prompts, default=0), 0
-    if last >= len(clip) > 0:
-        raise DatasetError(f"{clip.name} has {len(clip)} frames, so there is no frame {last} to prompt on")
-    for name, rgb in clip.read():
-        masks = tracker.step(rgb, prompts.get(count))
-        count += 1
-        yield name, rgb, join_masks({i: mask.cpu().numpy() for i, mask in masks.items()}, rgb.shape[:2])
-    if last >= count:
-        _log.warning("%s has %d frames, so there is no frame %d to prompt on", clip.name, count, last)
 
 
 def _click(truth: np.ndarray, predicted: np.ndarray | None = None) -> Prompt:

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
+from pe_spatial.tracking.sam2.online import History, Input, Memory, closest
 from pe_spatial.tracking.sam2.prompts import Prompt, read_prompt
-from pe_spatial.tracking.sam2.streaming import StreamingTracker, _Input, _Memory, _Object
+from pe_spatial.tracking.sam2.streaming import StreamingTracker
 
 pytest.importorskip("sam2")
 
@@ -173,7 +174,8 @@ def test_equals_reference_with_two_conditioning_frames_and_short_memory(golden, 
     """The later conditioning frame runs first, and on it an object is absent: not for a stream, but for its parts."""
     case = Case(golden / "sam2", "two_conditioning_frames_short_memory", tmp_path)
     for t in [0, 5, *(t for t in range(case.frames) if t not in (0, 5))]:
-        prompts = {i: _Input(mask=mask.float()[None]) for i, mask in enumerate(case.mask(t))} if t in (0, 5) else {}
+        masks = case.mask(t).float().numpy() if t in (0, 5) else ()
+        prompts = {i: Input(mask=mask[None]) for i, mask in enumerate(masks)}
         inputs = case.tracker._inputs(t, prompts)
         case.tracker._commit(t, case.tracker._track(case.features(t), inputs), set(prompts))
         case.check(t, outputs, 5e-4)
@@ -196,8 +198,8 @@ def test_each_frame_equals_reference_with_the_recorded_memories(golden, tmp_path
         seen = [*prompted, *(f for f in range(t) if f not in prompted)]
         for i in range(2):
             keys = {f: (f"frame{f}/obj_ptr", f"frame{f}/maskmem_features") for f in seen}
-            memories = {f: _Memory(*(case.tensor(key)[i] for key in pair)) for f, pair in keys.items()}
-            case.tracker._objects[i] = _Object(
+            memories = {f: Memory(*(case.tensor(key)[i] for key in pair)) for f, pair in keys.items()}
+            case.tracker._objects[i] = History(
                 {f: m for f, m in memories.items() if f in prompted},
                 {f: m for f, m in memories.items() if f not in prompted},
             )
@@ -537,7 +539,7 @@ def test_memory_is_flat_over_10000_frames_with_an_object_from_frame_5000(model, 
                 assert len(tracked.tracked) <= 15 + 6 * stride
                 assert sum(memory.features is not None for memory in tracked.tracked.values()) <= 7
         prompted = {t} & {0, 5000}
-        outputs = {i: SimpleNamespace(memory=_Memory(t, t)) for i in {*tracker._objects, *prompted}}
+        outputs = {i: SimpleNamespace(memory=Memory(t, t)) for i in {*tracker._objects, *prompted}}
         tracker._commit(t, outputs, prompted)
 
 
@@ -563,11 +565,22 @@ def test_a_prompted_frame_that_is_dropped_counts_as_any_other(short):
 
 def test_the_model_may_read_fewer_prompted_frames_than_are_kept(model, monkeypatch):
     monkeypatch.setattr(model, "max_cond_frames_in_attn", 2)
-    frames = {t: _Memory(f"pointer {t}", f"features {t}") for t in (0, 3, 6)}
-    bank = StreamingTracker(model)._bank(_Object(prompted=frames), 8)
+    frames = {t: Memory(f"pointer {t}", f"features {t}") for t in (0, 3, 6)}
+    bank = StreamingTracker(model)._bank(History(prompted=frames), 8)
     # 0 is among the last memories no more, but among the last pointers
     assert bank.memories == [(-1, "features 6"), (-1, "features 3")]
     assert bank.pointers == [(2, "pointer 6"), (5, "pointer 3"), (8, "pointer 0")]
+
+
+@pytest.mark.parametrize("count", [-1, 2, 3, 9])
+def test_the_prompted_frames_that_are_read_are_those_of_the_package(count):
+    from sam2.modeling.sam2_utils import select_closest_cond_frames
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        frames = rng.permutation(20)[: rng.integers(1, 7)].tolist()
+        expected, _ = select_closest_cond_frames(10, dict.fromkeys(frames), count)
+        assert closest(frames, 10, count) == list(expected)
 
 
 def test_an_object_that_is_removed_leaves_nothing(short):
