@@ -38,7 +38,7 @@ ARROWS = {
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
     "predict": {"predict", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
-    "runtime": {"runtime", "predict"} | GROUND,
+    "runtime": {"runtime", "predict", "tracking"} | GROUND,
     "export": {"export", "runtime", "predict", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
     "alignment": {"alignment", "encoder", "data", "features"} | TASKS | SERVICES | GROUND,

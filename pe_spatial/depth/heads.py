@@ -137,4 +137,6 @@ def check_depth_range(min_depth: float, max_depth: float) -> None:
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize (B, C, h, w) bilinearly, align_corners off, unless it has that size."""
     size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+    # the sizes of a program that is exported are symbols, which a comparison would fix
+    same = all(type(side) is int for side in (*size, *x.shape[-2:])) and x.shape[-2:] == size
+    return x if same else F.interpolate(x, size, mode="bilinear", align_corners=False)

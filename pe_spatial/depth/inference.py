@@ -47,10 +47,10 @@ class DepthPredictor:
         file = read_checkpoint(path)
         self.training_size = _training_size(file.rest)
         steps = cfg.test_dataloader.dataset.pipeline
-        steps = [step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")]
+        self.steps = [step for step in steps if not str(step["type"]).rpartition(".")[2].startswith("Load")]
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmseg")):
             self.model = MODELS.build({**cfg.model, "losses": []}).eval().to(device)
-            self._prepare = Compose(steps)
+            self._prepare = Compose(self.steps)
         state = {name: x for name, x in file.state.items() if not name.startswith("losses.")}
         add_base(self.model, file.rest.get("meta"), {"": state}, path)
         try:

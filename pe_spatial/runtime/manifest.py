@@ -58,8 +58,9 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json with the hashes of the files in `folder`, the certificate excepted."""
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if not is_report(path.name)}
+    """Write manifest.json with the hashes of all files in `folder` and its folders, the certificate excepted."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: sha256(folder / name) for name in names if not is_report(name)}
     write_json(folder / NAME, {**asdict(manifest), "files": files})
 
 

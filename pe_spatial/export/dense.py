@@ -1,0 +1,142 @@
+"""Depth estimators and segmenters as modules that can be exported: pixels in, a map of their size out.
+
+Resizing to the size that the network wants, sliding windows, and resizing back are the runtime's, as they are the
+predictor's; normalization, padding, flips and the range of depth are in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.engine.nodes import type_name
+from pe_spatial.errors import ConfigError
+from pe_spatial.export.encoder import encoder_facts
+from pe_spatial.export.graph import Exportable
+
+
+class DepthGraph(nn.Module):
+    """A `DepthEstimator` on a complete image or on a window, with its flips."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.bgr = model, _reads_bgr(model.data_preprocessor)
+        _copy_statistics(self, model.data_preprocessor)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        """(B, H, W, 3) uint8 RGB -> depth (B, H, W)."""
+        return (self.model._view(_normalized(pixels, self))[:, 0],)
+
+
+class LogitsGraph(nn.Module):
+    """An `EncoderDecoder` of MMSegmentation on a complete image or on a window."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.bgr = model, _reads_bgr(model.data_preprocessor)
+        _copy_statistics(self, model.data_preprocessor)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        """(B, H, W, 3) uint8 RGB -> logits (B, classes, H, W)."""
+        head = self.model.decode_head
+        logits = head(self.model.extract_feat(_normalized(pixels, self)))
+        size = pixels.shape[1:3]
+        return (F.interpolate(logits, size, mode="bilinear", align_corners=self.model.align_corners),)
+
+
+def depth_graph(predictor: Any, *, source: str = "") -> Exportable:
+    """Return a depth estimator to export; `predictor` is what `pe_spatial.load` returns for it.
+
+    Raises ConfigError for a step of the test pipeline, or a padding, that the runtime does not do.
+    """
+    model = predictor.model
+    steps = [type_name(step) for step in predictor.estimator.steps]
+    _check_pipeline([step for step in steps if not step.startswith("Pack")])
+    if model.data_preprocessor.pad_size_divisor != 1:
+        raise ConfigError("a pad_size_divisor of a depth estimator is not exported; remove it from data_preprocessor")
+    options = dict(quantity=predictor.quantity, size=predictor.size, windows=_windows(model.test_cfg), scale=None)
+    return _dense(DepthGraph(model), "depth", "depth", options, model, source)
+
+
+def segmenter_graph(predictor: Any, *, source: str = "") -> Exportable:
+    """Return a segmenter to export; `predictor` is what `pe_spatial.load` returns for it.
+
+    Raises ConfigError for a step of the test pipeline, a padding or a head that the runtime does not do.
+    """
+    model, scale = predictor.model, None
+    for step in predictor.pipeline.transforms:
+        kind = type(step).__name__
+        if kind == "Resize" and step.keep_ratio and step.backend == "cv2" and step.interpolation == "bilinear":
+            scale = list(step.scale)
+        elif not kind.startswith(("Pack", "Load")):
+            _check_pipeline([kind])
+    if getattr(model, "decode_head", None) is None or isinstance(model.decode_head, nn.ModuleList):
+        raise ConfigError(f"a {type(model).__name__} is not exported; segmenters with one decode_head are")
+    if model.out_channels == 1:
+        raise ConfigError("a segmenter of one class with a threshold is not exported; train it with two classes")
+    if model.data_preprocessor.test_cfg:
+        raise ConfigError("padding of test images (data_preprocessor.test_cfg) is not exported; remove it")
+    palette = predictor.meta.get("palette")
+    options = dict(
+        scale=scale, windows=_windows(model.test_cfg), palette=palette and [list(map(int, color)) for color in palette],
+        align_corners=model.align_corners,
+    )  # fmt: skip
+    graph = _dense(LogitsGraph(model), "segmentation", "logits", options, model, source)
+    graph.class_names = predictor.class_names
+    return graph
+
+
+def _dense(module: nn.Module, task: str, output: str, options: dict[str, Any], model: Any, source: str) -> Exportable:
+    patch = getattr(model.backbone, "patch_size", 16)
+    # grids of odd and different sides, so that nothing is special
+    example = torch.randint(0, 256, (2, 7 * patch - 3, 5 * patch - 2, 3), dtype=torch.uint8)
+    facts = encoder_facts(model.backbone) if isinstance(model.backbone, PerceptionEncoder) else {}
+    return Exportable(
+        module=module,
+        task=task,
+        inputs={"pixels": example},
+        dynamic={"pixels": {0: "batch", 1: "height", 2: "width"}},
+        outputs=[output],
+        torch_minimum=2 * patch,
+        model=facts | dict(type=type(model).__name__, source=source),
+        options=options,
+    )
+
+
+def _windows(test_cfg: Any) -> dict[str, list[int]] | None:
+    if test_cfg["mode"] == "whole":
+        return None
+    return dict(size=list(test_cfg["crop_size"]), stride=list(test_cfg["stride"]))
+
+
+def _check_pipeline(steps: list[str]) -> None:
+    if steps:
+        raise ConfigError(
+            f"the test pipeline has a {steps[0]}, which is not exported; a Resize(keep_ratio=True) of a segmenter is"
+        )
+
+
+def _reads_bgr(processor: Any) -> bool:
+    return not getattr(processor, "channel_conversion", getattr(processor, "_channel_conversion", False))
+
+
+def _copy_statistics(module: nn.Module, processor: Any) -> None:
+    for name in ("mean", "std"):
+        module.register_buffer(name, getattr(processor, name).detach().clone().flatten().float(), persistent=False)
+
+
+def _normalized(pixels: Tensor, graph: Any) -> Tensor:
+    images = pixels.float()
+    if graph.bgr:
+        images = images.flip(-1)
+    return ((images - graph.mean) / graph.std).permute(0, 3, 1, 2)

@@ -1,0 +1,99 @@
+"""Exported depth estimators and segmenters: images in, `DepthMap` and `SegmentationMap` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pe_spatial.predict.results import DepthMap, SegmentationMap
+from pe_spatial.predict.streaming import Streamed
+from pe_spatial.runtime.manifest import read_manifest
+from pe_spatial.runtime.resize import resize_area, resize_bilinear, resize_pixels
+from pe_spatial.runtime.sessions import open_session
+
+
+class ExportedDense(Streamed):
+    """A model whose graph returns a map of the size of its image.
+
+    Args:
+        folder: what `pe-spatial export` wrote.
+        options: `backend` and `threads`, see `open_session`.
+    """
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.class_names = tuple(self.manifest.class_names)
+        self.session = open_session(self.folder, self.manifest, **options)
+
+    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
+        return rgb
+
+    def _shape(self, item: np.ndarray) -> Any:
+        return item.shape
+
+    def maps(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, H, W, 3) -> (B, ..., H, W), the average of windows if the model was made for them."""
+        (name,) = self.manifest.outputs
+        windows = self.manifest.options["windows"]
+        if windows is None:
+            return self.session.run({"pixels": pixels})[name]
+        total, count = np.zeros(1, np.float32), np.zeros(pixels.shape[1:3], np.float32)
+        for rows, columns in product(*(_spans(*sides) for sides in zip(pixels.shape[1:], *windows.values()))):  # noqa: B905
+            part = self.session.run({"pixels": np.ascontiguousarray(pixels[:, rows, columns])})[name]
+            if total.ndim == 1:
+                total = np.zeros((*part.shape[:-2], *pixels.shape[1:3]), np.float32)
+            total[..., rows, columns] += part
+            count[rows, columns] += 1
+        return total / count
+
+
+class ExportedDepth(ExportedDense):
+    """Depth in meters; `size` is the short side in pixels that the model gets, at first that of its training images."""
+
+    task = "depth"
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.quantity: str = self.manifest.options["quantity"]
+        self.size: int | None = self.manifest.options["size"]
+
+    def _predict(self, items: Sequence[np.ndarray]) -> list[DepthMap]:
+        size, short = items[0].shape[:2], min(items[0].shape[:2])
+        pixels = np.stack(items)
+        if self.size not in (None, short):
+            height, width = (max(1, round(side * self.size / short)) for side in size)
+            resize = resize_area if self.size < short else resize_pixels
+            pixels = np.stack([resize(item, (height, width)) for item in items])
+        return [DepthMap(depth=resize_bilinear(depth, size), quantity=self.quantity) for depth in self.maps(pixels)]
+
+
+class ExportedSegmenter(ExportedDense):
+    """The class of each pixel."""
+
+    task = "segmentation"
+
+    def _predict(self, items: Sequence[np.ndarray]) -> list[SegmentationMap]:
+        options, size = self.manifest.options, items[0].shape[:2]
+        pixels = np.stack(items)
+        if options["scale"] is not None:
+            factor = min(max(options["scale"]) / max(size), min(options["scale"]) / min(size))
+            height, width = (int(side * factor + 0.5) for side in size)
+            pixels = np.stack([resize_pixels(item, (height, width)) for item in items])
+        results = []
+        for logits in self.maps(pixels):
+            logits = resize_bilinear(logits, size, align_corners=options["align_corners"])
+            labels = logits.argmax(0).astype(np.int64)
+            results.append(SegmentationMap(labels=labels, class_names=self.class_names, palette=options["palette"]))
+        return results
+
+
+def _spans(side: int, window: int, stride: int) -> Iterator[slice]:
+    """Yield where windows lie along one side; the last one ends at its end, and a short side has one."""
+    last = max(side - window, 0)
+    for first in [*range(0, last, stride), last]:
+        yield slice(first, first + window)

@@ -1,0 +1,256 @@
+"""The parts of a tracker and what streams through them equal the tracker in torch, frame by frame."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.golden import read_arrays, read_weights
+from torch.testing import assert_close
+
+from pe_spatial import EncoderConfig
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
+from pe_spatial.tracking.sam2.online import History, Memory
+from pe_spatial.tracking.sam2.prompts import Prompt
+from pe_spatial.tracking.sam2.streaming import StreamingTracker
+
+pytest.importorskip("sam2")
+from pe_spatial.export.tracker import PARTS, export_tracker, stream_options, tracker_parts
+from pe_spatial.runtime.tracker import ExportedStream, ExportedTracker
+
+TINY = EncoderConfig(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+BACKENDS = ("onnxruntime", "openvino")
+CLICK = Prompt(points=[[30, 20]], labels=[1])
+CLICKS = Prompt(points=[[30, 20], [50, 40]], labels=[1, 0])
+BOX = Prompt(box=[10, 5, 60, 40])
+
+
+def build(randomize, **flags):
+    torch.manual_seed(0)
+    model = randomize(build_pe_sam2(TINY, 4, flags=flags, d_model=32, mem_dim=8, layers=2, feedforward=32))
+    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)
+    return model
+
+
+class Modules:
+    """The parts as modules in torch, in the place of an `ExportedTracker`."""
+
+    def __init__(self, model):
+        self.parts, self.manifest = tracker_parts(model), SimpleNamespace(options=stream_options(model))
+        self.mask_size = 4 * model.sam_image_embedding_size
+
+    def run(self, part, **values):
+        one = self.parts[part]
+        with torch.no_grad():
+            found = one.module(*(torch.from_numpy(np.ascontiguousarray(values[name])) for name in one.inputs))
+        return {name: value.numpy() for name, value in zip(one.outputs, found, strict=True)}
+
+
+def clip(frames, size=(60, 80)):
+    small = torch.from_numpy(np.random.default_rng(0).random((1, 3, 6, 8 + frames)))
+    wide = torch.nn.functional.interpolate(small, (size[0], size[1] + 4 * frames), mode="bicubic")[0].clamp(0, 1)
+    views = [wide[:, :, 4 * t : 4 * t + size[1]] for t in range(frames)]
+    return [(view.permute(1, 2, 0) * 255).byte().numpy() for view in views]
+
+
+def square():
+    mask = np.zeros((60, 80), bool)
+    mask[10:40, 20:60] = True
+    return Prompt(mask=mask)
+
+
+def run(tracker, frames):
+    """Logits of every frame: clicks, a mask and a box, on new and tracked objects, and corrections."""
+    steps = {0: {1: CLICK, 2: square()}, 3: {1: CLICKS, 7: BOX}}
+    corrections = {1: {1: CLICK}, 5: {2: CLICKS}}
+    for t, frame in enumerate(frames):
+        yield tracker.step_logits(frame, steps.get(t))
+        if t in corrections:
+            yield tracker.refine_logits(corrections[t])
+
+
+def check_stream(model, network, *, atol, frames=9, **options):
+    streams = (StreamingTracker(model, **options), ExportedStream(network, **options))
+    for theirs, ours in zip(*(run(stream, clip(frames)) for stream in streams), strict=True):
+        assert set(ours) == set(theirs)
+        for i, logits in theirs.items():
+            assert_close(torch.from_numpy(ours[i]), logits, rtol=0, atol=atol)
+    assert all(0.02 < (x > 0).double().mean() < 0.98 for x in theirs.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        dict(num_maskmem=3, max_obj_ptrs_in_encoder=4, memory_temporal_stride_for_eval=2, max_cond_frames_in_attn=2),
+        dict(binarize_mask_from_pts_for_mem_enc=True, use_high_res_features_in_sam=False),
+        dict(multimask_max_pt_num=0, sam_mask_decoder_extra_args=dict(dynamic_multimask_via_stability=True)),
+    ],
+    ids=["release", "short memory", "binarized", "stability"],
+)
+def test_parts_and_runtime_equal_the_tracker(randomize, flags):
+    model = build(randomize, **flags)
+    check_stream(model, Modules(model), atol=2e-3, non_overlapping="num_maskmem" in flags)
+
+
+def test_an_object_that_is_not_there(randomize):
+    model = build(randomize)
+    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(-50)
+    streams = (StreamingTracker(model), ExportedStream(Modules(model)))
+    for frame in clip(3):
+        prompts = {1: CLICK} if frame is not None and not streams[0].objects else None
+        theirs, ours = (stream.step_logits(frame, prompts)[1] for stream in streams)
+        assert (theirs == -1024).all()
+        assert (ours == -1024).all()
+        memory = [stream._objects[1] for stream in streams]
+        for a, b in zip(*({**m.prompted, **m.tracked}.values() for m in memory), strict=True):
+            assert_close(torch.from_numpy(b.features), a.features, rtol=0, atol=1e-4)
+            assert_close(torch.from_numpy(b.pointer), a.pointer, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(randomize, tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("exported") / "tracker"
+    export_tracker(build(randomize), out)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stream_in_another_runtime_equals_the_tracker(randomize, folder, backend):
+    network = ExportedTracker(folder, backend=backend, threads=1)
+    check_stream(build(randomize), network, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_masks_of_a_clip_are_those_of_the_tracker(randomize, folder):
+    """IoU of at least 0.999 on each frame."""
+    model = build(randomize)
+    streams = (StreamingTracker(model, non_overlapping=True), ExportedTracker(folder, threads=1).start())
+    for t, frame in enumerate(clip(30)):
+        theirs, ours = (stream.step(frame, {1: CLICK, 2: square()} if t == 0 else None) for stream in streams)
+        for i, mask in theirs.items():
+            assert (ours[i] & mask.numpy()).sum() >= 0.999 * (ours[i] | mask.numpy()).sum()
+
+
+@pytest.mark.slow
+def test_folders_and_prompts_that_do_not_fit_are_refused(folder, tmp_path):
+    import shutil
+
+    with pytest.raises(ConfigError, match="not empty"):
+        export_tracker(None, folder)
+    tracker = ExportedTracker(folder)
+    with pytest.raises(DatasetError, match="no object to track"):
+        tracker(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "mask_decoder" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"do not belong together: mask_decoder/manifest.json"):
+        ExportedTracker(copy)
+
+
+# -- reference values
+
+
+SMALL = dict(d_model=32, mem_dim=8, layers=2, feedforward=96)
+GOLDEN = (
+    "mask_prompt_stride16",
+    "mask_prompt_stride14",
+    "point_prompt_stride16",
+    "two_conditioning_frames_short_memory",
+)
+
+
+class Recorded:
+    """An exported tracker whose image encoder gives the recorded pyramid of one frame after the other."""
+
+    def __init__(self, network, model, levels):
+        self.network, self.frame, self.no_memory = network, 0, model.no_mem_embed.detach().numpy().reshape(1, -1, 1, 1)
+        self.manifest, self.mask_size = network.manifest, network.mask_size
+        with torch.no_grad():
+            fine, middle = (getattr(model.sam_mask_decoder, f"conv_s{i}")(levels[i]).numpy() for i in (0, 1))
+        self.levels = dict(image=levels[2].numpy(), middle=middle, fine=fine)
+
+    def run(self, part, **values):
+        if part != "image_encoder":
+            return self.network.run(part, **values)
+        found = {name: level[self.frame : self.frame + 1] for name, level in self.levels.items()}
+        return {**found, "fresh": found["image"] + self.no_memory}
+
+
+def golden_case(golden, name, tmp_path):
+    """Return the model, the recorded features and the recorded values."""
+    changed = {}
+    if "short_memory" in name:
+        changed = dict(num_maskmem=3, max_obj_ptrs_in_encoder=4, memory_temporal_stride_for_eval=2)
+        changed |= dict(max_cond_frames_in_attn=-1)
+    size = 224 if "stride14" in name else 256
+    encoder = EncoderConfig(img_size=size, patch_size=size // 16, embed_dim=32, depth=1, num_heads=2)
+    model = build_pe_sam2(encoder, 16, true_stride=True, flags=changed, **SMALL)
+    weights = read_weights(golden / "weights.pt")
+    weights["maskmem_tpos_enc"] = weights["maskmem_tpos_enc"][: model.num_maskmem]
+    torch.save({"model": weights}, tmp_path / "weights.pt")
+    load_sam2_weights(model, tmp_path / "weights.pt")
+    features = read_arrays(golden / "features.npz")
+    levels = [torch.from_numpy(features[f"stride{s}"]).float() / 24 for s in (4, 8, 16)]
+    return model, levels, read_arrays(golden / f"{name}.npz")
+
+
+def check_golden(model, levels, values, network, name):
+    """Each frame from the recorded memories of the frames before it; and prompts."""
+    stream = ExportedStream(Recorded(network, model, levels), num_frames=len(levels[0]))
+    prompted = [0, 5] if "two" in name else [0]
+    frame = np.zeros((model.image_size, model.image_size, 3), np.uint8)
+    if name != "two_conditioning_frames_short_memory":
+        points = "point" in name
+        given = {
+            i: Prompt(points=values["input/points_frame0"][i], labels=values["input/labels_frame0"][i])
+            if points
+            else Prompt(mask=np.unpackbits(values["input/mask_frame0"], axis=-1)[i])
+            for i in range(2)
+        }
+        outputs = stream._track(stream._encode(frame), stream._inputs(0, stream._prompts(0, given, frame)))
+        check_outputs(values, 0, outputs)
+    for t in [t for t in range(len(levels[0])) if t not in prompted]:
+        seen = [*prompted, *(f for f in range(t) if f not in prompted)]
+        for i in range(2):
+            names = ("obj_ptr", "maskmem_features")
+            memories = {f: Memory(*(values[f"frame{f}/{key}"][i] for key in names)) for f in seen}
+            stream._objects[i] = History(
+                {f: m for f, m in memories.items() if f in prompted},
+                {f: m for f, m in memories.items() if f not in prompted},
+            )
+        stream.network.frame = t
+        check_outputs(values, t, stream._track(stream._encode(frame), stream._inputs(t, {})))
+
+
+def check_outputs(values, t, outputs):
+    for i, out in outputs.items():
+        for name, value in {
+            "low_res_masks": out.logits[None],
+            "object_score_logits": out.score,
+            "obj_ptr": out.memory.pointer,
+            "maskmem_features": out.memory.features,
+        }.items():
+            np.testing.assert_allclose(value, values[f"frame{t}/{name}"][i], rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(golden, tmp_path, name):
+    model, levels, values = golden_case(golden / "sam2", name, tmp_path)
+    check_golden(model, levels, values, Modules(model), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values_in_another_runtime(golden, tmp_path, name, backend):
+    model, levels, values = golden_case(golden / "sam2", name, tmp_path)
+    export_tracker(model, tmp_path / "out")
+    check_golden(model, levels, values, ExportedTracker(tmp_path / "out", backend=backend, threads=1), name)
+
+
+def test_parts_are_those_that_are_written(randomize):
+    assert tuple(tracker_parts(build(randomize))) == PARTS
