@@ -68,10 +68,8 @@ class ExportedStream(OnlineTracker):
         return self.network.run("image_encoder", pixels=model_image(frame_rgb, self.settings.image_size)[None])
 
     def _run(self, features: Mapping[str, np.ndarray], batch: Sequence[Input]) -> list[Output]:
-        if batch[0].mask is not None:
-            found = self._decode_masks(features, np.stack([one.mask for one in batch]))
-        else:
-            found = self._decode(features, batch)
+        masks = [one.mask for one in batch if one.mask is not None]
+        found = self._decode_masks(features, np.stack(masks)) if masks else self._decode(features, batch)
         large = found["large"]
         if batch[0].clicks is not None and self.network.manifest.options["binarize"]:
             large = np.where(large > 0, np.float32(_SURE), np.float32(-_SURE))

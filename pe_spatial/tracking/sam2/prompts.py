@@ -6,7 +6,7 @@ Importing it needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -97,7 +97,7 @@ def _read_mask(where: str, mask: ArrayLike | None, size: tuple[int, int], side: 
     return (small >= min(small.max(), 0.5)).astype(np.float32)[None]
 
 
-def _numbers(where: str, values: ArrayLike | None) -> np.ndarray:
+def _numbers(where: str, values: Any) -> np.ndarray:
     """Return finite float32 numbers."""
     try:
         array = values.cpu().numpy() if hasattr(values, "cpu") else np.asarray(values)
