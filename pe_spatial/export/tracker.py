@@ -266,7 +266,7 @@ class MemoryEncoderPart(nn.Module):
         self.no_object = model.no_obj_embed_spatial
 
     def forward(self, image: Tensor, masks: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
-        """(1, d, g, g), logits (B, 1, S, S), (B, 1) positive where an object is there -> `memories` (B, m, g, g)."""
+        """(B, d, g, g), logits (B, 1, S, S), (B, 1) positive where an object is there -> `memories` (B, m, g, g)."""
         masks = self.downsample(self.fit(masks.sigmoid() * self.scale + self.bias))
         memories = self.out(self.fuse(self.project(image) + masks))
         if self.no_object is not None:
@@ -317,8 +317,8 @@ def tracker_parts(model: SAM2Base) -> dict[str, Exportable]:
         "mask_prompt": (MaskPromptPart(model, grid), dict(masks=masks), dict(masks=objects), ["prompts", "logits"]),
         "memory_encoder": (
             MemoryEncoderPart(model, grid),
-            features | dict(masks=masks, scores=torch.ones(3, 1)),
-            dict(masks=objects, scores=objects),
+            dict(image=decoder_inputs["image"], masks=masks, scores=torch.ones(3, 1)),
+            dict(image=objects, masks=objects, scores=objects),
             ["memories"],
         ),
     }

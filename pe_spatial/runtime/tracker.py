@@ -73,7 +73,8 @@ class ExportedStream(OnlineTracker):
         large = found["large"]
         if batch[0].clicks is not None and self.network.manifest.options["binarize"]:
             large = np.where(large > 0, np.float32(_SURE), np.float32(-_SURE))
-        encoded = self.network.run("memory_encoder", image=features["image"], masks=large, scores=found["scores"])
+        image = np.repeat(features["image"], len(batch), 0)
+        encoded = self.network.run("memory_encoder", image=image, masks=large, scores=found["scores"])
         arrays = (found["logits"][:, 0], found["scores"], found["pointers"], encoded["memories"])
         return [  # copies, because a slice would keep the complete batch alive
             Output(logits.copy(), score, Memory(pointer.copy(), memory.copy()))
