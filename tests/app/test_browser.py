@@ -192,8 +192,8 @@ def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
 def test_one_job_runs_at_a_time(browser, address, foreign, image):
     """Of several users and tabs."""
     Busy.most = 0
-    users = [new_page(browser, address, foreign) for _ in range(6)]
-    tabs = ["detect", "depth"] * 3
+    tabs = ["detect", "depth", "detect"]
+    users = [new_page(browser, address, foreign) for _ in tabs]
     for user, tab in zip(users, tabs, strict=True):
         user.get_by_role("tab", name=tab.capitalize()).click()
     for user, tab in zip(users, tabs, strict=True):
@@ -204,7 +204,7 @@ def test_one_job_runs_at_a_time(browser, address, foreign, image):
 
 
 def test_two_users_at_once_see_their_own(browser, address, foreign, tmp_path):
-    users, clips = [new_page(browser, address, foreign) for _ in range(2)], (10, 14)
+    users, clips = [new_page(browser, address, foreign) for _ in range(2)], (6, 8)
     for user, frames in zip(users, clips, strict=True):
         upload(user, "track", write_clip(tmp_path / f"{frames}.mp4", frames))
     for user in users:
