@@ -76,19 +76,19 @@ def test_platforms_without_posix_signals():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_saves_and_exits(tmp_path, workers):
-    cfg = prepared(tmp_path, steps=(6,), workers=workers)
+    cfg, before = prepared(tmp_path, steps=(6,), workers=workers), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         train(cfg)
     assert end.value.code == EXIT_RETRY
     assert find_latest_checkpoint(str(tmp_path)).endswith("iter_6.pth")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    cfg = prepared(tmp_path, steps=(6, 6))
+    cfg, before = prepared(tmp_path, steps=(6, 6)), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(cfg)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_in_other_commands_has_no_traceback(capsys):
