@@ -3,11 +3,13 @@
 pe-spatial show_features IMAGES --variant pe_synthetic_xs8_192 --out features.png
 pe-spatial show_features IMAGE.jpg --variant pe_spatial_b16_512 --layers 2,5,8,11 --show pca similarity --point 320,200
 pe-spatial show_features IMAGES --variant pe_spatial_s16_512 --checkpoint work_dirs/NAME/iter_100.pth --show attention
+pe-spatial show_features IMAGES --phrase "a red cone" "the floor" --variant PE-Core-L14-336 --size 672
 pe-spatial show_features VIDEO.mp4 --variant timm:vit_small_patch14_dinov2.lvd142m --out features.mp4
 
 PCA is the PE paper's: half of the features and half of their Gaussian blur, three components as lightness, chroma and
 hue. --point is in pixels of the image: similarity needs it, and attention is that of the patch there, or else of the
-class token. Images are resized to whole patches, the longer side to --size. A video gives a video.
+class token. --phrase shows where an image is like a text, by a PE-Core (--variant, or --checkpoint FILE). Images are
+resized to whole patches, the longer side to --size. A video gives a video.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ["pca", "similarity", "attention"]
     parser.add_argument("--show", nargs="+", choices=kinds, default=["pca"], help="what to show (default: pca)")
     parser.add_argument("--point", type=point, metavar="X,Y", help="pixel of the patch to compare with")
+    phrase = "show the similarity of the patches to texts instead, by a PE-Core"
+    parser.add_argument("--phrase", nargs="+", metavar="TEXT", help=phrase)
     shared = "who shares a PCA basis: all images, for each layer; all layers and images; none (default: images)"
     parser.add_argument("--basis", choices=["images", "layers", "none"], default="images", help=shared)
     parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (default: release)")
@@ -67,7 +71,12 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{videos[0]} is a video; give it alone")
     out = args.out or Path("features.mp4" if videos else "features.png")
     one_of("the suffix of --out", out.suffix.lower(), [".mp4"] if videos else [".png", ".jpg"])
+    if args.phrase is not None and videos:
+        raise ConfigError("--phrase is for images; extract frames of the video")
     images = [] if videos else read_images(args.images)
+    if args.phrase is not None:
+        write_phrases(args, images, out)
+        return
     options = {} if args.geometry is None else dict(geometry=args.geometry)
     encoder = load_encoder(args.variant, args.checkpoint, layers=args.layers, **options)
     extractor = FeatureExtractor(encoder, long_side=args.size, device=choose_device(args))
@@ -81,6 +90,12 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
+    if args.phrase is not None:
+        given = [name for name in ("point", "geometry") if getattr(args, name) is not None]
+        if given or args.show != ["pca"] or args.layers != "all":
+            raise ConfigError("--phrase has no --show, --layers, --point and --geometry; omit them")
+        if not isinstance(args.variant, str) and args.checkpoint in ("released", "none"):
+            raise ConfigError("--phrase needs a PE-Core; give --variant PE-Core-B16-224, or --checkpoint FILE")
     if "similarity" in args.show and args.point is None:
         raise ConfigError("--show similarity needs --point x,y, the patch to compare with")
     if args.point is not None and set(args.show) == {"pca"}:
@@ -114,6 +129,21 @@ def read_images(paths: list[Path]) -> list[Named]:
     if unreadable:
         print(f"omitted {len(unreadable)} of {len(files)} images: {listed(unreadable, 3)}")
     return images
+
+
+def write_phrases(args: argparse.Namespace, images: list[Named], out: Path) -> None:
+    """Write a sheet of the similarities of images to phrases."""
+    from PIL import Image
+
+    from pe_spatial.atomic import atomic_write
+    from pe_spatial.features.phrases import PhraseMaps, draw_phrases
+    from pe_spatial.language.model import PECore
+
+    model = PECore.from_pretrained(args.variant if args.checkpoint == "released" else args.checkpoint)
+    maps = PhraseMaps(model.to(choose_device(args)), args.phrase, long_side=args.size)
+    with atomic_write(out) as unfinished:
+        Image.fromarray(draw_phrases(maps, images, columns=args.columns, width=args.width)).save(unfinished, quality=88)
+    print(f"wrote {out}")
 
 
 def describe(extractor: FeatureExtractor, name: str, shape: tuple[int, ...]) -> str:

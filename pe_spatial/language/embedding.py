@@ -27,12 +27,12 @@ FRAMES = 8
 """Frames of a video."""
 
 
-def squash(rgb: Pixels, config: EncoderConfig) -> Tensor:
-    """Resize (H, W, 3) uint8 RGB to the square of the pretraining, bilinearly, and normalize it: (3, S, S).
+def squash(rgb: Pixels, config: EncoderConfig, side: int | None = None) -> Tensor:
+    """Resize (H, W, 3) uint8 RGB to a square, that of the pretraining, bilinearly, and normalize it: (3, S, S).
 
     Source: perception_models@3e352cc:core/vision_encoder/transforms.py. EXIF has turned the image already.
     """
-    side = config.img_size
+    side = side or config.img_size
     resized = np.array(Image.fromarray(rgb).resize((side, side), Image.Resampling.BILINEAR))
     x = torch.from_numpy(resized).permute(2, 0, 1).float()
     mean, std = (torch.tensor(value)[:, None, None] for value in (config.mean, config.std))

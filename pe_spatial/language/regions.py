@@ -34,16 +34,17 @@ class RegionClassifier:
         by: 'tokens' pools the image's own tokens over each region, in one forward pass: attention pooling that sees
             the patches of the region alone. 'crops' encodes a square of each region, with more detail and as many
             forward passes; masks do not count.
+        side: side in pixels of the square that 'tokens' squashes an image to; None is that of the pretraining.
 
     Raises ConfigError for no name, an empty one, and two that are equal.
     """
 
     def __init__(
         self, model: PECore, names: Sequence[str], *, background: Sequence[str] = (),
-        templates: Sequence[str] = (DEFAULT_TEMPLATE,), by: str = "tokens",
+        templates: Sequence[str] = (DEFAULT_TEMPLATE,), by: str = "tokens", side: int | None = None,
     ) -> None:  # fmt: skip
         phrases = check_names([*names, *background], "the list")
-        self.model, self.by = model, one_of("by", by, BY)
+        self.model, self.by, self.side = model, one_of("by", by, BY), side
         self.names, self.background = phrases[: len(names)], phrases[len(names) :]
         self.classifier = class_embeddings(model, phrases, templates)
 
@@ -68,7 +69,7 @@ class RegionClassifier:
             parts = [self.model.encode_image(part.to(like.device, like.dtype)) for part in crops.split(32)]
             return torch.cat(parts)
         visual = self.model.visual
-        patches = visual.patches(squash(rgb, config)[None].to(like.device, like.dtype))[0]  # (h, w, C)
+        patches = visual.patches(squash(rgb, config, self.side)[None].to(like.device, like.dtype))[0]  # (h, w, C)
         grid = (patches.shape[0], patches.shape[1])
         shares = box_shares(boxes, rgb.shape[:2], grid) if masks is None else mask_shares(masks, grid)
         regions = chosen_patches(shares).flatten(1).to(like.device)

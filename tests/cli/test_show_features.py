@@ -3,10 +3,14 @@
 import cv2
 import numpy as np
 import pytest
+import torch
+from helpers.language import WORD_CORE, tiny_core
 from helpers.repository import command
 from PIL import Image
 
 from pe_spatial.cli.main import main
+from pe_spatial.features.phrases import PhraseMaps
+from pe_spatial.language.checkpoint import save_core
 from pe_spatial.video import count_frames, mp4_writer
 
 XS = ("--variant", "pe_synthetic_xs8_192", "--device", "cpu")
@@ -125,3 +129,39 @@ def test_attention_that_does_not_exist(sentence, variant, message):
     pytest.importorskip("timm")
     options = ("--variant", variant, "--checkpoint", "none", "--size", "64", "--show", "attention")
     assert message in sentence("a.png", *options)
+
+
+def test_phrases(tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    save_core(tiny_core(WORD_CORE), tmp_path / "core.safetensors")
+    photo(tmp_path / "a.png")
+    core = ("--checkpoint", str(tmp_path / "core.safetensors"), "--device", "cpu")
+    image, out = str(tmp_path / "a.png"), str(tmp_path / "p.png")
+    main([image, *core, "--phrase", "a red cone", "犬", "--width", "60", "--out", out], "show_features")
+    assert "wrote" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.width == 6 + 3 * 66
+    for options, message in [
+        (("--variant", "pe_spatial_b16_512"), "PE-Spatial-B16-512 has no text space"),
+        (core, "--phrase names A twice"),
+        ((), "--phrase needs a PE-Core"),
+        ((*core, "--show", "attention"), "--phrase has no --show"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main([image, "--phrase", "a", "A", *options], "show_features")
+
+
+def test_map_of_a_phrase_is_the_similarity_of_each_patch(tmp_path):
+    pytest.importorskip("open_clip")
+    model = tiny_core(WORD_CORE)
+    with Image.open(photo(tmp_path / "a.png", (64, 96))) as image:
+        rgb = np.array(image)
+    maps = PhraseMaps(model, ["a cat"], long_side=96)
+    values = maps.maps(rgb, "a.png")
+    assert values.shape == (1, 4, 6)
+    pixels = torch.from_numpy(rgb).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        tokens = model.visual.patches(pixels)[:, 2, 3]
+        alone = model.visual.head(model.visual.attn_pool(tokens[:, None]))
+    expected = torch.nn.functional.cosine_similarity(alone, maps.texts)
+    torch.testing.assert_close(values[0, 2, 3], expected[0], rtol=1e-4, atol=1e-5)

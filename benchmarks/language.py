@@ -1,0 +1,87 @@
+"""Measure images per second of embedding files with PE-Core beside open_clip, on the same weights.
+
+python benchmarks/language.py                # PE-Core-T16-384 with random weights, 48 images of 480 x 640 px
+
+Both sides read the same JPEG files, squash them to 384 x 384 px, and give features that must agree. They take turns, in
+groups of images; the ratio is the median over neighboring groups: below 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from pe_spatial import PECore
+from pe_spatial.images import read_rgb
+from pe_spatial.language.checkpoint import load_core_state
+from pe_spatial.language.embedding import embed
+
+GROUP = 8  # images
+
+
+def write_images(folder: Path, number: int) -> list[Path]:
+    """Write smooth noise as JPEG."""
+    rng, files = np.random.default_rng(0), []
+    for i in range(number):
+        small = rng.integers(0, 255, (24, 32, 3), np.uint8)
+        files.append(folder / f"{i:03d}.jpg")
+        Image.fromarray(cv2.resize(small, (640, 480), interpolation=cv2.INTER_CUBIC)).save(files[-1])
+    return files
+
+
+@torch.inference_mode()
+def theirs(model: torch.nn.Module, transform: object, files: list[Path]) -> Tensor:
+    images = torch.stack([transform(Image.open(file)) for file in files])  # type: ignore[operator]
+    return F.normalize(model.encode_image(images), dim=-1)  # type: ignore[operator]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=48)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    peer, _, transform = open_clip.create_model_and_transforms("PE-Core-T-16-384", pretrained=None)
+    peer.eval()
+    ours = PECore("PE-Core-T16-384").eval()
+    load_core_state(ours, peer.state_dict())
+    times: dict[str, list[float]] = {"ours": [], "open_clip": []}
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_images(Path(folder), args.images)
+        for start in range(-GROUP, len(files), GROUP):  # the first group warms up
+            group = files[max(start, 0) : max(start, 0) + GROUP]
+            sides = {
+                "ours": partial(embed, ours, [partial(read_rgb, file) for file in group], batch_size=GROUP),
+                "open_clip": partial(theirs, peer, transform, group),
+            }
+            features = {}
+            for name, work in sides.items():
+                before = time.perf_counter()
+                features[name] = work()
+                if start >= 0:
+                    times[name].append(time.perf_counter() - before)
+            assert_close(features["ours"], features["open_clip"], rtol=1e-3, atol=1e-3)
+    ratio = statistics.median(a / b for a, b in zip(times["ours"], times["open_clip"], strict=True))
+    print("| | images per second |\n|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {GROUP / statistics.median(values):.1f} |")
+    print(f"| ratio of times, ours to open_clip | {ratio:.2f} |")
+    print(f"\ntorch {torch.__version__}, open_clip {open_clip.__version__}, {platform.machine()}, one thread")
+
+
+if __name__ == "__main__":
+    main()
