@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pe_spatial.errors import ConfigError, one_of
 
 from .pyramid import DETAFeaturePyramid, FusedFeaturePyramid, PlainFeaturePyramid, SimpleFeaturePyramid, as_float32
+from .recompute import check_micro_batch, run_in_micro_batches
 from .variants import EncoderConfig
 from .vit import PerceptionEncoder
 
@@ -40,6 +41,7 @@ class PerceptionEncoderPyramid(nn.Module):
             whether their channels are B, G, R, and the statistics that this encoder expects, in R, G, B. For models in
             which another part, for instance a teacher, reads the same images.
         eval_level: in evaluation return only this level, as real-time segmentation backbones do.
+        micro_batch: as in `PerceptionEncoder`, for encoder and adapter together.
         options: those of `PerceptionEncoder`.
 
     Raises ConfigError if the adapter is unknown or does not take the number of maps that `out_indices` asks for.
@@ -57,10 +59,13 @@ class PerceptionEncoderPyramid(nn.Module):
         any_size: bool = False,
         renormalize: Mapping[str, Any] | None = None,
         eval_level: int | None = None,
+        micro_batch: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.encoder = self.build_encoder(variant, **options)
+        kinds = self.encoder.grad_checkpointing.values() if isinstance(self.encoder, PerceptionEncoder) else ()
+        self.micro_batch = check_micro_batch(micro_batch, kinds)
         maps = len(self.encoder.out_indices)
         adapter = adapter or ("simple" if maps == 1 else "fused")
         one_of("adapter", adapter, tuple(ADAPTERS))
@@ -91,6 +96,10 @@ class PerceptionEncoderPyramid(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...] | Tensor:
         """(B, 3, H, W), normalized -> one map (B, C, H / stride, W / stride) for each stride, float32, contiguous."""
+        levels = run_in_micro_batches(self._levels, images, self.micro_batch)
+        return levels if self.training or self.eval_level is None else levels[self.eval_level]
+
+    def _levels(self, images: Tensor) -> tuple[Tensor, ...]:
         images = self.normalize(images)
         h, w = images.shape[-2:]
         if self.any_size:
@@ -99,7 +108,7 @@ class PerceptionEncoderPyramid(nn.Module):
         levels = as_float32(self.pyramid(self.encoder(images)))
         if self.any_size:
             levels = tuple(_cut(x, -(-h // s), -(-w // s)) for x, s in zip(levels, self.strides, strict=True))
-        return levels if self.training or self.eval_level is None else levels[self.eval_level]
+        return levels
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring `images` (B, 3, H, W) to the encoder's own normalization, if they came with another."""

@@ -1,8 +1,8 @@
-"""Which activations a block keeps for the backward pass, and which it computes again there."""
+"""Which activations the encoder keeps for the backward pass, and which it computes again there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ _KEPT = (
 """Operations of `torch.ops.aten` that take nearly all of the time of a block and make half of what it keeps."""
 
 Choice = bool | str | Sequence[int] | Mapping[int, str]
+Maps = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def recomputed_blocks(choice: Choice, num_blocks: int, depth: int) -> dict[int, str]:
@@ -65,6 +66,47 @@ def run_recomputed(block: nn.Module, kind: str, *args: Any) -> Tensor:
     options: dict[str, Any] = {"context_fn": _contexts()} if kind == "selective" else {}
     out: Tensor = checkpoint.checkpoint(block, *args, use_reentrant=False, **options)
     return out
+
+
+def check_micro_batch(micro_batch: int | None, kinds: Collection[str]) -> int | None:
+    """Return the option `micro_batch`; `kinds` are those in which blocks recompute activations.
+
+    Raises ConfigError for what is not a positive number, and beside 'selective', which keeps its results of all images.
+    """
+    if micro_batch is None:
+        return None
+    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
+        raise ConfigError(f"micro_batch is {micro_batch!r}; give a number of images, at least 1, or None for all")
+    if "selective" in kinds:
+        raise ConfigError(
+            "micro_batch saves nothing beside grad_checkpointing='selective', which keeps results of all images; set "
+            "grad_checkpointing to True or False"
+        )
+    return micro_batch
+
+
+def run_in_micro_batches(function: Maps, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Return the maps of all images, of which `function` computes `size` at a time, if gradients are wanted.
+
+    Only the maps are kept. The backward pass computes each micro-batch again, with the same random numbers, just before
+    its gradients, so that activations of one are alive at a time. What reads the maps sees all images: losses are those
+    of the complete batch, whatever they divide by.
+
+    Args:
+        function: images (B, 3, H, W) -> maps (B, ...).
+        images: (B, 3, H, W).
+        size: images of a micro-batch; None for all.
+    """
+    if size is None or images.shape[0] <= size or not torch.is_grad_enabled():
+        return function(images)
+    parts = [checkpoint.checkpoint(function, part, use_reentrant=False) for part in images.split(size)]
+    return tuple(_join(maps) for maps in zip(*parts, strict=True))
+
+
+def _join(maps: Sequence[Tensor]) -> Tensor:
+    """Concatenate maps (B, ...); an unused level stays a view of one zero."""
+    first = maps[0]
+    return torch.cat(maps) if any(first.stride()) else first[:1].expand(sum(map(len, maps)), *first.shape[1:])
 
 
 @cache

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .geometry import Geometry, block_indices, check_frozen_stages, check_images, get_geometry, patch_grid, preset_name
 from .layer_decay import layer_of
 from .lora import LoRA, add_adapters, get_lora
-from .recompute import Choice, recomputed_blocks, run_recomputed
+from .recompute import Choice, check_micro_batch, recomputed_blocks, run_in_micro_batches, run_recomputed
 from .resize import is_autocast, is_compiling, resize_pos_embed, sizes_of
 from .rope import apply_rope, rope_table
 from .variants import VARIANTS, EncoderConfig, get_config, recipe_rate, variant_key
@@ -153,6 +153,8 @@ class PerceptionEncoder(nn.Module):
         grad_checkpointing: recompute activations in the backward pass: True in every block, or indices of blocks.
             'selective' keeps the results of matrix products and attention, for about half of the memory in nearly the
             same time; {0: 'full', 1: 'selective'} chooses by block.
+        micro_batch: in training encode so many images at a time, and compute them again in the backward pass: the
+            activations are those of one micro-batch, and the losses see all images. None encodes all at once.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts
             run in evaluation mode and without autograd.
         lora: options of `LoRA`, such as `dict(rank=8)`: freeze the encoder, and train small adapters in the blocks that
@@ -178,6 +180,7 @@ class PerceptionEncoder(nn.Module):
         geometry: str | Geometry | Mapping[str, Any] = "release",
         drop_path_rate: float | str = 0.0,
         grad_checkpointing: Choice = False,
+        micro_batch: int | None = None,
         frozen_stages: int = -1,
         lora: LoRA | Mapping[str, Any] | None = None,
         **overrides: Any,
@@ -196,6 +199,7 @@ class PerceptionEncoder(nn.Module):
             raise ValueError(f"drop_path_rate is {rate}; it is a probability below 1")
         self.frozen_stages = check_frozen_stages(frozen_stages, self.depth)
         self.grad_checkpointing = grad_checkpointing
+        self.micro_batch = check_micro_batch(micro_batch, self._recomputed.values())
 
         dim = config.embed_dim
         self.num_prefix_tokens = int(config.class_token)
@@ -265,6 +269,12 @@ class PerceptionEncoder(nn.Module):
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the maps of `forward` and the class tokens (B, C) after the same blocks, () without a class token."""
+        maps_and_tokens = run_in_micro_batches(self._encode, images, self.micro_batch)
+        number = len(self.out_indices)
+        return maps_and_tokens[:number], maps_and_tokens[number:]
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps, and after them the class tokens."""
         check_images(images, self.patch_embed.proj.weight)
         grid = patch_grid(images, self.patch_size, self.config.in_chans)
         self._warn_of_large_images(grid)
@@ -286,7 +296,7 @@ class PerceptionEncoder(nn.Module):
                         tokens[i] = self._class_token(x, images.shape[0])[:, 0]
             if window:
                 x = self._leave_windows(x, window, grid)
-        return tuple(maps[i] for i in self.out_indices), tuple(tokens[i] for i in self.out_indices if tokens)
+        return tuple(found[i] for found in (maps, tokens) if found for i in self.out_indices)
 
     def _warn_of_large_images(self, grid: tuple[int, int]) -> None:
         """Warn once per process where the released geometry is known to get worse."""
@@ -365,7 +375,8 @@ class PerceptionEncoder(nn.Module):
         return (
             f"{self.config}, out_indices={self.out_indices}, "
             f"geometry={preset_name(self.geometry, self.config) or 'custom'}: {self.geometry}, "
-            f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}, lora={self.lora}"
+            f"frozen_stages={self.frozen_stages}, grad_checkpointing={self.grad_checkpointing}, "
+            f"micro_batch={self.micro_batch}, lora={self.lora}"
         )
 
 
