@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the images; warm-up and decay follow")
     length.add_argument("--iterations", type=int, metavar="N", help="batches; warm-up and decay follow")
-    batch = "images per GPU and step; auto: as many of the config's as fit into memory, accumulated to as many"
+    batch = "images per GPU and step; auto: the config's, in parts that fit into memory"
     group.add_argument("--batch", type=arguments.batch, metavar="N|auto", help=batch)
     frozen = "freeze the patch embedding and the first K blocks of the encoder"
     group.add_argument("--freeze", type=int, metavar="K", help=frozen)

@@ -103,7 +103,7 @@ def run_in_micro_batches(function: Maps, images: Tensor, size: int | None) -> tu
     return tuple(_join(maps) for maps in zip(*parts, strict=True))
 
 
-def _join(maps: Sequence[Tensor]) -> Tensor:
+def _join(maps: tuple[Tensor, ...]) -> Tensor:
     """Concatenate maps (B, ...); an unused level stays a view of one zero."""
     first = maps[0]
     return torch.cat(maps) if any(first.stride()) else first[:1].expand(sum(map(len, maps)), *first.shape[1:])

@@ -3,6 +3,6 @@
 Importing this package registers what configs name, and what training adds to the config that it writes.
 """
 
-from pe_spatial.engine import checkpoints, determinism, fault_tolerance, loading, precision, resuming
+from pe_spatial.engine import checkpoints, determinism, eight_bit, fault_tolerance, loading, precision, resuming
 
-__all__ = ["checkpoints", "determinism", "fault_tolerance", "loading", "precision", "resuming"]
+__all__ = ["checkpoints", "determinism", "eight_bit", "fault_tolerance", "loading", "precision", "resuming"]

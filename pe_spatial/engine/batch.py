@@ -1,4 +1,4 @@
-"""The largest batch that fits into the memory of this machine."""
+"""The batch of a config in parts that fit into the memory of this machine."""
 
 import copy
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from pe_spatial.engine.fit import fit
+from pe_spatial.engine.micro_batch import divisors, micro_batch_of, micro_batch_place, set_micro_batch
 from pe_spatial.engine.recipe import set_batch
 from pe_spatial.engine.runner import QuietRunner, prepare_loaders
 from pe_spatial.errors import ConfigError, TrainingError
@@ -21,9 +23,11 @@ _USED = 0.85  # of the free memory: kernels and the allocator need some too
 
 
 def fit_batch(cfg: Config) -> tuple[int, str]:
-    """Lower the batch until steps fit into memory, and accumulate gradients so that an update has as many images.
+    """Make steps fit into memory, with as many images in an update as before.
 
-    It starts from the planner's estimate, and takes two real steps in a process of its own.
+    First the encoder gets fewer images at a time (`micro_batch`), which changes no loss. If that is not enough, or the
+    backbone is another one, gradients of smaller batches are averaged. The planner chooses what is tried, by two real
+    steps in a process of its own.
 
     Args:
         cfg: config of a training, on one GPU or without any; it is changed in place.
@@ -32,28 +36,77 @@ def fit_batch(cfg: Config) -> tuple[int, str]:
         The number of accumulated batches, and a sentence.
 
     Raises:
-        TrainingError: if not even one image fits.
+        TrainingError: if not even one image fits; it says what would, by the planner.
         ConfigError: if the steps fail for another reason.
     """
     loader = cfg.train_dataloader
     total = loader.batch_size
     if "source_ratio" in (loader.get("sampler") or {}):
         raise ConfigError("--batch auto: the sampler mixes several sources in a batch; give a number")
-    fitting = [size for size in range(total, 0, -1) if total % size == 0]
-    estimate = _estimate(cfg)
-    for size in [size for size in fitting if size <= max(1, estimate)]:
-        set_batch(cfg, size)
-        if _fits(cfg):
-            if total > size:
-                wrapper = cfg.optim_wrapper
-                wrapper["accumulative_counts"] = wrapper.get("accumulative_counts", 1) * (total // size)
-            more = f", accumulated to {total}" if total > size else ""
-            return total // size, f"batches of {size}{more}: two steps of it fitted into memory"
-    set_batch(cfg, total)
-    raise TrainingError(
-        "not even one image fits into memory: use smaller images (--image-size), a smaller encoder, --amp, or "
-        "model.backbone.grad_checkpointing=True"
-    )
+    ways = _ways(cfg)
+    for number, (batch, micro_batch) in enumerate(ways, 1):
+        tried = _split(cfg, batch, micro_batch)
+        if not _expected_to_fit(tried, last=number == len(ways)) or not _fits(tried):
+            continue
+        cfg.model = tried.model
+        set_batch(cfg, batch)
+        said = f", encoded {micro_batch} at a time" if micro_batch else ""
+        if batch < total:
+            wrapper = cfg.optim_wrapper
+            wrapper["accumulative_counts"] = wrapper.get("accumulative_counts", 1) * (total // batch)
+            said += f", accumulated to {total} (their losses are averaged)"
+        return total // batch, f"batches of {batch}{said}: two steps of it fitted into memory"
+    raise TrainingError(f"not even one image fits into memory. {_remedy(cfg)}")
+
+
+def _ways(cfg: Config) -> list[tuple[int, int | None]]:
+    """Return (images of a batch, images that the encoder gets at a time or None for the config's) in order of trial."""
+    total, place = cfg.train_dataloader.batch_size, micro_batch_place(cfg)
+    smaller = divisors(total)[1:]
+    if place is None:
+        return [(size, None) for size in (total, *smaller)]
+    parts = [size for size in smaller if size < micro_batch_of(cfg, place)]
+    return [(total, None), *((total, size) for size in parts), *((size, 1 if size > 1 else None) for size in smaller)]
+
+
+def _split(cfg: Config, batch: int, micro_batch: int | None) -> Config:
+    changed = copy.deepcopy(cfg)
+    set_batch(changed, batch)
+    if micro_batch:
+        place = micro_batch_place(changed)
+        assert place is not None
+        set_micro_batch(changed, place, micro_batch)
+    return changed
+
+
+def _hardware() -> Hardware:
+    return Hardware(gpus=1, gpu_memory=free_memory() * _USED / GB, reserve=0)
+
+
+def _expected_to_fit(cfg: Config, *, last: bool) -> bool:
+    """Return whether the planner expects a step to fit; True if it cannot plan this model, or nothing else is left."""
+    if last:
+        return True
+    hardware = _hardware()
+    try:
+        (row,) = plan(cfg, hardware, images=1, kinds=[None])
+    except ConfigError:
+        return True
+    return bool(row["total"] <= hardware.usable)
+
+
+def _remedy(cfg: Config) -> str:
+    """Return what would fit, by the planner if it can plan this model."""
+    hardware = _hardware()
+    try:
+        plan(cfg, hardware, images=1, kinds=[None])
+    except ConfigError:
+        return "Use smaller images (--image-size), a smaller encoder, --amp, or model.backbone.grad_checkpointing=True"
+    try:
+        found = fit(cfg, hardware, images=1)
+    except ConfigError as error:
+        return str(error)
+    return f"The planner expects that it fits with {found}" if str(found) else "Close what else takes memory."
 
 
 def free_memory() -> int:
@@ -61,16 +114,6 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _estimate(cfg: Config) -> int:
-    """Return the largest batch by the planner, or the config's if it cannot plan this model."""
-    hardware = Hardware(gpus=1, gpu_memory=free_memory() * _USED / GB, reserve=0)
-    try:
-        rows = plan(cfg, hardware, images=1)
-    except ConfigError:
-        return cfg.train_dataloader.batch_size
-    return next(row for row in rows if not row["recomputed"])["largest_batch"]
 
 
 def _fits(cfg: Config) -> bool:

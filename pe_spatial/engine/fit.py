@@ -1,6 +1,7 @@
 """The change of a config that makes its training fit into a GPU's memory and costs least."""
 
 import copy
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,13 +10,15 @@ from typing import Any
 from mmengine.config import Config
 
 from pe_spatial.engine.image_size import image_unit, set_image_size
+from pe_spatial.engine.micro_batch import divisors, micro_batch_place, options_at, set_micro_batch
 from pe_spatial.engine.options import set_options
 from pe_spatial.engine.recipe import use_bfloat16
 from pe_spatial.errors import ConfigError
-from pe_spatial.planning.search import GB, SIZES, Hardware, batch_shape, plan, with_variants
+from pe_spatial.planning.search import GB, SIZES, Hardware, batch_shape, encoder_place, plan, with_variants
 
 _LORA = "dict(rank=8)"
-Change = tuple[tuple[str, ...], tuple[str, ...], Config]
+_8_BIT = {"optim_wrapper.optimizer.type": "AdamW8bit"}
+Change = tuple[tuple[str, ...], dict[str, str], Config]
 """Arguments of `pe-spatial train`, its --cfg-options, and the config that they make."""
 _SIDES = 4  # image sizes that are tried, each a unit smaller
 
@@ -25,8 +28,8 @@ class Fit:
     """A training that was planned: the options of `pe-spatial train` that it needs, and its row of the plan."""
 
     arguments: tuple[str, ...]
-    config_options: tuple[str, ...]
-    config: Config  # with arguments and adapters, before the other options
+    config_options: dict[str, str]
+    config: Config  # before its batch, recomputing and sharding are set
     row: dict[str, Any]
     batch: int  # images on each GPU in a step
     accumulated: int
@@ -37,15 +40,17 @@ class Fit:
         return self.row["seconds"] / self.row["batch"]
 
     def __str__(self) -> str:
-        quoted = [f"'{option}'" if "(" in option else option for option in self.config_options]
+        options = [f"{key}={value}" for key, value in self.config_options.items()]
+        quoted = [f"'{option}'" if "(" in option else option for option in options]
         return " ".join([*self.arguments, *(["--cfg-options", *quoted] if quoted else [])])
 
 
 def fit(cfg: Config, hardware: Hardware, *, images: int, dataset: Any = None) -> Fit:
     """Return the config itself if its training fits, else the fastest change with as many images in an update.
 
-    Recomputing, bfloat16, smaller batches whose gradients accumulate, and sharding over several GPUs come first; then
-    LoRA (rank 8), then smaller images.
+    Recomputing, bfloat16 and sharding over several GPUs come first; then fewer images at a time in the encoder, which
+    changes no loss either; then smaller batches whose losses are averaged. If nothing of it fits, the same with AdamW's
+    moments in 8 bits, if torchao is installed, then with LoRA (rank 8), then with smaller images.
 
     Args:
         cfg: config of a training.
@@ -57,8 +62,7 @@ def fit(cfg: Config, hardware: Hardware, *, images: int, dataset: Any = None) ->
     """
     smallest: list[Fit] = []
     for changes in _changes(cfg):
-        tried = _plan(changes, hardware, images, dataset)
-        fits = [one for one in tried if one.row["largest_batch"]]
+        tried, fits = _try(changes, hardware, images, dataset)
         if fits:
             best = min(fits, key=lambda one: (bool(str(one)), one.seconds, -one.batch, len(str(one))))
             return _with_row(best, hardware, images, dataset)
@@ -69,6 +73,35 @@ def fit(cfg: Config, hardware: Hardware, *, images: int, dataset: Any = None) ->
         f"({str(least) or 'the config itself'}) needs {least.row['total'] / GB:.2g} GB, and "
         f"{hardware.reserve:g} GB stay free. {_nearest(cfg, hardware, images, dataset)}"
     )
+
+
+def _try(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> tuple[list[Fit], list[Fit]]:
+    """Return the trainings of some changes, and those that fit in the first of three ways in which any does."""
+    tried = _plan(changes, hardware, images, dataset)
+    fits = [one for one in tried if one.accumulated == 1 and one.row["largest_batch"]]
+    fits = fits or list(filter(None, (_in_micro_batches(change, hardware, images, dataset) for change in changes)))
+    return tried, fits or [one for one in tried if one.row["largest_batch"]]
+
+
+def _in_micro_batches(change: Change, hardware: Hardware, images: int, dataset: Any) -> Fit | None:
+    """Return the training with the most images at a time in the encoder that fit, but not all; None if not one does."""
+    arguments, options, cfg = change
+    place = micro_batch_place(cfg)
+    if place is None:
+        return None
+
+    def planned(size: int, kind: bool) -> Fit | None:
+        changed = copy.deepcopy(cfg)
+        added = set_micro_batch(changed, place, size)
+        (row,) = plan(changed, hardware, images=images, dataset=dataset, kinds=[kind])
+        fits = row["largest_batch"] >= row["batch"]
+        return _fit(changed, arguments, {**options, **added}, row) if fits else None
+
+    sizes = divisors(cfg.train_dataloader.batch_size)[1:]
+    if not sizes or not planned(1, True):
+        return None
+    kind = not planned(1, False)
+    return next(filter(None, (planned(size, kind) for size in sizes)))
 
 
 def _with_row(one: Fit, hardware: Hardware, images: int, dataset: Any) -> Fit:
@@ -94,12 +127,16 @@ def _changes(cfg: Config) -> Iterator[list[Change]]:
     use_bfloat16(half)
     already = cfg.optim_wrapper.get("type") == half.optim_wrapper["type"]
     amp = () if already else ("--amp",)
-    yield [((), (), cfg), *([] if already else [(amp, (), half)])]
-    place = _encoder_place(cfg)
-    lora = (f"{place}.lora={_LORA}",) if place else ()
+    yield [((), {}, cfg), *([] if already else [(amp, {}, half)])]
+    if cfg.optim_wrapper.optimizer.type == "AdamW" and importlib.util.find_spec("torchao"):
+        small_states = copy.deepcopy(half)
+        set_options(small_states, _8_BIT)
+        yield [(amp, _8_BIT, small_states)]
+    place = encoder_place(cfg.model)
+    lora = {f"{place}.lora": _LORA} if place and _takes_adapters(options_at(cfg, place)) else {}
     adapted = copy.deepcopy(half)
-    if place:
-        set_options(adapted, {f"{place}.lora": _LORA})
+    if lora:
+        set_options(adapted, lora)
         yield [(amp, lora, adapted)]
     for side in _smaller_sides(cfg):
         small = copy.deepcopy(adapted)
@@ -108,31 +145,26 @@ def _changes(cfg: Config) -> Iterator[list[Change]]:
             yield [((*amp, "--image-size", str(side)), lora, small)]
 
 
-def _fit(cfg: Config, arguments: Sequence[str], options: Sequence[str], row: dict[str, Any]) -> Fit:
+def _fit(cfg: Config, arguments: Sequence[str], options: dict[str, str], row: dict[str, Any]) -> Fit:
     """Return the training of a row, with the batch of the config in as few steps as fit."""
     total = cfg.train_dataloader.batch_size
-    batch = next((b for b in range(min(total, max(1, row["largest_batch"])), 0, -1) if total % b == 0), 1)
+    batch = next((size for size in divisors(total) if size <= row["largest_batch"]), 1)
     accumulated = total // batch
-    extra = []
+    extra = {}
     if accumulated > 1:
-        already = cfg.optim_wrapper.get("accumulative_counts", 1)
-        extra += [f"train_dataloader.batch_size={batch}", f"optim_wrapper.accumulative_counts={already * accumulated}"]
-    if row["recomputed"]:
-        extra.append(f"model.{row['option']}={row['recomputed']}")
+        counts = cfg.optim_wrapper.get("accumulative_counts", 1) * accumulated
+        extra = {"train_dataloader.batch_size": str(batch), "optim_wrapper.accumulative_counts": str(counts)}
+    place = encoder_place(cfg.model)
+    if place and row["recomputed"] != options_at(cfg, place).get("grad_checkpointing", False):
+        extra[row["option"]] = str(row["recomputed"])
     if row["weights"] == "FSDP":
-        extra.append("runner_type=ShardedRunner")
+        extra["runner_type"] = "ShardedRunner"
     chosen = dict(config=cfg, row=row, batch=batch, accumulated=accumulated)
-    return Fit(arguments=tuple(arguments), config_options=(*options, *extra), **chosen)
+    return Fit(arguments=tuple(arguments), config_options={**options, **extra}, **chosen)
 
 
-def _encoder_place(cfg: Config) -> str | None:
-    """Return where the options of the encoder are, unless it has adapters or is not ours."""
-    for key, node in cfg.model.items():
-        if isinstance(node, dict) and "variant" in node and not str(node["variant"]).startswith("timm:"):
-            inside = "" if "type" in node else ".encoder_options"
-            options = node if not inside else node.get("encoder_options") or {}
-            return None if options.get("lora") else f"model.{key}{inside}"
-    return None
+def _takes_adapters(encoder: Any) -> bool:
+    return not encoder.get("lora") and not str(encoder.get("variant")).startswith("timm:")
 
 
 def _smaller_sides(cfg: Config) -> list[int]:

@@ -235,8 +235,8 @@ class ShardedRunner(RunnerMixin, Runner):
     if training does. Without training nothing is sharded, and each GPU holds the complete model. With
     `optim_wrapper.accumulative_counts` gradients are averaged in each of the steps.
 
-    Raises ConfigError for `model_wrapper_cfg`, `sync_bn` and optimizer wrappers in float16, and for sharded checkpoints
-    that are published (`published_keys`) or not written to the file system.
+    Raises ConfigError for `model_wrapper_cfg`, `sync_bn`, `micro_batch` and optimizer wrappers in float16, and for
+    sharded checkpoints that are published (`published_keys`) or not written to the file system.
     """
 
     checkpoint_file = Path()
@@ -269,6 +269,16 @@ class ShardedRunner(RunnerMixin, Runner):
             raise ConfigError(
                 "optim_wrapper.type=AmpOptimWrapper scales losses, which ShardedRunner does not support; "
                 "use BFloat16OptimWrapper"
+            )
+        if not getattr(wrapper.optimizer, "shardable", True):
+            raise ConfigError(
+                f"ShardedRunner does not shard the states of {type(wrapper.optimizer).__name__}; set "
+                "optim_wrapper.optimizer.type=AdamW"
+            )
+        if any(getattr(module, "micro_batch", None) is not None for module in self.model.modules()):
+            raise ConfigError(
+                "micro_batch keeps the gradients of the complete encoder on every GPU, which ShardedRunner is there to "
+                "avoid; set grad_checkpointing=True instead, or a smaller train_dataloader.batch_size"
             )
         if self.cfg.get("sharded_checkpoints"):
             self._check_parts_can_be_written()

@@ -110,8 +110,8 @@ def explain_failure(cfg: Config, step: int, error: RuntimeError) -> RuntimeError
         encoder = place if "type" in options else f"{place}.encoder_options"
         return TrainingError(
             f"out of memory in step {step}: lower train_dataloader.batch_size (now {loader.get('batch_size')}; "
-            f"optim_wrapper.accumulative_counts makes up for it), set {encoder}.grad_checkpointing=True, use --amp, or "
-            f"smaller images; pe-spatial plan {cfg.filename} estimates what a step needs"
+            f"{encoder}.micro_batch=1 keeps it), set {encoder}.grad_checkpointing=True, use --amp, or "
+            f"smaller images; pe-spatial plan {cfg.filename} --fit GB finds what fits"
         )
     return explain_workers("train_dataloader", loader, f"step {step}", error)
 

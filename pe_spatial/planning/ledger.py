@@ -25,16 +25,17 @@ _torch_autocast = torch.autocast
 class Ledger(TorchDispatchMode):
     """Track the storages that operations allocate until they are freed, and count operations; on any device.
 
-    Parameters and buffers of `model` are not counted; gradients of parameters are counted apart from everything else.
+    Parameters and buffers of `model` are not counted; gradients of parameters are counted apart from everything else,
+    also before they are complete.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.alive: Counter[str] = Counter()  # bytes of each kind: activation, gradient, copy
-        self.highest: Counter[str] = Counter()
         self.flops: Counter[torch.dtype] = Counter()
         self._model = model
-        self._kinds: dict[int, str] = {}
+        self._kinds: list[str] = []  # of every storage, in the order of their creation: activation, gradient, copy
+        self._changes: list[tuple[int, int]] = []  # (storage by its place in this order, bytes that it takes or frees)
+        self._alive: dict[int, int] = {}  # address of a storage -> its place in this order
         self._weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
         self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -63,26 +64,40 @@ class Ledger(TorchDispatchMode):
         return out
 
     def mark(self, x: Tensor, kind: str) -> None:
-        """Count the storage of `x` as `kind` from now on."""
-        key, size = x.untyped_storage()._cdata, x.untyped_storage().nbytes()
-        if key in self._kinds:
-            self.alive[self._kinds[key]] -= size
-            self.alive[kind] += size
-            self._kinds[key] = kind
+        """Count the storage of `x` as `kind`, from its creation on."""
+        number = self._alive.get(x.untyped_storage()._cdata)
+        if number is not None:
+            self._kinds[number] = kind
+
+    @property
+    def alive(self) -> int:
+        """Bytes of the storages that are not freed yet."""
+        return sum(size for _, size in self._changes)
+
+    @property
+    def highest(self) -> Counter[str]:
+        """The maxima over time of activations, with and without copies of weights, and of all."""
+        now: Counter[str] = Counter()
+        highest: Counter[str] = Counter()
+        for number, size in self._changes:
+            now[self._kinds[number]] += size
+            activations, copies = now["activation"], now["copy"]
+            highest |= Counter(
+                activations=activations + copies, activations_without_copies=activations, peak=now.total()
+            )
+        return highest
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._weights or key in self._kinds:
+        if key in self._weights or key in self._alive:
             return
-        self._kinds[key] = "activation"
+        self._alive[key] = len(self._kinds)
+        self._kinds.append("activation")
+        self._changes.append((self._alive[key], size))
         self._refs[key] = weakref.ref(storage, lambda _: self._free(key, size))
-        self.alive["activation"] += size
-        activations, copies = self.alive["activation"], self.alive["copy"]
-        now = dict(activations=activations + copies, activations_without_copies=activations, peak=self.alive.total())
-        self.highest |= Counter(now)  # the maximum of each
 
     def _free(self, key: int, size: int) -> None:
-        self.alive[self._kinds.pop(key)] -= size
+        self._changes.append((self._alive.pop(key), -size))
         del self._refs[key]
 
 

@@ -21,6 +21,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError
@@ -55,7 +56,17 @@ def set_checkpointing(model: nn.Module, kind: bool | str) -> None:
 def recomputing_kinds(model: nn.Module) -> tuple[bool | str, ...]:
     """Return what `set_checkpointing` offers for a model."""
     ours = any(isinstance(module, PerceptionEncoder) for module in model.modules())
-    return (False, "selective", True) if ours else (False, True)
+    return (False, "selective", True) if ours and not has_micro_batches(model) else (False, True)
+
+
+def has_micro_batches(model: nn.Module) -> bool:
+    """Return whether an encoder of a model computes its images in micro-batches."""
+    return any(getattr(module, "micro_batch", None) is not None for module in model.modules())
+
+
+def can_be_sharded(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Return whether `ShardedRunner` takes a model and its optimizer."""
+    return not has_micro_batches(model) and getattr(optimizer, "shardable", True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ def measure_step(
     all_nonzero = mock.patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     with ExitStack() as replaced, all_nonzero, ledger, EmulateCuda(model, ledger, bfloat16):
         loss, counted = _compute_loss(model, images, objects, replaced)
-        saved, forward = ledger.alive.total(), dict(ledger.flops)
+        saved, forward = ledger.alive, dict(ledger.flops)
         # torch.autograd.backward would disable the torch function mode, also for blocks that run again
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
     model.zero_grad(set_to_none=True)
@@ -162,8 +173,9 @@ def measure_weights(
         group["foreach"] = True  # the default on CUDA
     with Ledger(model) as ledger:
         optimizer.step()
-    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    kept = ledger.alive.total()
+    kept_states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    states = [part for x in kept_states for part in _parts(x)]
+    kept = ledger.alive
     model.zero_grad(set_to_none=True)
     optimizer.state.clear()
 
@@ -187,6 +199,13 @@ def _unit(block: nn.Module, factor: float) -> float:
     """Return the bytes that FSDP gathers of a block: three times its parameters, and its gradients in two types."""
     trained = _bytes(p for p in block.parameters() if p.requires_grad)
     return 3 * factor * _bytes(block.parameters()) + (factor + 1) * trained
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """Return the tensors of which one consists: those of 8 bits have codes, scales and a table."""
+    if not is_traceable_wrapper_subclass(x):
+        return [x]
+    return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
 
 
 def _bytes(tensors: Iterable[Tensor], shards: int | None = None) -> int:

@@ -47,7 +47,7 @@ def explain(rows: Sequence[Mapping[str, Any]], hardware: Hardware) -> str:
     assumed, option = hardware.assumed, rows[0]["option"]
     selective = any(row["recomputed"] == "selective" for row in rows)
     values = "True or selective" if selective else "True"
-    recompute = f"model.{option}={values}" if option else "with_cp of the backbone"
+    recompute = f"{option}={values}" if option else "with_cp of the backbone"
     lines = [
         f"\nGB (1e9 bytes) of one GPU; fits: total leaves {hardware.reserve:g} GB. Counted: {rows[0]['counted']}.",
         f"Hours assume {hardware.efficiency:.0%} of {assumed.bfloat16:g} TFLOP/s in bfloat16 and of "

@@ -17,6 +17,7 @@ from pe_spatial.planning.planner import (
     Step,
     Weights,
     build_on_meta,
+    can_be_sharded,
     measure_step,
     measure_weights,
     recomputing_kinds,
@@ -99,14 +100,14 @@ def with_variants(cfg: Config, keys: Sequence[str] = ()) -> dict[str, Config]:
     return result
 
 
-def checkpointing_option(model: Any) -> str | None:
-    """Return the option of a config by which its encoder recomputes activations; None if it has no such encoder."""
+def encoder_place(model: Any, place: str = "model") -> str | None:
+    """Return where a config has the options of its encoder, such as 'model.backbone'; None without such an encoder."""
     if not isinstance(model, Mapping):
         return None
     if "variant" in model:
-        return "grad_checkpointing" if "type" in model else "encoder_options.grad_checkpointing"
-    inner = ((key, checkpointing_option(value)) for key, value in model.items())
-    return next((f"{key}.{option}" for key, option in inner if option), None)
+        return place if "type" in model else f"{place}.encoder_options"
+    inner = (encoder_place(value, f"{place}.{key}") for key, value in model.items())
+    return next(filter(None, inner), None)
 
 
 def batch_shape(cfg: Config, images: Any = None) -> dict[str, Any]:
@@ -150,15 +151,18 @@ def run_length(cfg: Config) -> tuple[str, int] | None:
 
 def plan(
     cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None,
-    dataset: Any = None,
+    dataset: Any = None, kinds: Sequence[bool | str | None] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Plan one config: a row for each of DDP and FSDP, and each kind of recomputing, in bytes and operations.
+
+    FSDP is not planned where `ShardedRunner` refuses it: with `micro_batch` and with `AdamW8bit`.
 
     Args:
         cfg, hardware: the config of a training, and the GPUs.
         images: number of images or clips in an epoch.
         batch_size, size: images or clips on one GPU, and (h, w) of the images in pixels; by default the config's.
         dataset: the training set, for the size of its images where the config does not determine it.
+        kinds: those of recomputing, as `grad_checkpointing` takes them, None for the config's; () for all there are.
 
     Raises ConfigError for configs that do not train, cannot be built, or whose losses need values.
     """
@@ -179,15 +183,17 @@ def plan(
         raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
     buckets = hardware.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
     weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
-    if hardware.gpus > 1:
+    if hardware.gpus > 1 and can_be_sharded(model, optimizer):
         weights["FSDP"] = measure_weights(model, optimizer, shards=hardware.gpus, bfloat16=bfloat16)
-    option = checkpointing_option(cfg.model)
+    place = encoder_place(cfg.model)
+    option = place and f"{place}.grad_checkpointing"
     common = dict(
         **shape, option=option, batch=batch_size, bfloat16=bfloat16, number=sum(p.numel() for p in model.parameters())
     )
     rows = []
-    for recomputed in recomputing_kinds(model):
-        set_checkpointing(model, recomputed)
+    for recomputed in kinds or recomputing_kinds(model):
+        if recomputed is not None:
+            set_checkpointing(model, recomputed)
         try:
             step, larger = (measure_step(model, b, bfloat16=bfloat16, **shape) for b in (batch_size, batch_size + 1))
         except (RuntimeError, TypeError) as error:

@@ -72,17 +72,18 @@ def test_rates_are_those_of_a_gpu_with_this_memory(memory, name, rates):
 
 
 @pytest.mark.parametrize(
-    ("model", "option"),
-    [(dict(backbone=dict(type="PerceptionEncoderPyramid", variant="x")), "backbone.grad_checkpointing"),
-     (dict(detector=dict(backbone=dict(type="X", variant="x"))), "detector.backbone.grad_checkpointing"),
-     (dict(tracker=dict(variant="x")), "tracker.encoder_options.grad_checkpointing"),
+    ("model", "place"),
+    [(dict(backbone=dict(type="PerceptionEncoderPyramid", variant="x")), "model.backbone"),
+     (dict(detector=dict(backbone=dict(type="X", variant="x"))), "model.detector.backbone"),
+     (dict(tracker=dict(variant="x")), "model.tracker.encoder_options"),
      (dict(backbone=dict(type="ResNet")), None)],
 )  # fmt: skip
-def test_text_names_the_options_that_set_a_row(model, option):
-    assert search.checkpointing_option(model) == option
+def test_text_names_the_options_that_set_a_row(model, place):
+    assert search.encoder_place(model) == place
+    option = place and f"{place}.grad_checkpointing"
     text = explain([dict(counted="all", option=option, seconds=1, recomputed=True)], search.Hardware(gpu_memory=24))
     assert "train_dataloader.batch_size=N" in text
-    assert (f"model.{option}=True" if option else "with_cp") in text
+    assert (f"{option}=True" if option else "with_cp") in text
     assert "A10" in text
 
 

@@ -1,8 +1,13 @@
 """micro_batch: images are encoded a few at a time, and nothing else changes."""
 
+import sys
+
 import pytest
 import torch
 from helpers.encoders import TINY, TINY_NO_CLASS
+from helpers.processes import start
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from pe_spatial import PerceptionEncoder, PerceptionEncoderPyramid
@@ -95,6 +100,31 @@ def test_activations_are_those_of_one_micro_batch(recomputed):
     image, maps = 3 * 128 * 128 * 4, 2 * 64 * 32 * 4  # bytes
     assert highest(8, 2) - highest(4, 2) <= 4 * (image + 1.5 * maps)
     assert highest(8, None) - highest(4, None) > 4 * (image + (2 if recomputed else 20) * maps)
+
+
+def train_a_half(rank, folder, images):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = build(PerceptionEncoder, TINY, micro_batch=1, lora=dict(rank=2))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(wrapped, images[2 * rank : 2 * rank + 2])
+    torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
+def test_two_processes_under_autocast(tmp_path):
+    images = torch.rand(4, 3, 64, 64)
+    start(train_a_half, (tmp_path, images), number=2)
+    model = build(PerceptionEncoder, TINY, lora=dict(rank=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grads = step(model, images)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    assert first.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert (first[name] - grad).norm() <= 0.02 * grad.norm(), name  # sums in bfloat16
 
 
 @pytest.mark.parametrize(

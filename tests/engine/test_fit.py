@@ -22,8 +22,12 @@ pytestmark = pytest.mark.mmseg
 
 @pytest.fixture(scope="module")
 def cfg():
+    """Four classes on two blocks with adapters, 4 images in a step."""
     cfg = load(CONFIGS / "pe_spatial_linear_ade20k.py")
-    cfg.model.backbone.variant = "pe_spatial_b16_512"
+    variant = dict(img_size=448, patch_size=14, embed_dim=512, depth=2, num_heads=8)
+    cfg.model.backbone.update(variant=variant, lora=dict(rank=8), init_cfg=None)
+    cfg.model.decode_head.num_classes = 4
+    cfg.train_dataloader.batch_size = 4
     return cfg
 
 
@@ -37,7 +41,15 @@ def follow(cfg, text):
     return changed
 
 
-@pytest.mark.parametrize(("memory", "words"), [(80, ()), (1, ("--amp", "accumulative_counts"))])
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (0.7, ()),
+        (0.47, ("--amp",)),
+        (0.32, ("--amp", "micro_batch=2")),
+        (0.2, ("--amp", "accumulative_counts=4")),
+    ],
+)
 def test_options_make_a_training_that_fits(cfg, memory, words):
     hardware = Hardware(gpus=1, gpu_memory=memory, reserve=0.1)
     chosen = fit(cfg, hardware, images=100)
@@ -46,13 +58,25 @@ def test_options_make_a_training_that_fits(cfg, memory, words):
     assert bool(str(chosen)) == bool(words)
     changed = follow(cfg, str(chosen))
     recomputed = changed.model.backbone.get("grad_checkpointing", False)
-    rows = plan(changed, hardware, images=100)
-    row = next(row for row in rows if row["recomputed"] == recomputed)
+    (row,) = plan(changed, hardware, images=100, kinds=[recomputed])
     assert row["total"] == chosen.row["total"] <= hardware.usable
 
 
+def test_recomputing_of_the_config_counts(cfg):
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.grad_checkpointing = True
+    hardware = Hardware(gpus=1, gpu_memory=0.7, reserve=0.1)
+    assert str(fit(cfg, hardware, images=100)) == ""
+    cfg.model.backbone.grad_checkpointing = [0]
+    assert "grad_checkpointing=False" in str(fit(cfg, hardware, images=100))
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_does(cfg):
-    for memory, words in ((0.65, "pe_spatial_t16_512 fits, with --amp"), (0.2, "No smaller PE-Spatial fits")):
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.update(variant="pe_spatial_s16_512", lora=None)
+    cfg.train_dataloader.batch_size = 1
+    for memory, words in ((0.19, "pe_spatial_t16_512 fits, with"), (0.11, "No smaller PE-Spatial fits")):
         text = rf"does not fit into {memory} GB: .* needs .* GB, and 0.1 GB stay free. {words}"
         with pytest.raises(ConfigError, match=text):
             fit(cfg, Hardware(gpus=1, gpu_memory=memory, reserve=0.1), images=100)

@@ -11,14 +11,15 @@ from mmengine.registry import MODELS
 
 @MODELS.register_module()
 class Hungry(Line):
-    """Has no memory for more than `fits` images."""
+    """Has no memory for more than `fits` images in its encoder at a time, and `heads` in its heads."""
 
-    def __init__(self, fits: int, how: str) -> None:
+    def __init__(self, fits: int, how: str, heads: int = 99, backbone: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.fits, self.how = fits, how
+        self.fits, self.how, self.heads = fits, how, heads
+        self.micro_batch = (backbone or {}).get("micro_batch")
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
-        if len(inputs) > self.fits:
+        if min(len(inputs), self.micro_batch or len(inputs)) > self.fits or len(inputs) > self.heads:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "cpu":
