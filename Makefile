@@ -42,3 +42,4 @@ bench: setup
 	$(python) benchmarks/propagation.py
 	$(python) benchmarks/predict.py
 	$(python) benchmarks/language.py
+	$(python) benchmarks/multitask.py

@@ -17,6 +17,7 @@ _HOME = {
     "from_pretrained": "pe_spatial.encoder.checkpoint",
     "PECore": "pe_spatial.language.model",
     "load": "pe_spatial.predict.loading",
+    "MultiTask": "pe_spatial.multitask.models",
 }
 __all__ = list(_HOME)
 

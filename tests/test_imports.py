@@ -43,10 +43,14 @@ ARROWS = {
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
     "alignment": {"alignment", "encoder", "data", "features"} | TASKS | SERVICES | GROUND,
     "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
-    "app": {"app", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
-    "cli": {"cli", "app", "predict", "export", "runtime", "features", "alignment", "analysis", "encoder", "language"}
-    | {"data"}
-    | TASKS | SERVICES | GROUND,
+    "multitask": {"multitask", "predict", "encoder", "engine", "integrations", "tracking"} | GROUND,
+    "labeling": {"labeling", "predict", "data", "tracking"} | GROUND,
+    "app": {"app", "labeling", "predict", "features", "encoder", "depth", "tracking"} | GROUND,
+    "cli": {"cli", "app", "multitask", "labeling", "predict", "export", "runtime", "features", "alignment", "analysis"}
+    | {"data", "encoder", "language"}
+    | TASKS
+    | SERVICES
+    | GROUND,
 }
 
 

@@ -61,7 +61,8 @@ COMMANDS = {
     "eval_vos": Command("score video object masks (J&F)"),
     "track_zero_shot": Command("track objects from a first mask with frozen features, without training"),
     "track": Command("track objects in a video from clicks, boxes and masks", ("openmmlab", "sam2")),
-    "app": Command("show models in the browser: detect, depth, track, features, compare", ("openmmlab", "app")),
+    "label": Command("label the objects of a video from a few prompts; write a dataset", ("openmmlab", "sam2")),
+    "app": Command("show models in the browser: detect, depth, track, label, features, compare", ("openmmlab", "app")),
     "render_synthetic": Command("render the synthetic RGB-D dataset"),
 }
 

@@ -7,10 +7,14 @@ pe-spatial predict aerial.tif --checkpoint CKPT --tile --overlap 256     # a lar
 pe-spatial predict 0 --checkpoint CKPT                                   # a camera, or rtsp://...; Ctrl-C ends it
 pe-spatial predict rooms/ --checkpoint DEPTH.pth                         # as infer_depth
 pe-spatial predict cat.mp4 --checkpoint TRACKER.pth --box 1:10,20,200,300    # as track
+pe-spatial predict walk.mp4 --checkpoint DET.pth DEPTH.pth TRACKER.pth --size 192    # one encode for all three
 
 What the model does follows from the checkpoint. Writes into --out: drawn images and videos, predictions.json (COCO's
 form) and predictions.csv; a second call continues where the first one ended. Depth estimators and trackers write what
 infer_depth and track do, which have more options.
+
+Several checkpoints on one frozen encoder run it once per frame, and each task gets its folder in --out. Without prompts
+a tracker starts from the boxes of the detector (docs/multitask.md).
 """
 
 from __future__ import annotations
@@ -57,9 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help=inputs)
     data = "also the images of an own dataset: of its test part, or of validation if it has none (docs/own_data.md)"
     parser.add_argument("--data", metavar="DATA", help=data)
-    parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint that `pe-spatial train` wrote, or other weights"
-    )
+    several = "checkpoint that `pe-spatial train` wrote, or other weights; several if they share one frozen encoder"
+    parser.add_argument("--checkpoint", required=True, nargs="+", help=several)
     parser.add_argument("--config", help="config of other weights (default: the config inside the checkpoint)")
     add_cfg_options(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results")
@@ -70,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--batch", type=int, metavar="N", help="images of one size, or tiles, per forward pass")
     parser.add_argument("--frames", type=int, metavar="N", help="stop after N frames of a camera")
+    size = "several checkpoints: resize each image to a square of this side first, so that all get the same"
+    parser.add_argument("--size", type=int, metavar="PIXELS", help=size)
     group = parser.add_argument_group("detectors")
     group.add_argument("--score", type=float, help=f"lowest score (default: {SCORE})")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="only these classes")
@@ -93,7 +98,17 @@ def run(args: argparse.Namespace) -> None:
     if args.data is not None:
         args.inputs = [*args.inputs, *images_of(args.data)]
     if not args.inputs:
-        raise ConfigError("there is nothing to predict; give images, folders, videos, a camera, or --data DATA")
+        raise ConfigError(
+            "there is nothing to predict; give images, folders, videos, a camera (before --checkpoint), or --data DATA"
+        )
+    if len(args.checkpoint) > 1:
+        from pe_spatial.cli.multitask import run_tasks
+
+        run_tasks(args)
+        return
+    (args.checkpoint,) = args.checkpoint
+    if args.size is not None:
+        raise ConfigError("--size is for several checkpoints that share an encoder; omit it")
     with without_prints():
         from pe_spatial.engine.options import set_options
         from pe_spatial.predict.models import config_and_weights, task_of

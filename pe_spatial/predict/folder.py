@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from pe_spatial.atomic import atomic_write, write_json
+from pe_spatial.depth.outputs import encode_png16
 from pe_spatial.engine.sources import Sources, count_images, is_video
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import read_rgb
 from pe_spatial.predict.live import LiveFrames, paced
-from pe_spatial.predict.results import Detections, SegmentationMap
+from pe_spatial.predict.results import DepthMap, Detections, SegmentationMap
 from pe_spatial.video import decode_video, frame_rate, mp4_writer
 
 FORMATS = ("images", "json", "csv", "masks")
@@ -144,18 +145,26 @@ class ResultFolder:
 
         try:
             with ExitStack() as stack:
-                lines = self._open_part(stack, name)
-                write = self._open_video(stack, name, frame_rate(path) or DEFAULT_FPS)
+                write = self._open_writer(stack, name, f"{name}{path.suffix}", frame_rate(path) or DEFAULT_FPS)
                 for number, result in enumerate(self.predict(read())):
-                    rgb = waiting.popleft()
-                    if write:
-                        write(result.draw(rgb))
-                    self._save_masks(f"{name}/{number:06d}", result)
-                    lines.write(self._line(f"{name}{path.suffix}", rgb, result, frame=number))
+                    write(number, waiting.popleft(), result)
                     done()
             self.counts["predicted"] += 1
         except DatasetError as error:
             self.unreadable.append(str(error))
+
+    def _open_writer(self, stack: ExitStack, name: str, file_name: str, fps: float) -> Callable[..., None]:
+        """Return what writes the number, the image and the result of each frame of a video."""
+        lines = self._open_part(stack, name)
+        draw = self._open_video(stack, name, fps)
+
+        def write(number: int, rgb: np.ndarray, result: Any) -> None:
+            if draw:
+                draw(result.draw(rgb))
+            self._save_masks(f"{name}/{number:06d}", result)
+            lines.write(self._line(file_name, rgb, result, frame=number))
+
+        return write
 
     def _open_part(self, stack: ExitStack, name: str) -> TextIO:
         """Open the lines of a video; entered first, they appear last."""
@@ -171,6 +180,8 @@ class ResultFolder:
     def _save_masks(self, name: str, result: Any) -> None:
         if "masks" not in self.formats:
             return
+        if isinstance(result, DepthMap):
+            _write_bytes(self.folder / "masks" / f"{name}.png", encode_png16(result.depth, 1000, {})[0])
         if isinstance(result, SegmentationMap):
             _write_png(self.folder / "masks" / f"{name}.png", result.labels.astype(np.uint8))
         for number, crop in enumerate(getattr(result, "crops", None) or ()):
@@ -234,3 +245,8 @@ def _box(one: dict[str, Any]) -> list[float]:
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     with atomic_write(path) as unfinished:
         Image.fromarray(pixels).save(unfinished, format="PNG")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(data)

@@ -161,6 +161,10 @@ class DepthMap:
         """(H, W)."""
         return self.depth.shape
 
+    def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:  # noqa: ARG002  (as all results)
+        """Return no annotations: depth has no objects."""
+        return []
+
     def draw(self, image: ImageLike | None = None, *, colors: str = "Spectral") -> np.ndarray:
         """Return the depth as colors between its 2nd and 98th percentile, (H, W, 3) uint8 RGB.
 
@@ -231,6 +235,38 @@ class Tracks:
         boxes = np.array([crop.box for crop in crops.values()], np.float32).reshape(-1, 4)
         rgb = _checked(image, self.image_size)
         return drawing.draw_objects(rgb, boxes, list(crops), [str(i) for i in crops], tuple(crops.values()))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrackedFrame:
+    """Tracked objects on one frame of a video.
+
+    Args:
+        objects: the mask of each object that is in the frame, by its id.
+        image_size: (H, W).
+    """
+
+    objects: Mapping[int, MaskCrop]
+    image_size: tuple[int, int]
+
+    @property
+    def crops(self) -> tuple[MaskCrop, ...]:
+        """The masks in the order of the ids."""
+        return tuple(self.objects[i] for i in sorted(self.objects))
+
+    def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
+        """Return COCO annotations with `track_id`; `category_id` is 1 for all, because a tracker knows no classes."""
+        results = []
+        for i, crop in zip(sorted(self.objects), self.crops, strict=True):
+            x0, y0, x1, y1 = crop.box
+            one = dict(image_id=image_id, category_id=1, track_id=i, bbox=[x0, y0, x1 - x0, y1 - y0])
+            results.append({**one, "segmentation": crop.rle(self.image_size)})
+        return results
+
+    def draw(self, image: ImageLike) -> np.ndarray:
+        """Return the image with its masks and ids, (H, W, 3) uint8 RGB."""
+        one = Tracks(frames=("",), objects=(self.objects,), image_size=self.image_size)
+        return one.draw(image, 0)
 
 
 Result = Detections | SegmentationMap | DepthMap | Tracks

@@ -178,6 +178,20 @@ class OnlineTracker:
         """Ids of the tracked objects."""
         return tuple(self._objects)
 
+    @property
+    def confidence(self) -> dict[int, float]:
+        """How sure the model is of each object on the last frame, 0 to 1: of its presence, times of the mask's pixels.
+
+        1 for an object that is surely absent.
+        """
+        found = {}
+        for i, out in (self._last.outputs if self._last else {}).items():
+            present = (1 + float(np.tanh(float(out.score) / 2))) / 2
+            inside = np.array(out.logits[out.logits > 0].tolist())
+            sure = float(np.tanh(inside / 2).mean()) if inside.size else 0.0
+            found[i] = max(present * sure, 1 - present)
+        return found
+
     def remove(self, object_id: int) -> None:
         """Stop tracking an object; DatasetError for an unknown id."""
         if object_id not in self._objects:

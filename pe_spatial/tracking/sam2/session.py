@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,34 @@ class Click(NamedTuple):
     @property
     def prompt(self) -> dict[int, Prompt]:
         return {self.object_id: Prompt(points=[(self.x, self.y)], labels=[int(self.on_object)])}
+
+
+class Box(NamedTuple):
+    """A box around an object, in pixels; it discards earlier clicks on its frame."""
+
+    object_id: int
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    @property
+    def prompt(self) -> dict[int, Prompt]:
+        return {self.object_id: Prompt(box=self[1:])}
+
+
+class Drawn(NamedTuple):
+    """The mask of an object, (H, W) bool; it replaces what was on its frame."""
+
+    object_id: int
+    mask: np.ndarray
+
+    @property
+    def prompt(self) -> dict[int, Prompt]:
+        return {self.object_id: Prompt(mask=self.mask)}
+
+
+Mark = Click | Box | Drawn
 
 
 @dataclass(frozen=True)
@@ -87,11 +115,13 @@ class ClickSession:
         self._masks: Path = root / self.video.name
         self._tracker = tracker
         self._lock = threading.Lock()  # a page that stops a job does not wait for its last step
-        self._clicks: dict[int, list[Click]] = {}
+        self._clicks: dict[int, list[Mark]] = {}
         self._order: list[int] = []  # the frames of the clicks
         self._snapshots: dict[int, Snapshot] = {-1: tracker.snapshot()}
         self.tracked = 0
         """Number of frames that have a mask."""
+        self.confidence: dict[int, dict[int, float]] = {}
+        """Frame -> object -> how sure the tracker is, 0 to 1, of the frames that have a mask."""
 
     def close(self) -> None:
         """Remove the temporary folder; it also goes with the session."""
@@ -105,8 +135,8 @@ class ClickSession:
         """Ids of the objects that were clicked."""
         return sorted({click.object_id for clicks in self._clicks.values() for click in clicks})
 
-    def clicks(self, frame: int) -> list[Click]:
-        """Return the clicks on a frame."""
+    def clicks(self, frame: int) -> list[Mark]:
+        """Return the clicks, boxes and masks on a frame, all of which count as clicks here."""
         return list(self._clicks.get(frame, ()))
 
     def track(self, last: int) -> Iterator[int]:
@@ -132,7 +162,15 @@ class ClickSession:
             self._rewind(max(t for t in self._snapshots if t <= frame))
         yield from self.track(frame)
 
-    def click(self, click: Click) -> None:
+    def replay(self, marks: Iterable[tuple[int, Mark]]) -> None:
+        """Begin anew with clicks (frame, click) in the order in which they were made; `track` gives their masks."""
+        self._rewind(-1)
+        self._clicks, self._order = {}, []
+        for frame, mark in marks:
+            self._clicks.setdefault(frame, []).append(mark)
+            self._order.append(frame)
+
+    def click(self, click: Mark) -> None:
         """Begin or correct an object on the last tracked frame; DatasetError for a click outside of it."""
         if not 0 < click.object_id < VOID:
             raise DatasetError(f"the object is {click.object_id}; its number must be 1 to {VOID - 1}")
@@ -162,6 +200,11 @@ class ClickSession:
         image = rgb if mask is None else np.ascontiguousarray(overlay(rgb, mask))
         radius = max(3, min(rgb.shape[:2]) // 60)
         for click in self.clicks(frame):
+            if isinstance(click, Box):
+                corners = [round(value) for value in click[1:]]
+                cv2.rectangle(image, corners[:2], corners[2:], PALETTE[click.object_id].tolist(), 2)
+            if not isinstance(click, Click):
+                continue
             center, color = (round(click.x), round(click.y)), PALETTE[click.object_id].tolist()
             if click.on_object:
                 cv2.circle(image, center, radius + 1, (255, 255, 255), -1, cv2.LINE_AA)
@@ -189,6 +232,7 @@ class ClickSession:
     def _keep(self, frame: int, masks: Mapping[int, Tensor]) -> None:
         size = read_rgb(self.video.frames[frame]).shape[:2] if not masks else next(iter(masks.values())).shape
         write_mask(self._mask_file(frame), join_masks({i: m.cpu().numpy() for i, m in masks.items()}, tuple(size)))
+        self.confidence[frame] = self._tracker.confidence
         if frame % _EVERY == _EVERY - 1:
             self._snapshots[frame] = self._tracker.snapshot()
 

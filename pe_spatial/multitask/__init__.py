@@ -1,0 +1,1 @@
+"""Several models on one frozen encoder, which runs once for all of them."""
