@@ -6,4 +6,4 @@ Importing this package registers what configs name; `losses` alone needs nothing
 from importlib.util import find_spec
 
 if find_spec("mmengine") and find_spec("mmcv"):
-    from pe_spatial.alignment import data, model, optimizer, planning, sam2_teacher, teachers  # noqa: F401
+    from pe_spatial.alignment import data, model, optimizer, planning, progress, sam2_teacher, teachers  # noqa: F401

@@ -28,7 +28,7 @@ class SpatialAlignment(BaseModel):
     Args:
         backbone: the student, with `init_cfg` for the weights that it starts from.
         teachers: name -> config of a teacher. An `EncoderTeacher` without `variant` is the student's own encoder as it
-            starts, from the same file.
+            starts, from the same file. One that no loss names is not built.
         losses: each `dict(kind=..., teacher=NAME, weight=1.0)`, with a kind of `KINDS`. 'token_cosine' with
             `linear=True` maps the student linearly to the teacher's width (direct distillation); 'pairwise_similarity'
             takes `sharpness`, 20 by default for locality, None for distillation from PE-Spatial.
@@ -61,9 +61,9 @@ class SpatialAlignment(BaseModel):
         if self.masking and self.masking.fill == "token":
             self._add_mask_token()
         # not registered: neither trained, averaged, sharded nor saved
-        self.teachers: dict[str, Teacher] = {
-            name: MODELS.build(_complete(config, backbone)) for name, config in teachers.items()
-        }
+        self.teachers: dict[str, Teacher] = {}
+        for name in dict.fromkeys(one_of("teacher of a loss", loss.get("teacher"), list(teachers)) for loss in losses):
+            self.teachers[name] = MODELS.build(_complete(teachers[name], backbone))
         self.maps = nn.ModuleDict()
         self.losses = {f"loss_{loss.get('teacher')}_{loss.get('kind')}": self._loss(loss) for loss in losses}
         if not self.losses:
@@ -88,7 +88,7 @@ class SpatialAlignment(BaseModel):
     def _loss(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Check the options of a loss, complete them, and add the linear map that it needs."""
         kind = one_of("kind of a loss", options.get("kind"), list(KINDS))
-        name = one_of("teacher of a loss", options.get("teacher"), list(self.teachers))
+        name = options["teacher"]
         own: dict[str, Any] = dict(linear=False) if kind == "token_cosine" else dict(sharpness=SHARPNESS)
         allowed: dict[str, Any] = dict(kind=kind, teacher=name, weight=1.0, **own)
         unknown = set(options) - set(allowed)

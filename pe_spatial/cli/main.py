@@ -51,6 +51,7 @@ COMMANDS = {
     "doctor": Command("show what is installed, which features work, and what to install for the others", ()),
     "plan": Command("estimate memory, FLOPs and time of a training before it starts"),
     "sweep_layers": Command("find the best layer of a frozen encoder for a task"),
+    "geometry": Command("find the geometry, image size and layer that suit your images, and what they cost"),
     "show_features": Command("show the features of images and videos: colors, similarity, attention", ("images",)),
     "zero_shot": Command("classify, retrieve and search images and videos by words", ("images", "language")),
     "embed_classes": Command("write text embeddings of class names for open-vocabulary detectors", ("language",)),

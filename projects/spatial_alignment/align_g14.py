@@ -25,7 +25,7 @@ model = dict(
         type='PerceptionEncoder',
         variant=variant,
         drop_path_rate=0.4,
-        grad_checkpointing='selective',
+        grad_checkpointing=True,
         init_cfg=dict(type='Pretrained', checkpoint='released')),
     layer_scale=0.1,
     masking=dict(ratio=0.75, block=2, fill='gray'),

@@ -1,8 +1,11 @@
-"""Pretrain a small encoder on the synthetic world with a pooled objective, as PE-Core is: nothing asks for its maps.
+"""Train a small encoder on the synthetic world with a pooled objective, as PE-Core is: nothing asks for its maps.
 
-The class token of the last layer, behind a linear map, finds the other frame of the same scene among the batch
-(contrastive), and says which categories are in the image. Writes an encoder in Meta's place for the configs
-beside this file: `work_dirs/spatial_alignment/core.pt`.
+It starts as the encoder that the package ships, which has good maps (projects/synthetic_pretraining), with three new
+blocks behind it; a pooled objective from random weights does not learn maps worth aligning in minutes. The class token
+of the last layer, behind a linear map, finds the other frame of the same scene among the batch (contrastive), and says
+which categories are in the image. Writes ROOT/NAME.pt for the configs beside this file, and renders their data.
+
+--width W trains a narrower encoder from random weights instead, to compare a distilled one with.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +23,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial import PerceptionEncoder, from_pretrained
+from pe_spatial.encoder.variants import get_config
 from pe_spatial.synthetic import CATEGORIES, write_dataset
 
-CONFIG = EncoderConfig(img_size=96, patch_size=8, embed_dim=128, depth=8, num_heads=4)
+SHIPPED = get_config("pe_synthetic_xs8_192")
+CONFIG = replace(SHIPPED, depth=SHIPPED.depth + 3)
+OLD_RATE = 0.1  # of the learning rate, for the shipped blocks
 TEMPERATURE = 0.1
 
 
@@ -55,12 +62,25 @@ def augment(images: Tensor) -> Tensor:
 class Pooled(nn.Module):
     """An encoder and what is read from its last class token."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int | None) -> None:
         super().__init__()
-        self.encoder = PerceptionEncoder(CONFIG)
-        self.norm = nn.LayerNorm(CONFIG.embed_dim)
-        self.embed = nn.Linear(CONFIG.embed_dim, 64)
-        self.classify = nn.Linear(CONFIG.embed_dim, len(CATEGORIES))
+        width, config = width or CONFIG.embed_dim, CONFIG
+        if width != CONFIG.embed_dim:
+            config = replace(CONFIG, embed_dim=width, depth=SHIPPED.depth)
+        self.encoder = PerceptionEncoder(config)
+        if config is CONFIG:
+            self.encoder.load_state_dict(from_pretrained("pe_synthetic_xs8_192").state_dict(), strict=False)
+        self.norm = nn.LayerNorm(width)
+        self.embed = nn.Linear(width, 64)
+        self.classify = nn.Linear(width, len(CATEGORIES))
+
+    def groups(self, rate: float) -> list[dict]:
+        """Return the parameters with their learning rates; the shipped ones, if there are any, learn slowly."""
+        new = [f"encoder.blocks.{i}." for i in range(SHIPPED.depth, CONFIG.depth)] + ["norm.", "embed.", "classify."]
+        slow = self.encoder.depth > SHIPPED.depth
+        old = [p for name, p in self.named_parameters() if slow and not name.startswith(tuple(new))]
+        rest = [p for name, p in self.named_parameters() if not slow or name.startswith(tuple(new))]
+        return [dict(params=old, lr=OLD_RATE * rate), dict(params=rest, lr=rate)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> embeddings (B, 64) of length 1, logits (B, categories)."""
@@ -71,19 +91,23 @@ class Pooled(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("work_dirs/spatial_alignment"))
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch-size", type=int, default=48, help="scenes in a step, two frames each")
+    parser.add_argument("--scenes", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=16, help="scenes in a step, two frames each")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--width", type=int, help="of a narrower encoder")
+    parser.add_argument("--name", default="core", help="name of the file of weights")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     start = time.time()
     write_dataset(args.root / "world", scenes={"train": 150, "val": 50, "pretrain": args.scenes}, size=(96, 96))
+    write_dataset(args.root / "clips", scenes={"val": 12}, frames_per_scene=8, size=(96, 96))
     images, present = load(args.root / "world")
     print(f"{len(images)} scenes after {time.time() - start:.0f} s", flush=True)
-    model = Pooled().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    model = Pooled(args.width).train()
+    optimizer = torch.optim.AdamW(model.groups(args.lr), betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(1, args.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / args.steps))
@@ -91,7 +115,8 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         index = torch.randint(len(images), (args.batch_size,))
         views, labels = augment(images[index].flatten(0, 1)), present[index].flatten(0, 1)
-        embeddings, logits = model(views)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings, logits = model(views)
         first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
         similar = first @ second.T / TEMPERATURE
         target = torch.arange(len(similar))
@@ -107,7 +132,7 @@ def main() -> None:
             known = ((logits > 0) == (labels > 0)).float().mean()
             values = f"contrast {contrast.item():.3f} ({right:.0%})  categories {classes.item():.3f} ({known:.0%})"
             print(f"step {step}/{args.steps}  {time.time() - start:.0f} s  {values}", flush=True)
-    torch.save(model.encoder.state_dict(), args.root / "core.pt")
+    torch.save(model.encoder.state_dict(), args.root / f"{args.name}.pt")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,12 @@ def test_teachers_of_other_widths_grids_and_projects(weights, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(teachers=dict(core=dict(type="EncoderTeacher", layer=4))), "layer 4 is outside of the teacher.*0 to 3"),
+        (
+            dict(
+                teachers=dict(x=dict(type="EncoderTeacher", layer=4)), losses=[dict(kind="token_cosine", teacher="x")]
+            ),
+            "layer 4 is outside of the teacher.*0 to 3",
+        ),
         (dict(losses=[]), "losses is empty"),
         (dict(losses=[dict(kind="l2", teacher="core")]), "kind of a loss is 'l2'; allowed are 'token_cosine'"),
         (dict(losses=[dict(kind="token_cosine", teacher="sam")]), "teacher of a loss is 'sam'; allowed are 'core'"),
@@ -225,7 +230,13 @@ def test_teachers_of_other_widths_grids_and_projects(weights, tmp_path):
         (dict(masking=dict(ratio=1.0)), "ratio=1.0"),
         (dict(layer_scale=0.0), "layer_scale is 0.0"),
         (dict(layer_scale_start="none"), "layer_scale_start is 'none'"),
-        (dict(teachers=dict(sam=dict(type="SAM2MaskTeacher", size="huge"))), "size of SAM2MaskTeacher is 'huge'"),
+        (
+            dict(
+                teachers=dict(sam=dict(type="SAM2MaskTeacher", size="huge")),
+                losses=[dict(kind="pairwise_similarity", teacher="sam")],
+            ),
+            "size of SAM2MaskTeacher is 'huge'",
+        ),
     ],
 )
 def test_wrong_options_end_in_a_sentence(weights, changes, message):
