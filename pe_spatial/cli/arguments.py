@@ -38,9 +38,14 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=_Options, default={}, metavar="KEY=VALUE", help=replaced)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, *, folder: str = "work_dirs/<name of the config>") -> None:
-    """Add the config and the options that change it; `load_config` reads them."""
-    parser.add_argument("config", help=CONFIG_HELP)
+def add_config_arguments(
+    parser: argparse.ArgumentParser, *, folder: str = "work_dirs/<name of the config>", several: bool = False
+) -> None:
+    """Add the config, or `configs` if there may be several, and the options that change it; for `load_config`."""
+    if several:
+        parser.add_argument("configs", nargs="+", metavar="config", help=CONFIG_HELP)
+    else:
+        parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument("--work-dir", help=f"folder to write (default: {folder})")
     parser.add_argument("--data-root", help="folder of the data; replaces data_root in the paths that start with it")
     add_cfg_options(parser)
@@ -56,6 +61,16 @@ def add_data(parser: Any) -> None:
         "Pascal VOC, LabelMe, LVIS or Objects365; classes, heads and evaluation follow (docs/own_data.md)"
     )
     parser.add_argument("--data", metavar="DATA", help=own)
+
+
+def add_cache(parser: Any) -> None:
+    """Add --cache-features and what belongs to it."""
+    cached = "compute the features of the frozen encoder once, keep them in DIR, and train on them (docs/probing.md)"
+    parser.add_argument("--cache-features", metavar="DIR", help=cached)
+    dtypes = ["float32", "float16", "bfloat16", "int8"]
+    parser.add_argument("--cache-dtype", choices=dtypes, help="type of the cached features (default: float32, exact)")
+    views = "random augmentations of each image in the cache (default: 1 image without augmentation)"
+    parser.add_argument("--cache-views", type=int, metavar="K", help=views)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

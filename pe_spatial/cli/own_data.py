@@ -123,6 +123,12 @@ def change_recipe(args: argparse.Namespace, cfg: Config, dataset: OwnDataset | N
         recipe.average_weights(cfg, recipe.count_iterations(cfg, steps))
     if args.patience is not None:
         recipe.stop_early(cfg, args.patience)
+    if args.no_augmentation:
+        recipe.read_as_in_testing(cfg)
+    if args.cache_features is not None:
+        recipe.cache_features(cfg, args.cache_features, dtype=args.cache_dtype, views=args.cache_views)
+    elif args.cache_dtype or args.cache_views:
+        raise ConfigError("--cache-dtype and --cache-views belong to --cache-features DIR, which is missing")
     said = [note for note in notes if note]
     _say("Recipe", said)
     return said

@@ -4,6 +4,7 @@ pe-spatial train pe_spatial::pe_spatial_cascade_coco.py --data-root data/coco
 pe-spatial train mmdet::detr/detr_r50_8xb2-150e_coco.py --swap pe_spatial_s16_512    # with PE as the backbone
 pe-spatial train CONFIG --resume            # from the latest checkpoint of the work dir, if there is one
 pe-spatial train CONFIG --data DATA --epochs 50    # on own images and labels, see docs/own_data.md
+pe-spatial train CONFIG --freeze 12 --no-augmentation --cache-features maps    # the frozen encoder runs once
 tools/dist_train.sh CONFIG 8                # on eight GPUs; the file says how to train on several nodes
 
 The console shows a summary and the progress. The log file in the work dir has everything.
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ema", action="store_true", help="evaluate and save an average of the weights over time")
     patience = "stop when the main metric has not improved in K validations"
     group.add_argument("--patience", type=int, metavar="K", help=patience)
+    arguments.add_cache(group)
+    plain = "train on images as evaluation sees them, without augmentation"
+    group.add_argument("--no-augmentation", action="store_true", help=plain)
     services = "also log to wandb, mlflow or clearml (TensorBoard is used if it is installed)"
     group.add_argument("--log", nargs="+", default=(), choices=["wandb", "mlflow", "clearml"], help=services)
 

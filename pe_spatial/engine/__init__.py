@@ -3,6 +3,24 @@
 Importing this package registers what configs name, and what training adds to the config that it writes.
 """
 
-from pe_spatial.engine import checkpoints, determinism, eight_bit, fault_tolerance, loading, precision, resuming
+from pe_spatial.engine import (
+    cached_training,
+    checkpoints,
+    determinism,
+    eight_bit,
+    fault_tolerance,
+    loading,
+    precision,
+    resuming,
+)
 
-__all__ = ["checkpoints", "determinism", "eight_bit", "fault_tolerance", "loading", "precision", "resuming"]
+__all__ = [
+    "cached_training",
+    "checkpoints",
+    "determinism",
+    "eight_bit",
+    "fault_tolerance",
+    "loading",
+    "precision",
+    "resuming",
+]

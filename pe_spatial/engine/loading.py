@@ -1,6 +1,6 @@
 """Checked reading of images as one of OpenMMLab's transforms, for every task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmcv.transforms import BaseTransform
@@ -8,6 +8,7 @@ from mmengine import fileio
 from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.registry import TRANSFORMS, Registry
+from mmengine.structures import PixelData
 
 from pe_spatial.errors import DatasetError
 from pe_spatial.images import decode_rgb
@@ -82,4 +83,24 @@ class LoadCheckedImage(BaseTransform):
             return None
         results["img"] = image[..., ::-1]
         results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class CropPackedCenter(BaseTransform):
+    """Crop packed images and their maps of labels (`PixelData`) to at most `size` (h, w) in pixels, at the center."""
+
+    def __init__(self, size: Sequence[int]) -> None:
+        self.size = tuple(size)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Crop inputs (3, H, W) and data_samples; img_shape follows."""
+        h, w = results["inputs"].shape[-2:]
+        top, left = max(h - self.size[0], 0) // 2, max(w - self.size[1], 0) // 2
+        window = (..., slice(top, top + self.size[0]), slice(left, left + self.size[1]))
+        results["inputs"], sample = results["inputs"][window], results["data_samples"]
+        for name, value in list(sample.items()):
+            if isinstance(value, PixelData):
+                setattr(sample, name, PixelData(data=value.data[window]))
+        sample.set_metainfo(dict(img_shape=tuple(results["inputs"].shape[-2:])))
         return results

@@ -8,7 +8,8 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from pe_spatial.engine.nodes import LOADERS, core, leaves
+from pe_spatial.engine.classes import add_imports
+from pe_spatial.engine.nodes import LOADERS, core, leaves, type_name
 from pe_spatial.engine.schedule import counts_epochs
 from pe_spatial.errors import ConfigError, one_of
 
@@ -130,6 +131,44 @@ def average_weights(cfg: Config, iterations: int | None) -> None:
     gamma = 2000 if iterations is None else max(1, iterations // 20)
     options = dict(momentum=float(f"{momentum:.2g}"), gamma=gamma, update_buffers=True)
     _add_hook(cfg, dict(type="EMAHook", ema_type="ExpMomentumEMA", **options, priority="NORMAL"))
+
+
+def cache_features(cfg: Config, folder: str, *, dtype: str | None = None, views: int | None = None) -> None:
+    """Train on features of the frozen encoder in `folder`; the options are those of `CacheOptions`."""
+    options = {key: value for key, value in dict(dtype=dtype, views=views).items() if value is not None}
+    _add_hook(cfg, dict(type="CacheFeaturesHook", folder=folder, **options))
+    add_imports(cfg, "pe_spatial.engine")
+
+
+def read_as_in_testing(cfg: Config) -> None:
+    """Train on images as evaluation sees them, without augmentation; labels are resized with them.
+
+    Segmentation and depth crop the center to the size of the training's random crop.
+    """
+    evaluation = cfg.val_dataloader.dataset.pipeline
+    resizing = [step for step in evaluation if not type_name(step).startswith(("Load", "Pack"))]
+    dataset, mixing = cfg.train_dataloader.dataset, []
+    while "pipeline" in dataset and "dataset" in dataset:  # mixes several images
+        mixing += dataset.pipeline
+        dataset = dataset.dataset
+    cfg.train_dataloader.dataset = dataset
+    for leaf in leaves(dataset):
+        if "pipeline" not in leaf:
+            raise ConfigError(f"the training set is a {leaf.type}, which has no pipeline; give a dataset with one")
+        steps = [*leaf.pipeline, *mixing]
+        crop = next((step for step in steps if type_name(step).endswith("RandomCrop")), None)
+        dense = cfg.get("default_scope") == "mmseg"
+        crops = [dict(type="CropPackedCenter", size=_size(crop))] if crop and dense else []
+        loading = [step for step in steps if type_name(step).startswith("Load")]
+        packing = [step for step in steps if type_name(step).startswith(("Filter", "Pack"))]
+        leaf.pipeline = [*loading, *resizing, *packing, *crops]
+    cfg.custom_hooks = [one for one in cfg.get("custom_hooks") or [] if type_name(one) != "PipelineSwitchHook"]
+    add_imports(cfg, "pe_spatial.engine")
+
+
+def _size(crop: Mapping[str, Any]) -> tuple[int, int]:
+    size = crop.get("crop_size", crop.get("size"))
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def freeze(cfg: Config, blocks: int) -> None:

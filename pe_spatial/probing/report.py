@@ -9,6 +9,7 @@ from pe_spatial.errors import ConfigError
 from pe_spatial.probing.sweep import LayerSweep
 
 HIGHER_IS_BETTER = {
+    **dict.fromkeys(("bbox_mAP", "segm_mAP", "bbox_mAP_50", "segm_mAP_50"), True),
     **dict.fromkeys(("mIoU", "mDice", "mAcc", "aAcc"), True),
     **dict.fromkeys(("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog", "mae"), False),
     **dict.fromkeys(("d1", "d2", "d3"), True),
@@ -41,8 +42,8 @@ def write_report(
     scores = {layer: values[score] for layer, values in metrics.items()}
     backbone = sweep.cfg.model.backbone
     report: dict[str, Any] = dict(config=config, encoder=str(backbone.get("variant")))
-    report |= dict(checkpoint=str(backbone.get("init_cfg")), depth=sweep.depth, training_images=len(sweep.images))
-    report |= dict(augmentation=False, maps=str(sweep.dtype).removeprefix("torch."))
+    report |= dict(checkpoint=str(sweep.checkpoint), depth=sweep.depth)
+    report |= dict(training_images=len(sweep.features.images), cache=sweep.features.describe())
     report |= dict(schedule=dict(sweep.cfg.train_cfg), score=score, higher_is_better=higher_is_better)
     best = best_layer(scores, higher_is_better=higher_is_better)
     report |= dict(best=best, last=max(metrics), metrics=metrics)
@@ -53,11 +54,26 @@ def write_report(
 
 def format_table(report: Mapping[str, Any]) -> str:
     """Return the metrics of all layers as a Markdown table; the best and the deepest layer are marked."""
-    names = list(next(iter(report["metrics"].values())))
+    names = [
+        name
+        for name in next(iter(report["metrics"].values()))
+        if not name.startswith("coco/") or name.rpartition("/")[2] in HIGHER_IS_BETTER
+    ]
     shown = ["images without depth" if name.rpartition("/")[2] == "empty" else name for name in names]
     lines = [f"| layer (from 0) | of {report['depth']} (from 1) | {' | '.join(shown)} | note |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for layer, values in report["metrics"].items():
         marks = ", ".join(word for key, word in (("best", "best"), ("last", "deepest")) if layer == report[key])
         lines.append(f"| {layer} | {layer + 1} | {' | '.join(f'{values[name]:.4g}' for name in names)} | {marks} |")
+    return "\n".join(lines)
+
+
+def format_best(rows: Mapping[str, tuple[int, int, str, float, float]]) -> str:
+    """Return the best layer of each task as a Markdown table.
+
+    `rows` maps the task to best layer and number of blocks, the score's name, its value there and at the deepest layer.
+    """
+    lines = ["| task | best layer (from 0) | of (from 1) | score | best | deepest |", "|---" * 6 + "|"]
+    for task, (layer, depth, score, best, deepest) in rows.items():
+        lines.append(f"| {task} | {layer} | {layer + 1} of {depth} | {score} | {best:.4g} | {deepest:.4g} |")
     return "\n".join(lines)

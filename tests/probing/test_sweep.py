@@ -15,17 +15,20 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
+from helpers.coco import write_coco
+from helpers.configs import load
 from helpers.repository import REPO, command
+from helpers.videos import write_davis
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
+from pe_spatial.engine import feature_cache
 from pe_spatial.engine.report import best_layer
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.probing import sweep as sweep_module
-from pe_spatial.probing.report import choose_score, format_table, write_report
+from pe_spatial.probing.report import choose_score, format_best, format_table, write_report
 from pe_spatial.probing.sweep import LayerSweep
 
 pytestmark = pytest.mark.mmseg
@@ -161,7 +164,7 @@ def test_a_head_on_cached_maps_learns_what_it_learns_on_the_encoder(config, tmp_
     assert len(direct.losses) == 6
     assert_close(torch.tensor(cached.losses), torch.tensor(direct.losses), rtol=1e-5, atol=1e-6)
     assert direct.losses[-1] < direct.losses[0]
-    assert_close(sweep._probes[1].decode_head.state_dict(), model.decode_head.state_dict(), rtol=1e-4, atol=1e-4)
+    assert_close(sweep._models[1].decode_head.state_dict(), model.decode_head.state_dict(), rtol=1e-4, atol=1e-4)
 
     scores = sweep.evaluate()[1]
     loader = Runner.build_dataloader(config.val_dataloader)
@@ -191,81 +194,60 @@ def test_the_layer_that_holds_the_answer_wins(config, tmp_path):
 
 
 def test_the_encoder_runs_once_per_image_and_a_stopped_sweep_resumes(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_module, "_FLUSH_INTERVAL", 2)
+    monkeypatch.setattr(feature_cache, "_BLOCK_BYTES", 1)  # blocks of one batch of 2
     whole = LayerSweep(config, layers=[0, 2], folder=tmp_path / "whole")
+    # two layers of 16 patches and a class token of 32 numbers of four bytes
+    assert whole.features.cache.bytes_missing == 6 * 2 * (16 * 32 + 32) * 4
     calls = []
     whole.encoder.patch_embed.register_forward_hook(lambda _, images, __: calls.append(len(images[0])))
     whole.fill()
-    assert calls == [1] * 6
+    assert calls == [2] * 3
 
-    def stop(rows):
-        for row in rows:
-            if row == 5:
+    def stop(batches):
+        for number, batch in enumerate(batches):
+            if number == 2:
                 raise KeyboardInterrupt
-            yield row
+            yield batch
 
     stopped = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
-    assert stopped.cache.bytes_missing == whole.cache.bytes_missing + 6 * (
-        64 * 64 * 2 + 2 * (16 * 32 + 32) * 4
-    )  # labels of two bytes, two layers of 16 patches and a class token of 32 numbers of four bytes
     with pytest.raises(KeyboardInterrupt):
         stopped.fill(stop)
     again = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
-    assert again.cache.first_missing == 4
-    rows = []
-    again.fill(lambda todo: [rows.append(row) or row for row in todo])
-    assert rows == [4, 5]
-    for name in whole.cache.shapes:
+    assert again.features.cache.missing == [2]
+    again.fill()
+    for name in whole.features.cache.arrays:
         for row in range(6):
-            assert_close(again.cache.read(name, row), whole.cache.read(name, row), rtol=0, atol=0)
-    third = LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped")
-    assert (third.cache.first_missing, third.cache.bytes_missing) == (6, 0)
+            a, b = (one.features.cache.read(name, row) for one in (again, whole))
+            assert_close(a, b, rtol=0, atol=0)
+    assert not LayerSweep(config, layers=[0, 2], folder=tmp_path / "stopped").features.cache.missing
 
 
 def test_the_cache_is_for_these_weights_these_images_and_this_reading(config, project, tmp_path):
     def cache(**options):
-        return LayerSweep(config, **{"layers": [1], "folder": tmp_path, **options}).cache
+        return LayerSweep(config, **{"layers": [1], "folder": tmp_path, **options}).features.cache
 
     first = LayerSweep(config, layers=[1], folder=tmp_path)
     first.fill()
     assert cache().bytes_missing == 0
-    assert sorted(cache(layers=[1, 2]).finished.values()) == [0, 0, 6, 6, 6]  # maps, class tokens and the labels
-    assert cache(layers=[1, 2]).first_missing == 0
-    assert cache(limit=3).bytes_missing > 0
-    assert cache(dtype="bfloat16").bytes_missing > 0
+    more = cache(layers=[1, 2])
+    assert [name for name in more.arrays if more.has(name, 0)] == ["layer_01_map", "layer_01_token"]
+    with pytest.raises(ConfigError, match=r"image set\.images is 6 there, 3 here"):
+        cache(limit=3)
     config.model.backbone.pos_embed_mode = "bicubic"
-    assert cache().bytes_missing > 0
+    with pytest.raises(ConfigError, match=r"geometry\.pos_embed_mode is bilinear there, bicubic here"):
+        cache()
     config.model.backbone.pop("pos_embed_mode")
-
-    image = project / "data" / "images" / "training" / "3.jpg"
-    content = image.read_bytes()
-    image.write_bytes(content)
-    assert cache().bytes_missing > 0  # it may be another one
 
     state = torch.load(project / "encoder.pt")
     state["blocks.2.mlp.fc2.bias"] += 1
     torch.save(state, tmp_path / "after.pt")
     state["blocks.1.mlp.fc2.bias"] += 1
     torch.save(state, tmp_path / "before.pt")
-    first = LayerSweep(config, layers=[1], folder=tmp_path)
-    first.fill()
     config.model.backbone.init_cfg.checkpoint = str(tmp_path / "after.pt")
     assert cache().bytes_missing == 0  # block 2 comes after the maps
     config.model.backbone.init_cfg.checkpoint = str(tmp_path / "before.pt")
-    assert cache().bytes_missing > 0
-
-
-def test_a_damaged_cache_is_found(config, tmp_path):
-    sweep = LayerSweep(config, layers=[1], folder=tmp_path)
-    sweep.fill()
-    name = sweep._arrays[1]["maps"]
-    sweep.cache.write(name, 5, torch.zeros(sweep.cache.shapes[name][0]))
-    sweep.cache.flush(6)
-    with pytest.raises(ConfigError, match=r"row 5 of .*layer_01_.*_maps.npy is damaged; delete .*cache"):
-        LayerSweep(config, layers=[1], folder=tmp_path).fill()
-    path = sweep.cache.path(name)
-    path.write_bytes(path.read_bytes()[:-8])
-    assert LayerSweep(config, layers=[1], folder=tmp_path).cache.first_missing == 0
+    with pytest.raises(ConfigError, match=r"the weights of the encoder are others \(layer_01_map, layer_01_token\)"):
+        cache()
 
 
 def test_finished_heads_are_kept_for_the_same_recipe_alone(config, tmp_path):
@@ -281,35 +263,19 @@ def test_finished_heads_are_kept_for_the_same_recipe_alone(config, tmp_path):
     assert other.train(1)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_the_space_is_almost_the_same(config, tmp_path, dtype):
-    exact, half = (LayerSweep(config, layers=[1], folder=tmp_path, dtype=name) for name in ("float32", dtype))
-    for sweep in (exact, half):
-        sweep.fill()
-    a, b = (sweep.cache.read(sweep._arrays[1]["maps"], 2) for sweep in (exact, half))
-    assert str(b.dtype) == f"torch.{dtype}"
-    assert_close(b.float(), a, rtol=1e-2, atol=1e-2)
-    assert not torch.equal(b.float(), a)
-    sizes = [(sweep.cache.folder / f"{sweep._arrays[1]['maps']}.npy").stat().st_size for sweep in (exact, half)]
-    assert sizes == [128 + 6 * 32 * 16 * 4, 128 + 6 * 32 * 16 * 2]  # a header, and 6 images of 4 x 4 patches
-
-
-def test_labels_come_back_as_they_were(config, tmp_path):
-    sweep = LayerSweep(config, layers=[0], folder=tmp_path)
-    sweep.fill()
-    labels = sweep.cache.read("gt_sem_seg", 3)
+def test_labels_are_resized_and_cropped_with_the_image(config, tmp_path):
+    sample = LayerSweep(config, layers=[0], folder=tmp_path).features.dataset[3]["data_samples"]
     image = np.asarray(Image.open(Path(config.train_dataloader.dataset.data_root) / "annotations/training/3.png"))
     image = image.astype(int) - 1  # 0 is not labelled
-    assert np.array_equal(labels[0], image[:, 8:72])  # the middle
+    assert np.array_equal(sample.gt_sem_seg.data[0], image[:, 8:72])  # the middle
 
     config.model.data_preprocessor.size = (32, 32)
     for loader in (config.train_dataloader, config.val_dataloader):
         for step in loader.dataset.pipeline:
             step.update({"scale": (99999999, 32)} if "scale" in step else {})
             step.update({"crop_size": (32, 32)} if "crop_size" in step else {})
-    small = LayerSweep(config, layers=[0], folder=tmp_path)
-    small.fill()
-    assert np.array_equal(small.cache.read("gt_sem_seg", 3)[0], image[::2, ::2][:, 4:36])  # resized as the image
+    small = LayerSweep(config, layers=[0], folder=tmp_path / "small").features.dataset[3]["data_samples"]
+    assert np.array_equal(small.gt_sem_seg.data[0], image[::2, ::2][:, 4:36])  # resized as the image
 
 
 def test_epochs_compress_the_schedule(config, tmp_path):
@@ -334,26 +300,37 @@ def test_all_layers_negative_ones_and_wrong_ones(config, tmp_path):
 
 
 def test_limit_spreads_over_the_list(config, tmp_path):
-    assert LayerSweep(config, layers=[0], folder=tmp_path, limit=3).images == [0, 2, 5]
-    assert LayerSweep(config, layers=[0], folder=tmp_path, limit=99).images == list(range(6))
+    def names(**options):
+        data = LayerSweep(config, layers=[0], folder=tmp_path / str(options), **options).features.dataset
+        return [Path(data.get_data_info(i)["img_path"]).stem for i in range(len(data))]
+
+    assert names(limit=3) == ["0", "2", "5"]
+    assert names(limit=99) == [str(i) for i in range(6)]
 
 
-def test_what_cannot_be_cached_is_refused(config, tmp_path, monkeypatch):
+def test_what_cannot_be_swept_is_refused(config, tmp_path):
     def refused(match, **options):
         with pytest.raises(ConfigError, match=match):
             LayerSweep(config, **{"layers": [0], "folder": tmp_path, **options})
 
-    refused("dtype is 'int8'; allowed are float32, float16, bfloat16", dtype="int8")
     refused("must be at least 1", limit=0)
     refused("must be at least 1", epochs=0)
     config.launcher = "pytorch"
     refused("runs in one process")
     config.launcher = "none"
-    monkeypatch.setattr(sweep_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    refused(r"needs 0.0 GB more, .* choose fewer layers")
+    config.model.backbone.lora = dict(rank=2)
+    refused("this one trains LoRA adapters; omit backbone.lora")
+    config.model.backbone = dict(type="ResNet", depth=18)
+    refused("a LinearProbe cannot be swept; give a config with a PerceptionEncoder")
+
+
+def test_any_segmenter_is_frozen_and_swept(config, tmp_path):
     config.model.type = "EncoderDecoder"  # mmseg's own, which trains its backbone
-    config.model.decode_head = dict(type="FCNHead", in_channels=32, channels=8, num_classes=2)
-    refused(r"41 parameters of the encoder are trained \(such as .*freeze the encoder")
+    config.model.decode_head = dict(
+        type="FCNHead", in_channels=32, in_index=0, channels=8, num_classes=2, norm_cfg=dict(type="BN")
+    )
+    config.train_cfg.max_iters = 2
+    assert set(swept(config, tmp_path, layers=[1]).evaluate()) == {1}
 
 
 @pytest.fixture
@@ -386,7 +363,7 @@ def test_depth(depth_config, tmp_path, name):
             step.size = (64, 80)
     cfg.model.backbone.out_indices = [0]
     sweep = LayerSweep(cfg, layers=[1, 2], folder=tmp_path / "sweep", epochs=2)
-    assert sweep._size == (64, 80)
+    assert sweep.features._size == (64, 80)
     sweep.fill()
     record = Record()
     sweep.train(1, [record])
@@ -400,11 +377,9 @@ def test_depth(depth_config, tmp_path, name):
     model.decode_head.load_state_dict(record.head)
     order = Runner.build_dataloader(dict(batch_size=2, sampler=cfg.train_dataloader.sampler, dataset=range(4)), seed=0)
     rows = next(iter(order))
-    samples = [sweep.dataset[int(row)] for row in rows]
-    for sample in samples:
-        sample["inputs"] = sample["inputs"][:, 3:67, 5:85]
-        depth = sample["data_samples"].gt_depth_map.data[:, 3:67, 5:85]
-        sample["data_samples"].gt_depth_map = type(sample["data_samples"].gt_depth_map)(data=depth)
+    samples = [sweep.features.dataset[int(row)] for row in rows]
+    assert {tuple(sample["inputs"].shape) for sample in samples} == {(3, 64, 80)}
+    assert {tuple(sample["data_samples"].gt_depth_map.shape) for sample in samples} == {(64, 80)}
     batch = dict(inputs=[s["inputs"] for s in samples], data_samples=[s["data_samples"] for s in samples])
     losses = model(**model.data_preprocessor(batch, True), mode="loss")
     assert float(sum(losses.values())) == pytest.approx(record.losses[0], rel=1e-5)
@@ -415,38 +390,35 @@ def test_depth(depth_config, tmp_path, name):
     assert 0 < metrics[1]["rmse"] < 10
 
 
-def test_depth_of_an_encoder_that_learns_and_of_several_layers_is_refused(depth_config, tmp_path):
-    cfg = depth_config("pe_spatial_lin1_nyu")
-    cfg.model.frozen = False
-    with pytest.raises(ConfigError, match="parameters of the encoder are trained"):
-        LayerSweep(cfg, layers=[1], folder=tmp_path)
+def test_depth_of_several_layers_is_refused(depth_config, tmp_path):
     with pytest.raises(ConfigError, match=r"reads layers \(0, 1, 2, 2\); a sweep needs a head that reads one"):
         LayerSweep(depth_config("pe_spatial_lin4_nyu"), layers=[1], folder=tmp_path)
-
-
-@pytest.mark.mmdet
-def test_detectors_are_refused(tmp_path):
-    pytest.importorskip("mmdet")
-    cfg = Config.fromfile(REPO / "configs" / "pe_spatial_cascade_coco_t16.py")
-    with pytest.raises(ConfigError, match=r"a CascadeRCNN cannot be swept; .* pyramid is trained inside the backbone"):
-        LayerSweep(cfg, layers=[0], folder=tmp_path)
 
 
 def test_images_of_two_sizes_are_named(config, tmp_path):
     config.model.data_preprocessor.update(size=None, size_divisor=16)
     steps = config.train_dataloader.dataset.pipeline
     config.train_dataloader.dataset.pipeline = [step for step in steps if step.type != "RandomCrop"]
-    assert LayerSweep(config, layers=[0], folder=tmp_path)._size == (64, 80)
+    assert LayerSweep(config, layers=[0], folder=tmp_path).features._size == (64, 80)
     root = tmp_path / "data"
     shutil.copytree(config.train_dataloader.dataset.data_root, root)
     Image.new("RGB", (112, 64)).save(root / "images" / "training" / "4.jpg", format="PNG")
     Image.new("L", (112, 64), 1).save(root / "annotations" / "training" / "4.png")
     config.train_dataloader.dataset.data_root = str(root)
-    with pytest.raises(DatasetError, match=r"image 4 reaches the model as 64x112 and the first one as 64x80"):
+    with pytest.raises(DatasetError, match=r"reach the model as 64x112 and as 64x80; cached features need one size"):
         LayerSweep(config, layers=[0], folder=tmp_path / "sweep").fill()
 
 
+def test_the_best_layers_of_several_tasks():
+    table = format_best({"depth, a": (3, 5, "rmse", 0.5, 0.625), "tracking, b": (4, 5, "J&F", 80.0, 80.0)})
+    assert table.splitlines()[2:] == [
+        "| depth, a | 3 | 4 of 5 | rmse | 0.5 | 0.625 |",
+        "| tracking, b | 4 | 5 of 5 | J&F | 80 | 80 |",
+    ]
+
+
 def test_scores():
+    assert choose_score({"coco/segm_mAP": 0.2, "coco/bbox_mAP": 0.3}) == ("coco/bbox_mAP", True)
     assert choose_score({"depth/d1": 0.5, "depth/rmse": 0.3}) == ("depth/rmse", False)
     assert choose_score({"rmse": 0.3, "d1": 0.5}, "d1") == ("d1", True)
     with pytest.raises(ConfigError, match="score is loss; the config's metrics allow rmse"):
@@ -463,7 +435,7 @@ def test_command(config, tmp_path, monkeypatch):
     config.dump(tmp_path / "probe.py")
     options = ("--layers", "0,1", "--epochs", "4", "--limit", "4", "--work-dir", "out")
     log = command("sweep_layers", "probe.py", *options, cwd=tmp_path)
-    assert "2 layers, 4 training images as in testing (no augmentation)" in log
+    assert "features of 4 images, layers 0, 1, float32 (exact)" in log
     assert re.search(r"\| 1 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| .*deepest \|", log)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(scores["metrics"]) == {"0", "1"}
@@ -476,3 +448,55 @@ def test_command(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", "--layers", "0,7"])
     with pytest.raises(SystemExit, match=r"^error: layers are 0, 7; the encoder has blocks 0 to 2"):
         runpy.run_path(str(REPO / "tools" / "sweep_layers.py"), run_name="__main__")
+
+
+@pytest.mark.mmdet
+def test_detectors_learn_on_each_layer_in_windows_of_the_pretraining_grid(tmp_path):
+    pytest.importorskip("mmdet")
+    root = tmp_path / "world"
+    for split, images in (("train", 4), ("val", 2)):
+        write_coco(root, images=images, size=(128, 128), split=split)
+    cfg = load(REPO / "projects" / "coco_detection" / "synthetic_layers.py")
+    cfg.model.backbone.update(variant=FIELDS, frozen_stages=3, init_cfg=None)
+    cfg.model.data_preprocessor.pad_size_divisor = 128
+    cfg.model.roi_head.bbox_head.num_classes = cfg.model.roi_head.mask_head.num_classes = 2
+    for name, split in (("train_dataloader", "train"), ("val_dataloader", "val")):
+        cfg[name].batch_size = 2
+        cfg[name].dataset.update(data_root=str(root), metainfo=dict(classes=("red", "blue")))
+        cfg[name].dataset.ann_file = f"annotations/instances_{split}.json"
+    cfg.val_dataloader.dataset.pipeline[1].scale = (128, 128)
+    cfg.val_evaluator.ann_file = str(root / "annotations" / "instances_val.json")
+    cfg.train_cfg.max_iters = 3
+    sweep = LayerSweep(cfg, layers=[0, 2], folder=tmp_path / "out")
+    assert sweep.encoder.geometry.window_size == 4  # of 8 x 8 patches
+    assert sweep.encoder.geometry.global_attn_indexes == ()
+    sweep.fill()
+    for layer in sweep.layers:
+        assert sweep.train(layer)
+    metrics = sweep.evaluate()
+    assert choose_score(metrics[0]) == ("coco/bbox_mAP", True)
+    report = write_report(sweep, metrics, score=None, config="probe.py")
+    assert format_table(report).splitlines()[0].count("|") == 8  # layer twice, four scores, note
+
+
+@pytest.mark.slow
+def test_a_table_of_several_tasks(config, tmp_path):
+    """Segmentation on the images, and tracking without training on the videos, in one command."""
+    config.work_dir = "seg"
+    config.train_cfg.max_iters = 2
+    config.dump(tmp_path / "seg.py")
+    videos = Config.fromfile(REPO / "configs" / "pe_spatial_zeroshot_davis.py")
+    videos.model.backbone.update(variant=FIELDS, init_cfg=None)
+    videos.model.size = 96
+    root = str(write_davis(tmp_path / "davis"))
+    videos.data_root = videos.test_dataloader.dataset.data_root = videos.test_evaluator.ann_dir = root
+    videos.test_dataloader.dataset.sequences = None
+    videos.dump(tmp_path / "videos.py")
+    options = ("--layers", "all", "--work-dir", "out")
+    for _ in range(2):  # the second call finds everything done
+        log = command("sweep_layers", "seg.py", "videos.py", *options, cwd=tmp_path)
+        table = log[log.index("| task | best layer") :].splitlines()
+        assert re.fullmatch(r"\| segmentation, seg \| \d \| \d of 3 \| mIoU \| [\d.]+ \| [\d.]+ \|", table[2])
+        assert re.fullmatch(r"\| tracking, videos \| \d \| \d of 3 \| J&F \| [\d.]+ \| [\d.]+ \|", table[3])
+    assert json.loads((tmp_path / "out" / "videos" / "layers.json").read_text())["layers"].keys() == {"0", "1", "2"}
+    assert "already trained" in log
