@@ -147,6 +147,22 @@ def _stored_orientation(tags: bytes) -> int | None:
     return next((value for tag, kind, _, value in entries if (tag, kind) == (_ORIENTATION, 3)), None)  # 3: short
 
 
+def short_side_size(height: int, width: int, *, short_side: int, max_long_side: float) -> tuple[int, int]:
+    """Return height and width for a short side of `short_side`, or less where the long side would exceed its limit.
+
+    The long side is truncated, so it may be a pixel or two below the limit, and above it for thin images
+    (perception_models@3e352cc:apps/detection/DETA_pe/datasets/transforms.py).
+    """
+    small, large = min(height, width), max(height, width)
+    if large / small * short_side > max_long_side:
+        short_side = round(max_long_side * small / large)
+    if small == short_side:
+        return height, width
+    if width < height:
+        return int(short_side * height / width), short_side
+    return short_side, int(short_side * width / height)
+
+
 def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
     """Return where tiles start along a side: evenly spaced, from one end to the other."""
     if side <= tile:

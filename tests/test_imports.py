@@ -37,7 +37,7 @@ ARROWS = {
     "planning": {"planning", "integrations", "encoder"} | GROUND,
     "engine": SERVICES | {"encoder", "data"} | GROUND,
     **{room: {room, "encoder", "data"} | SERVICES | GROUND for room in sorted(TASKS)},
-    "predict": {"predict", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
+    "predict": {"predict", "runtime", "encoder", "data", "language"} | TASKS | SERVICES | GROUND,
     "runtime": {"runtime", "predict", "tracking"} | GROUND,
     "export": {"export", "runtime", "predict", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "features": {"features", "encoder", "integrations", "language"} | GROUND,

@@ -33,7 +33,6 @@ MODULES = {
     "app": ("gradio",),
     "language": ("open_clip",),
     "images": ("numpy", "PIL", "cv2", "tqdm"),
-    "export": ("numpy", "onnx", "onnxscript"),
 }
 """The modules by which an installed extra is recognized."""
 
@@ -56,7 +55,7 @@ COMMANDS = {
     "zero_shot": Command("classify, retrieve and search images and videos by words", ("images", "language")),
     "embed_classes": Command("write text embeddings of class names for open-vocabulary detectors", ("language",)),
     "predict": Command("predict images, folders, videos and cameras with any trained model"),
-    "export": Command("export a model for other runtimes, with a certificate that it computes the same", ("export",)),
+    "export": Command("export a model for other runtimes, with a certificate that it computes the same", ()),
     "infer_depth": Command("predict the depth of images, folders and videos"),
     "prepare_nyu": Command("check a download of NYU Depth v2"),
     "eval_vos": Command("score video object masks (J&F)"),
@@ -112,10 +111,9 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        from pe_spatial.encoder.files import CheckpointError  # needs torch
         from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 
-        ours = isinstance(error, CheckpointError | ConfigError | DatasetError | TrainingError)
+        ours = isinstance(error, (ConfigError, DatasetError, TrainingError, *_checkpoint_error()))
         system = error.strerror if isinstance(error, OSError) else None
         if isinstance(error, ImportError) and not (error.name or "").startswith("pe_spatial") and not traceback:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -130,6 +128,15 @@ def errors_as_sentences(*, traceback: bool) -> Iterator[None]:
         kind = type(error)
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         sys.exit(f"error: {sentence}")
+
+
+def _checkpoint_error() -> tuple[type[Exception], ...]:
+    """Return the encoder's error, which needs torch; without torch nothing raises it."""
+    if "torch" not in sys.modules:
+        return ()
+    from pe_spatial.encoder.files import CheckpointError
+
+    return (CheckpointError,)
 
 
 REMEDIES = {

@@ -31,6 +31,7 @@ from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device,
 from pe_spatial.cli.own_data import images_of
 from pe_spatial.cli.track import add_prompts
 from pe_spatial.errors import ConfigError
+from pe_spatial.runtime.manifest import is_exported, read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +110,9 @@ def run(args: argparse.Namespace) -> None:
     (args.checkpoint,) = args.checkpoint
     if args.size is not None:
         raise ConfigError("--size is for several checkpoints that share an encoder; omit it")
+    if is_exported(args.checkpoint):
+        run_exported(args)
+        return
     with without_prints():
         from pe_spatial.engine.options import set_options
         from pe_spatial.predict.models import config_and_weights, task_of
@@ -138,8 +142,23 @@ def check_options(args: argparse.Namespace, task: str) -> None:
         raise ConfigError(f"a model for {task} does not write {wrong[0]!r} but {', '.join(FORMATS[task])}")
 
 
-def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
-    """Predict with a detector or a segmenter."""
+def run_exported(args: argparse.Namespace) -> None:
+    """Predict with a folder that `pe-spatial export` wrote."""
+    task = read_manifest(args.checkpoint).task
+    if task not in ("detection", "segmentation"):
+        raise ConfigError(f"{args.checkpoint} is an exported model for {task}; predict takes detectors and segmenters")
+    check_options(args, task)
+    absent = ("config", "cfg_options", "device", "tile", "overlap", "tta", "keep", "words")
+    given = [name for name in absent if not any(getattr(args, name) is value for value in (None, False))]
+    given = [name for name in given if getattr(args, name) != {}]
+    if given:
+        name = given[0].replace("_", "-")
+        raise ConfigError(f"{args.checkpoint} is an exported model, which has no --{name}; omit it")
+    run_predictor(args, None)
+
+
+def run_predictor(args: argparse.Namespace, cfg: Config | None) -> None:
+    """Predict with a detector or a segmenter; `cfg` is None for an exported folder."""
     from functools import partial
 
     from tqdm import tqdm
@@ -163,7 +182,8 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
         raise ConfigError("--frames is for cameras and streams; omit it")
     sources = None if live else Sources(args.inputs, exclude=args.out)
     with without_prints():
-        predictor: Any = pe_spatial.load(args.checkpoint, config=cfg, device=choose_device(args), tta=args.tta,
+        device = "cpu" if cfg is None else choose_device(args)
+        predictor: Any = pe_spatial.load(args.checkpoint, config=cfg, device=device, tta=args.tta,
                                          score=score_of(args, cfg), words=args.words)  # fmt: skip
     class_labels(args.classes or (), predictor.class_names)
     if args.keep is not None:
@@ -179,7 +199,8 @@ def run_predictor(args: argparse.Namespace, cfg: Config) -> None:
     options = {name: getattr(args, name) for name in names}
     options["write"] = sorted(folder.formats)
     options["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
-    record_model(args.out, args.checkpoint, overwrite=args.overwrite, **options)
+    file = args.checkpoint if cfg is not None else Path(args.checkpoint, "manifest.json")
+    record_model(args.out, file, overwrite=args.overwrite, **options)
     if sources:
         folder.run(sources, overwrite=args.overwrite)
     else:
@@ -208,11 +229,12 @@ def check_words(args: argparse.Namespace) -> None:
         raise ConfigError("--keep does not go with --classes and --tile; omit them")
 
 
-def score_of(args: argparse.Namespace, cfg: Config) -> float:
+def score_of(args: argparse.Namespace, cfg: Config | None) -> float:
     """Return the lowest score: the given one or `SCORE` for detectors, 0 for segmenters, which have none."""
     from pe_spatial.predict.models import task_of
 
-    if task_of(cfg) != "detection":
+    task = read_manifest(args.checkpoint).task if cfg is None else task_of(cfg)
+    if task != "detection":
         return 0.0
     return SCORE if args.score is None else args.score
 

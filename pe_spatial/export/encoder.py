@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pe_spatial.encoder.geometry import preset_name
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.export.graph import Exportable
+from pe_spatial.export.pixels import pad_to
 
 INPUTS = ("pixels", "images")
 
@@ -39,13 +39,6 @@ class EncoderGraph(nn.Module):
         if self.inputs == "pixels":
             images = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         return self.encoder(pad_to(images, self.step))
-
-
-def pad_to(images: Tensor, step: int) -> Tensor:
-    """Add zeros at the right and at the bottom of (B, C, H, W) until both sides are multiples of `step`."""
-    height, width = images.shape[-2:]
-    rows, columns = ((side + step - 1) // step * step for side in (height, width))
-    return F.pad(images, (0, columns - width, 0, rows - height))
 
 
 def encoder_graph(

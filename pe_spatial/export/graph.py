@@ -12,11 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pe_spatial.atomic import atomic_folder
 from pe_spatial.errors import ConfigError, one_of
+from pe_spatial.export.onnx_file import keep_outputs
+from pe_spatial.export.precision import check_precision, quantize
 from pe_spatial.runtime.manifest import FORMATS, GRAPHS, Manifest, write_manifest
 from pe_spatial.runtime.sessions import STAGES, require
 
@@ -69,26 +72,41 @@ class Exportable:
         )  # fmt: skip
 
 
-def export(exportable: Exportable, out: str | Path, *, form: str = "onnx") -> Manifest:
+def export(
+    exportable: Exportable, out: str | Path, *, form: str = "onnx", precision: str = "fp32",
+    calibration: Sequence[Mapping[str, np.ndarray]] = (),
+) -> Manifest:  # fmt: skip
     """Write the folder `out`: the graph and manifest.json.
+
+    Args:
+        exportable: the model.
+        out: a new folder.
+        form: 'onnx', 'openvino', 'torch' or 'tensorrt'.
+        precision: one of `precision.PRECISIONS`.
+        calibration: inputs for 'int8-static'.
 
     Raises ConfigError for a format that is not known, a package that is missing, an operator that the format does not
     have, and a folder that is not empty.
     """
     one_of("format", form, FORMATS)
+    check_precision(form, precision, calibration)
+    if form == "torch" and exportable.translations:
+        raise ConfigError(f"format torch is for encoders, and this is for {exportable.task}; use onnx or openvino")
     for package in _NEEDED[form]:
         require(package)
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a new folder")
-    manifest = exportable.manifest(form, "fp32")
+    manifest = exportable.manifest(form, precision)
     with atomic_folder(out) as folder, _quiet():
         if form == "torch":
             write_torch(exportable, folder / GRAPHS[form])
         else:
             write_onnx(exportable, folder / GRAPHS["onnx"])
+        if precision.startswith("int8"):
+            quantize(folder, exportable.outputs, precision, calibration)
         if form == "openvino":
-            write_openvino(exportable, folder)
+            write_openvino(exportable, folder, compress=precision == "fp16")
         write_manifest(folder, manifest)
     return manifest
 
@@ -130,13 +148,6 @@ def write_onnx(exportable: Exportable, path: Path) -> None:
     onnx.save(model, str(path))
 
 
-def keep_outputs(model: Any, names: Sequence[str]) -> None:
-    """Remove the other outputs of an ONNX model."""
-    kept = [output for output in model.graph.output if output.name in names]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-
-
 def _name_dimensions(model: Any, exportable: Exportable) -> None:
     """Give the free dimensions of the inputs their names, and remove the tracer's from the outputs."""
     for value in model.graph.input:
@@ -144,8 +155,8 @@ def _name_dimensions(model: Any, exportable: Exportable) -> None:
             value.type.tensor_type.shape.dim[i].dim_param = name
 
 
-def write_openvino(exportable: Exportable, folder: Path) -> None:
-    """Convert model.onnx (or stages.onnx) in `folder` to model.xml, and remove it."""
+def write_openvino(exportable: Exportable, folder: Path, *, compress: bool = False) -> None:
+    """Convert model.onnx (or stages.onnx) in `folder` to model.xml, and remove it; `compress` stores 16 bits."""
     openvino = require("openvino")
     source = folder / (STAGES if exportable.stages else GRAPHS["onnx"])
     model = openvino.convert_model(str(source))
@@ -154,13 +165,13 @@ def write_openvino(exportable: Exportable, folder: Path) -> None:
     for output in list(model.outputs):
         if not names & output.get_names():
             model.remove_result(output.get_node())
-    openvino.save_model(model, str(folder / GRAPHS["openvino"]), compress_to_fp16=False)
+    openvino.save_model(model, str(folder / GRAPHS["openvino"]), compress_to_fp16=compress)
     for path in folder.glob("*.onnx*"):
         path.unlink()
 
 
 def write_torch(exportable: Exportable, path: Path) -> None:
-    """Write the program of torch.export, and beside it the AOTInductor package where a compiler is there."""
+    """Write the program of torch.export."""
     torch.export.save(trace(exportable), str(path))
 
 

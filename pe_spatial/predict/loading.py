@@ -24,7 +24,8 @@ def load(
 
     Args:
         source: a checkpoint that `pe-spatial train` wrote, whose config is inside; any other weights, with their
-            `config`; or a config file (.py) with `load_from`.
+            `config`; a config file (.py) with `load_from`; or a folder that `pe-spatial export` wrote, which needs
+            neither torch nor OpenMMLab and takes no option but `score`.
         config: a config file, one of an installed package ('mmdet::detr/detr_r50_8xb2-150e_coco.py'), or a Config.
         device: 'cpu', 'cuda' or 'cuda:1'.
         dtype: torch.bfloat16 or torch.float16 for autocast; None computes as a test of the config does.
@@ -36,10 +37,21 @@ def load(
 
     Raises ConfigError, CheckpointError; ImportError without OpenMMLab's packages.
     """
+    from pe_spatial.errors import ConfigError
+    from pe_spatial.runtime.manifest import is_exported
+
+    if is_exported(source):
+        from pe_spatial.runtime.loading import load_exported
+
+        others = dict(config=config, dtype=dtype, compile=compile, tta=tta, class_names=class_names, words=words)
+        given = [name for name, value in others.items() if value]
+        if given or device != "cpu":
+            name = (given or ["device"])[0]
+            raise ConfigError(f"{source} is an exported model, on a CPU, which has no {name}; omit it")
+        return load_exported(source, **(dict(score=score) if score else {}))
     missing = [name for name in ("mmengine", "mmcv", "mmdet", "mmseg") if find_spec(name) is None]
     if missing:
         raise ImportError(f"a predictor needs {missing[0]}: pip install 'pe_spatial[openmmlab]'", name=missing[0])
-    from pe_spatial.errors import ConfigError
     from pe_spatial.predict.models import config_and_weights, task_of
 
     cfg, weights = config_and_weights(source, config)

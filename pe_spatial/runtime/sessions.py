@@ -65,7 +65,7 @@ class OnnxRuntimeSession:
 
 
 class OpenVinoSession:
-    """OpenVINO on the CPU; it computes in float32 unless the folder says 'bf16' or 'fp16'."""
+    """OpenVINO on the CPU; it computes in float32 unless the folder says 'bf16' ('fp16' stores weights)."""
 
     def __init__(self, path: Path, outputs: Sequence[str], *, precision: str, threads: int | None) -> None:
         openvino = require("openvino")
@@ -73,7 +73,7 @@ class OpenVinoSession:
         model = core.read_model(str(path))
         known = {name for output in model.outputs for name in output.get_names()}
         model.add_outputs([name for name in outputs if name not in known])
-        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16"}.get(precision, "f32")}
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         self.outputs = list(outputs)
@@ -86,18 +86,14 @@ class OpenVinoSession:
 
 
 class TorchSession:
-    """A program of torch.export, or its AOTInductor package."""
+    """A program of torch.export."""
 
     def __init__(self, path: Path, outputs: Sequence[str], *, precision: str, threads: int | None) -> None:  # noqa: ARG002
         torch = require("torch")
         self.outputs = list(outputs)
         if threads:
             torch.set_num_threads(threads)
-        compiled = path.with_name("model.aoti.pt2")
-        if compiled.exists():
-            self.module = torch._inductor.aoti_load_package(str(compiled))
-        else:
-            self.module = torch.export.load(str(path)).module()
+        self.module = torch.export.load(str(path)).module()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs by name."""

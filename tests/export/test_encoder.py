@@ -104,6 +104,16 @@ def test_golden_values(golden, tmp_path, case):
             np.testing.assert_allclose(ours.reshape(*ours.shape[:2], -1).transpose(0, 2, 1), theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_released_variant_from_one_file(tmp_path):
+    torch.manual_seed(0)
+    graph = encoder_graph(PerceptionEncoder("pe_spatial_t16_512", out_indices=(5, 11)).eval())
+    export(graph, tmp_path / "out")
+    for backend in ("onnxruntime", "openvino"):
+        exported = ExportedEncoder(tmp_path / "out", backend=backend)
+        check_equal(exported, graph, ((1, 512, 512), (3, 256, 384), (1, 640, 480)))
+
+
 def test_manifest_describes_the_folder(folder):
     manifest = read_manifest(folder)
     assert (manifest.task, manifest.format, manifest.outputs) == ("encoder", "onnx", ["layer_1", "layer_0"])

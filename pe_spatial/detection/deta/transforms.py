@@ -10,22 +10,7 @@ from mmdet.datasets.transforms import RandomCrop, Resize
 from mmengine.registry import TRANSFORMS
 
 from pe_spatial.errors import ConfigError, DatasetError
-
-
-def short_side_size(height: int, width: int, *, short_side: int, max_long_side: float) -> tuple[int, int]:
-    """Return height and width for a short side of `short_side`, or less where the long side would exceed its limit.
-
-    The long side is truncated, so it may be a pixel or two below the limit, and above it for thin images
-    (perception_models@3e352cc:apps/detection/DETA_pe/datasets/transforms.py).
-    """
-    small, large = min(height, width), max(height, width)
-    if large / small * short_side > max_long_side:
-        short_side = round(max_long_side * small / large)
-    if small == short_side:
-        return height, width
-    if width < height:
-        return int(short_side * height / width), short_side
-    return short_side, int(short_side * width / height)
+from pe_spatial.images import short_side_size
 
 
 @TRANSFORMS.register_module()

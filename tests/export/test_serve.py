@@ -1,0 +1,84 @@
+"""The serving example of the docs answers on loopback, in batches, and refuses what is too large."""
+
+import importlib.util
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from helpers.repository import REPO
+from PIL import Image
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+import uvicorn
+
+from pe_spatial.predict.results import Detections
+
+
+class Detector:
+    """Finds one object as large as the image."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, images, *, batch_size):
+        assert len(images) <= batch_size
+        self.batches.append(len(images))
+        return [
+            Detections(boxes=np.array([[0, 0, i.shape[1], i.shape[0]]], np.float32), scores=np.array([0.9], np.float32),
+                       labels=np.array([0]), class_names=("thing",), image_size=i.shape[:2])
+            for i in images
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def server():
+    spec = importlib.util.spec_from_file_location("serve", REPO / "docs" / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+    detector = Detector()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(serve.create_app(detector), port=port, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/detect", detector, serve
+    running.should_exit = True
+    thread.join()
+
+
+def png(width, height):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def ask(url, body):
+    with urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=20) as answer:
+        return json.loads(answer.read())
+
+
+def test_requests_are_answered_in_batches_and_limits_hold(server, monkeypatch):
+    url, detector, serve = server
+    monkeypatch.setattr(serve, "WAIT", 0.2)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda width: ask(url, png(width, 20)), range(10, 16)))
+    assert [answer[0]["box"][2] for answer in answers] == [10, 11, 12, 13, 14, 15]
+    assert answers[0][0] == dict(name="thing", score=0.9, box=[0, 0, 10, 20])
+    assert max(detector.batches) > 1
+    assert ask(f"{url}?score=0.95", png(10, 10)) == []
+    monkeypatch.setattr(serve, "MAX_PIXELS", 50)
+    for body, code in ((b"no image", 400), (png(10, 10), 413)):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask(url, body)
+        assert error.value.code == code
