@@ -9,6 +9,7 @@ groups of images; the ratio is the median over neighboring groups: below 1 we ar
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import statistics
 import tempfile
@@ -53,9 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=48)
     args = parser.parse_args()
+    logging.disable()  # open_clip warns that the weights are random
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    peer, _, transform = open_clip.create_model_and_transforms("PE-Core-T-16-384", pretrained=None)
+    half = (0.5, 0.5, 0.5)
+    pixels = dict(image_mean=half, image_std=half, image_interpolation="bilinear", image_resize_mode="squash")
+    peer, _, transform = open_clip.create_model_and_transforms("PE-Core-T-16-384", pretrained=None, **pixels)
     peer.eval()
     ours = PECore("PE-Core-T16-384").eval()
     load_core_state(ours, peer.state_dict())

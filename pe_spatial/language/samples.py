@@ -34,6 +34,8 @@ def find_samples(root: Path) -> list[Sample]:
     """
     if not root.exists():
         raise DatasetError(f"there is no folder {root}; check the path")
+    if root.is_file() and root.suffix != ".tar":
+        raise DatasetError(f"{root} is a file; give a folder of images or videos, or a .tar of a WebDataset")
     shards = [root] if root.is_file() else sorted(root.rglob("*.tar"))
     if shards:
         return _read_shards(shards)

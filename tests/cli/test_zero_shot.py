@@ -225,6 +225,8 @@ def test_mistakes(photos, fail, argv, message):
 def test_missing_data(tmp_path, fail):
     assert "there is no folder" in fail(tmp_path / "absent")
     assert "has no images, videos or .tar files" in fail(tmp_path)
+    photo(tmp_path / "a.png", 0)
+    assert "is a file; give a folder" in fail(tmp_path / "a.png")
 
 
 def test_long_phrase_is_cut_and_said(photos, weights, capsys, caplog):
