@@ -177,3 +177,13 @@ def batch(text: str) -> str | int:
 
 def layers(text: str) -> str | list[int]:
     return text if text == "all" else comma_separated(text)
+
+
+def refuse_for_exported(args: argparse.Namespace, *names: str) -> None:
+    """Raise ConfigError for an option that an exported model does not have."""
+    from pe_spatial.errors import ConfigError
+
+    given = [name for name in names if getattr(args, name) not in (None, False, {})]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ConfigError(f"{args.checkpoint} is an exported model, which has no --{option}; omit it")

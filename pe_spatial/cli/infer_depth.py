@@ -20,10 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, import_quietly, without_prints
+from pe_spatial.cli.arguments import (
+    add_cfg_options,
+    add_device,
+    choose_device,
+    import_quietly,
+    refuse_for_exported,
+    without_prints,
+)
 
 if TYPE_CHECKING:
+    from pe_spatial.depth.inference import DepthPredictor
     from pe_spatial.engine.sources import Sources
+    from pe_spatial.runtime.dense import ExportedEstimator
 
 
 def side(text: str) -> int:
@@ -37,7 +46,7 @@ def side(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, folders (searched recursively), videos")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint that `pe-spatial train` wrote")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint that `pe-spatial train` or export wrote")
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     add_cfg_options(parser)
     parser.add_argument("--out", type=Path, default=Path("depth"), help="folder of the results")
@@ -72,12 +81,10 @@ def run(args: argparse.Namespace) -> None:
     # The encoder's advice on geometry is for training; here the checkpoint determines it.
     logging.getLogger("pe_spatial.encoder.vit").setLevel(logging.ERROR)
     from pe_spatial.depth.batch import DepthFolder, GroundTruth, OutputOptions, summarize
-    from pe_spatial.depth.inference import DepthPredictor
-    from pe_spatial.engine.configs import config_in, read_config
-    from pe_spatial.engine.options import set_options
     from pe_spatial.engine.predictions import record_model
     from pe_spatial.engine.sources import Sources
     from pe_spatial.errors import ConfigError
+    from pe_spatial.runtime.manifest import is_exported
 
     files = dict(formats=args.write, png_scale=args.scale, intrinsics=args.intrinsics, fov=args.fov)
     limits: dict[str, Any] = dict(color_range=args.range and tuple(args.range), percentiles=tuple(args.percentiles))
@@ -86,10 +93,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--tile predicts in full resolution, so --size cannot be given with it; omit one of them")
     sources = Sources(args.images, exclude=args.out)
     truth = GroundTruth(args.gt, scale=args.gt_scale) if args.gt else None
-    with without_prints():
-        cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
-        set_options(cfg, args.cfg_options)
-        predictor = DepthPredictor(cfg, args.checkpoint, device=choose_device(args))
+    exported = is_exported(args.checkpoint)
+    predictor: Any = exported_estimator(args) if exported else trained_estimator(args)
     if predictor.quantity != "meter" and (truth or "ply" in args.write):
         raise ConfigError(f"this model predicts {predictor.quantity}; omit --gt and --write ply, which need meters")
     size = None if args.tile else predictor.training_size
@@ -100,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     folder = DepthFolder(args.out, sources, options, quantity=predictor.quantity, truth=truth, progress=progress)
     model: dict[str, Any] = dict(config=Path(args.config).name if args.config else None, tile=args.tile, size=size)
     model["cfg_options"] = {key: str(value) for key, value in args.cfg_options.items()}
-    record_model(args.out, args.checkpoint, overwrite=args.overwrite, **model)
+    file = Path(args.checkpoint, "manifest.json") if exported else args.checkpoint
+    record_model(args.out, file, overwrite=args.overwrite, **model)
     counts, unreadable = folder.predict(
         predictor, batch_size=args.batch, size=size, tile=args.tile, overlap=args.overlap, overwrite=args.overwrite
     )
@@ -113,6 +119,26 @@ def run(args: argparse.Namespace) -> None:
     if unreadable:
         print(*(f"unreadable: {message}" for message in unreadable), sep="\n", file=sys.stderr)
         sys.exit(f"error: {len(unreadable)} images could not be read (listed above); the others are finished")
+
+
+def trained_estimator(args: argparse.Namespace) -> DepthPredictor:
+    """Return an estimator in torch."""
+    from pe_spatial.depth.inference import DepthPredictor
+    from pe_spatial.engine.configs import config_in, read_config
+    from pe_spatial.engine.options import set_options
+
+    with without_prints():
+        cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
+        set_options(cfg, args.cfg_options)
+        return DepthPredictor(cfg, args.checkpoint, device=choose_device(args))
+
+
+def exported_estimator(args: argparse.Namespace) -> ExportedEstimator:
+    """Return an estimator in another runtime."""
+    from pe_spatial.runtime.dense import ExportedEstimator
+
+    refuse_for_exported(args, "config", "cfg_options", "device", "tile")
+    return ExportedEstimator(args.checkpoint)
 
 
 def introduction(sources: Sources, size: int | None, args: argparse.Namespace) -> Iterator[str]:

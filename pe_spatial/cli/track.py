@@ -4,8 +4,10 @@ pe-spatial track cat.mp4 --checkpoint tracker.pth --out tracked.mp4 \
     --points 1:210,350 1:250,220,0 --box 2:10,20,200,300
 pe-spatial track frames/ --checkpoint FILE --out tracked.mp4 --mask first.png --box 7@40:9,20,90,80
 
+pe-spatial track cat.mp4 --checkpoint EXPORTED/ --out tracked.mp4 --box 2:10,20,200,300    # without torch
+
 Each prompt begins with the id of its object; @40 gives it on frame 40 instead of 0. Frames are read one by one, so the
-video may be of any length. The model must be a PESAM2.
+video may be of any length. The model must be a PESAM2, or a folder that `pe-spatial export` wrote of one.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_device, choose_device
+from pe_spatial.cli.arguments import add_device, choose_device, refuse_for_exported
 from pe_spatial.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from pe_spatial.tracking.sam2.online import OnlineTracker
     from pe_spatial.tracking.sam2.prompts import Prompt
 
 MAX_ID = 254  # 255 is void in index masks
@@ -40,7 +43,7 @@ def numbered(text: str, counts: Sequence[int]) -> tuple[int, int, list[float]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", type=Path, help="file or folder of images")
-    parser.add_argument("--checkpoint", required=True, help="tracker that `pe-spatial train` wrote")
+    parser.add_argument("--checkpoint", required=True, help="tracker that `pe-spatial train` or export wrote")
     parser.add_argument("--config", help="config file (default: the config inside the checkpoint)")
     parser.add_argument("--out", type=Path, required=True, help="mp4 to write")
     parser.add_argument("--masks", type=Path, help="also write the masks into this folder, as palette PNGs")
@@ -60,26 +63,15 @@ def add_prompts(parser: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from pe_spatial.encoder.files import locate, read_checkpoint
-    from pe_spatial.engine.configs import config_in, read_config
-    from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+    from pe_spatial.runtime.manifest import is_exported
     from pe_spatial.tracking.sam2.online import track_clip
-    from pe_spatial.tracking.sam2.streaming import StreamingTracker
     from pe_spatial.tracking.vos.clip import Clip, overlay
     from pe_spatial.tracking.vos.masks import write_mask
     from pe_spatial.video import mp4_writer
 
     prompts = read_prompts(args)
-    cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
-    if "tracker" not in cfg.get("model", {}):
-        source = args.config or f"the config in {args.checkpoint}"
-        raise ConfigError(f"{source} has no model.tracker; give a checkpoint or config of a PESAM2")
-    clip, device = Clip.open(args.video), choose_device(args)
-    read_checkpoint(locate(args.checkpoint))  # so that its errors come before the model is built
-    model = build_pe_sam2(**cfg.model.tracker.to_dict())
-    model.image_encoder.trunk.encoder.base_source = cfg.model.get("encoder_weights")
-    load_tracker_weights(model, args.checkpoint)
-    tracker = StreamingTracker(model.to(device), non_overlapping=True)
+    clip = Clip.open(args.video)
+    tracker = exported_tracker(args) if is_exported(args.checkpoint) else trained_tracker(args)
 
     start, frames = time.time(), 0
     with mp4_writer(args.out, clip.fps) as write:
@@ -90,6 +82,33 @@ def run(args: argparse.Namespace) -> None:
             frames += 1
     milliseconds = (time.time() - start) / frames * 1000
     print(f"{len(tracker.objects)} objects through {frames} frames, {milliseconds:.0f} ms per frame: {args.out}")
+
+
+def trained_tracker(args: argparse.Namespace) -> OnlineTracker:
+    """Return a tracker in torch."""
+    from pe_spatial.encoder.files import locate, read_checkpoint
+    from pe_spatial.engine.configs import config_in, read_config
+    from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+    from pe_spatial.tracking.sam2.streaming import StreamingTracker
+
+    cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
+    if "tracker" not in cfg.get("model", {}):
+        source = args.config or f"the config in {args.checkpoint}"
+        raise ConfigError(f"{source} has no model.tracker; give a checkpoint or config of a PESAM2")
+    device = choose_device(args)
+    read_checkpoint(locate(args.checkpoint))  # so that its errors come before the model is built
+    model = build_pe_sam2(**cfg.model.tracker.to_dict())
+    model.image_encoder.trunk.encoder.base_source = cfg.model.get("encoder_weights")
+    load_tracker_weights(model, args.checkpoint)
+    return StreamingTracker(model.to(device), non_overlapping=True)
+
+
+def exported_tracker(args: argparse.Namespace) -> OnlineTracker:
+    """Return a tracker in another runtime."""
+    from pe_spatial.runtime.tracker import ExportedTracker
+
+    refuse_for_exported(args, "config", "device")
+    return ExportedTracker(args.checkpoint).start()
 
 
 def read_prompts(args: argparse.Namespace) -> dict[int, dict[int, Prompt]]:

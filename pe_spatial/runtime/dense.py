@@ -62,14 +62,33 @@ class ExportedDepth(ExportedDense):
         self.quantity: str = self.manifest.options["quantity"]
         self.size: int | None = self.manifest.options["size"]
 
+    def estimate(self, images: Sequence[np.ndarray], *, size: int | None = None) -> list[np.ndarray]:
+        """Images (H, W, 3) uint8 RGB of one size -> depth (H, W) float32 of each.
+
+        With a `size` the model gets them with a short side of so many pixels, and its depth is resized back.
+        """
+        before, short = images[0].shape[:2], min(images[0].shape[:2])
+        pixels = np.stack(images)
+        if size not in (None, short):
+            height, width = (max(1, round(side * size / short)) for side in before)
+            resize = resize_area if size < short else resize_pixels
+            pixels = np.stack([resize(image, (height, width)) for image in images])
+        return [resize_bilinear(depth, before) for depth in self.maps(pixels)]
+
     def _predict(self, items: Sequence[np.ndarray]) -> list[DepthMap]:
-        size, short = items[0].shape[:2], min(items[0].shape[:2])
-        pixels = np.stack(items)
-        if self.size not in (None, short):
-            height, width = (max(1, round(side * self.size / short)) for side in size)
-            resize = resize_area if self.size < short else resize_pixels
-            pixels = np.stack([resize(item, (height, width)) for item in items])
-        return [DepthMap(depth=resize_bilinear(depth, size), quantity=self.quantity) for depth in self.maps(pixels)]
+        return [DepthMap(depth=depth, quantity=self.quantity) for depth in self.estimate(items, size=self.size)]
+
+
+class ExportedEstimator:
+    """An exported depth estimator with the calls of `DepthPredictor`, but for its tiles."""
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        self.model = ExportedDepth(folder, **options)
+        self.quantity, self.training_size = self.model.quantity, self.model.size
+
+    def __call__(self, images: Sequence[np.ndarray], *, size: int | None = None) -> list[np.ndarray]:
+        """Return the depth of each image, as `ExportedDepth.estimate` does."""
+        return self.model.estimate(images, size=size)
 
 
 class ExportedSegmenter(ExportedDense):

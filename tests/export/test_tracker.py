@@ -136,6 +136,26 @@ def test_masks_of_a_clip_are_those_of_the_tracker(randomize, folder):
 
 
 @pytest.mark.slow
+def test_track_takes_an_exported_folder(randomize, folder, tmp_path):
+    from helpers.repository import command
+    from PIL import Image
+
+    (tmp_path / "clip").mkdir()
+    for t, frame in enumerate(clip(4)):
+        Image.fromarray(frame).save(tmp_path / "clip" / f"{t:05d}.png")
+    given = ("--checkpoint", folder, "--out", tmp_path / "out.mp4", "--box", "1:10,5,60,40")
+    printed = command("track", tmp_path / "clip", *given, "--masks", tmp_path / "masks", cwd=tmp_path)
+    assert "1 objects through 4 frames" in printed
+    stream = StreamingTracker(build(randomize), non_overlapping=True)
+    for t, frame in enumerate(clip(4)):
+        mask = stream.step(frame, {1: BOX} if t == 0 else None)[1].numpy()
+        found = np.asarray(Image.open(tmp_path / "masks" / f"{t:05d}.png")) == 1
+        assert (found != mask).mean() < 2e-3
+    with pytest.raises(SystemExit, match="is an exported model, which has no --config"):
+        command("track", tmp_path / "clip", *given, "--config", "a.py", cwd=tmp_path)
+
+
+@pytest.mark.slow
 def test_folders_and_prompts_that_do_not_fit_are_refused(folder, tmp_path):
     import shutil
 

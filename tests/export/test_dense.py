@@ -1,0 +1,152 @@
+"""Exported depth estimators and segmenters equal the predictors, at every size."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmseg")
+from helpers.repository import CONFIGS
+from helpers.videos import TINY
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import import_modules_from_strings
+
+import pe_spatial
+from pe_spatial.errors import ConfigError
+from pe_spatial.export.dense import depth_graph, segmenter_graph
+from pe_spatial.export.graph import export
+from pe_spatial.runtime import dense
+
+pytestmark = pytest.mark.mmseg
+CLASSES = ("wall", "floor", "cup")
+SIZES = ((48, 64), (70, 90), (50, 40), (37, 131))
+DEPTH = {
+    "linear": ("lin1", {}),
+    "class token": ("lin1_dinov2", {}),
+    "four layers, at the size of the image": ("lin4", dict(size=None)),
+    "DPT, mirrored": ("dpt", dict(test_cfg=dict(mode="whole", flip=True))),
+    "windows": ("lin1", dict(test_cfg=dict(mode="slide", crop_size=(32, 32), stride=(20, 24)))),
+}
+
+
+def write(cfg, path, randomize, **meta):
+    """Write a model as training does."""
+    init_default_scope(cfg.default_scope)
+    import_modules_from_strings(**cfg.custom_imports)
+    torch.manual_seed(0)
+    model = randomize(MODELS.build(cfg.model))
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text, dataset_meta=meta)), path)
+    return pe_spatial.load(path)
+
+
+def depth_predictor(name, path, randomize):
+    base, options = DEPTH[name]
+    cfg = Config.fromfile(CONFIGS / f"pe_spatial_{base}_nyu.py")
+    cfg.model.backbone.update(variant={**TINY, "depth": 4}, init_cfg=None)
+    if "test_cfg" in options:
+        cfg.model.test_cfg = options["test_cfg"]
+    size = options.get("size", (48, 64))
+    return write(cfg, path, randomize, **(dict(image_size=size) if size else {}))
+
+
+def segmenter_predictor(path, randomize, **test_cfg):
+    cfg = Config.fromfile(CONFIGS / "pe_spatial_linear_ade20k.py")
+    cfg.model.backbone.update(variant=TINY, init_cfg=None)
+    cfg.model.decode_head.update(num_classes=len(CLASSES), map_size=(24, 24))
+    cfg.model.test_cfg = test_cfg or dict(mode="whole")
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if step["type"] == "Resize":
+            step["scale"] = (256, 64)
+    return write(cfg, path, randomize, classes=CLASSES, palette=[[200, 0, 0], [0, 200, 0], [0, 0, 200]])
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """Return a runtime class whose graph is the module itself."""
+
+    class Session:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def run(self, inputs):
+            with torch.no_grad():
+                values = self.graph.module(*(torch.from_numpy(value) for value in inputs.values()))
+            return {name: value.numpy() for name, value in zip(self.graph.outputs, values, strict=True)}
+
+    def start(kind, graph):
+        monkeypatch.setattr(dense, "read_manifest", lambda _: graph.manifest("onnx", "fp32"))
+        monkeypatch.setattr(dense, "open_session", lambda *_: Session(graph))
+        return kind("folder")
+
+    return start
+
+
+def images(smooth=True):
+    """Images that vary slowly, because a level more or less of a pixel is not what is tested."""
+    for size in SIZES:
+        y, x = np.mgrid[: size[0], : size[1]]
+        waves = [np.sin(x / 9 + channel) * np.cos(y / 7 - channel) for channel in range(3)]
+        yield (127 + 100 * np.stack(waves, -1)).astype(np.uint8) if smooth else np.zeros((*size, 3), np.uint8)
+
+
+def check_depth(exported, predictor, rtol=1e-4):
+    assert (exported.quantity, exported.size) == (predictor.quantity, predictor.size)
+    for image in images():
+        theirs, ours = predictor(image), exported(image)
+        assert ours.depth.shape == theirs.depth.shape == image.shape[:2]
+        np.testing.assert_allclose(ours.depth, theirs.depth, rtol=rtol)
+    batch = [next(images())] * 2
+    np.testing.assert_allclose(exported(batch, batch_size=2)[1].depth, predictor(batch[0]).depth, rtol=rtol)
+
+
+def check_labels(exported, predictor):
+    assert exported.class_names == CLASSES
+    for image in images():
+        theirs, ours = predictor(image), exported(image)
+        assert len(np.unique(theirs.labels)) > 1
+        assert (ours.labels != theirs.labels).mean() < 1e-3
+        assert (ours.draw(image).shape, ours.palette[1]) == (image.shape, [0, 200, 0])
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_depth_is_that_of_the_predictor(tmp_path, randomize, in_torch, name):
+    predictor = depth_predictor(name, tmp_path / "w.pth", randomize)
+    check_depth(in_torch(dense.ExportedDepth, depth_graph(predictor)), predictor, rtol=2e-3)
+
+
+@pytest.mark.parametrize("test_cfg", [{}, dict(mode="slide", crop_size=(48, 48), stride=(30, 30))], ids=["", "windows"])
+def test_labels_are_those_of_the_predictor(tmp_path, randomize, in_torch, test_cfg):
+    predictor = segmenter_predictor(tmp_path / "w.pth", randomize, **test_cfg)
+    check_labels(in_torch(dense.ExportedSegmenter, segmenter_graph(predictor)), predictor)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", DEPTH)
+def test_depth_in_other_runtimes(tmp_path, randomize, name):
+    predictor = depth_predictor(name, tmp_path / "w.pth", randomize)
+    predictor.size = None  # resizing is tested above
+    export(depth_graph(predictor), tmp_path / "out")
+    for backend in ("onnxruntime", "openvino"):
+        check_depth(dense.ExportedDepth(tmp_path / "out", backend=backend, threads=1), predictor)
+
+
+@pytest.mark.long
+def test_labels_in_other_runtimes(tmp_path, randomize):
+    predictor = segmenter_predictor(tmp_path / "w.pth", randomize)
+    export(segmenter_graph(predictor), tmp_path / "out")
+    for backend in ("onnxruntime", "openvino"):
+        check_labels(dense.ExportedSegmenter(tmp_path / "out", backend=backend, threads=1), predictor)
+
+
+def test_what_the_runtime_does_not_do_is_refused(tmp_path, randomize):
+    predictor = depth_predictor("linear", tmp_path / "w.pth", randomize)
+    predictor.model.data_preprocessor.pad_size_divisor = 32
+    with pytest.raises(ConfigError, match="a pad_size_divisor of a depth estimator is not exported"):
+        depth_graph(predictor)
+    predictor.estimator.steps = [dict(type="mmseg.RandomFlip")]
+    with pytest.raises(ConfigError, match="the test pipeline has a RandomFlip, which is not exported"):
+        depth_graph(predictor)
+    predictor = segmenter_predictor(tmp_path / "s.pth", randomize)
+    predictor.model.data_preprocessor.test_cfg = dict(size_divisor=32)
+    with pytest.raises(ConfigError, match="padding of test images"):
+        segmenter_graph(predictor)
