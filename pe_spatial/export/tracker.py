@@ -335,10 +335,10 @@ def export_tracker(
 
     Raises ConfigError as `export` does, and for a model that is not SAM 2.1's where it matters.
     """
-    facts, parts = stream_options(model), tracker_parts(model)
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a new folder")
+    facts, parts = stream_options(model), tracker_parts(model)
     with atomic_folder(out) as folder:
         written = [export(part, folder / name, form=form, **options) for name, part in parts.items()]
         manifest = Manifest(

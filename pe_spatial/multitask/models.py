@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pe_spatial.predict.inputs import ImageLike
-    from pe_spatial.predict.tracking import Prompts
+    from pe_spatial.predict.videos import Prompts
 
 MAX_OBJECTS = 254
 """Objects that the boxes of a detector start."""
