@@ -183,7 +183,8 @@ def refuse_for_exported(args: argparse.Namespace, *names: str) -> None:
     """Raise ConfigError for an option that an exported model does not have."""
     from pe_spatial.errors import ConfigError
 
-    given = [name for name in names if getattr(args, name) not in (None, False, {})]
+    given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
+    given = [name for name in given if getattr(args, name) != {}]
     if given:
         option = given[0].replace("_", "-")
         raise ConfigError(f"{args.checkpoint} is an exported model, which has no --{option}; omit it")

@@ -2,6 +2,8 @@
 
 pe-spatial export pe_spatial_b16_512 --layers 5,8,11 --out exported --format onnx
 pe-spatial export work_dirs/coco/iter_66375.pth --out exported --format openvino --images photos/*.jpg
+pe-spatial export depth.pth --out exported --images rooms/*.jpg --gt depth/        # RMSE of both
+pe-spatial export tracker.pth --out exported --images davis/* --gt masks/          # J&F of both
 pe-spatial export --verify exported              # again, anywhere, with the runtime alone
 
 Writes into --out the graph, manifest.json, and a certificate: the largest difference from PyTorch at every stage. Where
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     truth = "annotations in COCO's form: the certificate of a detector then has AP, before and after; with --image-root"
     parser.add_argument("--annotations", type=Path, metavar="FILE", help=truth)
     parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="folder of the annotated images")
+    truth = "ground truth of --images: depth maps (folder or CSV), or masks of videos (MASKS/VIDEO/FRAME.png)"
+    parser.add_argument("--gt", type=Path, metavar="FOLDER|CSV", help=truth)
+    parser.add_argument("--gt-scale", type=float, help="units per meter of depth maps in a folder (default: 1000)")
     parser.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="repeat the certificate of a folder, without torch"
     )
@@ -58,12 +63,13 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.annotations is None) != (args.image_root is None):
         raise ConfigError("--annotations and --image-root belong together; give both, or none")
-    images = [read_rgb(path) for path in args.images]
     with without_prints():
         exportable, predictor = build(args)
+    check_data(args, getattr(predictor, "task", "encoder"))
     if exportable is None:
-        run_tracker(args, predictor.model)
+        run_tracker(args, predictor)
         return
+    images = [read_rgb(path) for path in args.images]
     with without_prints():
         name = next(iter(exportable.inputs))
         calibration = [{name: read_rgb(path)[None]} for path in args.calibration]
@@ -74,13 +80,59 @@ def run(args: argparse.Namespace) -> None:
         extra["tensorrt"] = build_engine(args.out, manifest)
     if args.annotations is not None:
         extra["ap"] = accuracy(predictor, args)
+    if args.gt is not None:
+        extra["scores"] = scores(predictor, args)
     print_differences(certify(exportable, args.out, images=images, predictor=predictor, extra=extra))
-    for kind, one in extra.get("ap", {}).items():
+    print_scores(extra.get("ap") or extra.get("scores") or {})
+
+
+def check_data(args: argparse.Namespace, task: str) -> None:
+    """Raise ConfigError for data that this kind of model does not take."""
+    if args.annotations is not None and task != "detection":
+        raise ConfigError(f"--annotations is for detectors, and {args.source} is a model for {task}; omit it")
+    if args.gt is not None and (task not in ("depth", "tracking") or not args.images):
+        raise ConfigError("--gt is for the --images of a depth estimator or a tracker; give both, or neither")
+    if task == "tracking" and args.calibration:
+        raise ConfigError("a tracker takes no --calibration; omit it")
+    if task == "tracking" and args.images and args.gt is None:
+        raise ConfigError("the --images of a tracker are videos, folders of frames; give --gt MASKS too, or omit them")
+
+
+def run_tracker(args: argparse.Namespace, predictor: Any) -> None:
+    """Export a tracker."""
+    from pe_spatial.export.tracker import export_tracker
+    from pe_spatial.export.tracker_certificate import certify_tracker
+
+    with without_prints():
+        manifest = export_tracker(
+            predictor.model, args.out, form=args.format, source=str(args.source), precision=args.precision
+        )
+    print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.options['parts'])}")
+    extra = {} if args.gt is None else {"scores": scores(predictor, args)}
+    print_differences(certify_tracker(predictor.model, args.out, extra=extra))
+    print_scores(extra.get("scores", {}))
+
+
+def scores(predictor: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return RMSE or J&F of PyTorch and of the exported folder."""
+    from pe_spatial.export.scores import depth_scores, tracking_scores
+    from pe_spatial.runtime.loading import load_exported
+
+    sides = {"torch": predictor, "exported": load_exported(args.out)}
+    paths = [Path(image) for image in args.images]
+    if predictor.task == "depth":
+        return depth_scores(sides, paths, args.gt, scale=args.gt_scale)
+    return tracking_scores(sides, paths, args.gt)
+
+
+def print_scores(found: dict[str, dict[str, float]]) -> None:
+    """Print the scores of both."""
+    for kind, one in found.items():
         print(f"{kind:14} {one['torch']:.4f} in PyTorch, {one['exported']:.4f} here")
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the `Exportable`, and the predictor of a detector."""
+    """Return the `Exportable`, None for a tracker, which has several; and the predictor of a trained model."""
     from pe_spatial.export.models import build_encoder, is_encoder
 
     options = ("weights", "layers", "geometry", "input", "whole_windows")
@@ -99,20 +151,8 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     predictor: Any = pe_spatial.load(args.source, config=args.config)
     if predictor.task == "tracking":
         return None, predictor
-    graphs = {"detection": detector_graph, "depth": depth_graph, "segmentation": segmenter_graph}
-    graph = graphs[predictor.task](predictor, source=str(args.source))
-    return graph, predictor if predictor.task == "detection" else None
-
-
-def run_tracker(args: argparse.Namespace, model: Any) -> None:
-    """Export the parts of a tracker, without a certificate."""
-    from pe_spatial.export.tracker import export_tracker
-
-    if args.images or args.annotations or args.calibration:
-        raise ConfigError("a tracker takes no --images, --annotations and --calibration; omit them")
-    with without_prints():
-        manifest = export_tracker(model, args.out, form=args.format, precision=args.precision, source=str(args.source))
-    print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.options['parts'])}")
+    graphs = dict(detection=detector_graph, depth=depth_graph, segmentation=segmenter_graph)
+    return graphs[predictor.task](predictor, source=str(args.source)), predictor
 
 
 def accuracy(predictor: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -120,8 +160,6 @@ def accuracy(predictor: Any, args: argparse.Namespace) -> dict[str, dict[str, fl
     from pe_spatial.export.accuracy import average_precision
     from pe_spatial.runtime.loading import load_exported
 
-    if predictor is None:
-        raise ConfigError("--annotations is for detectors, and this is an encoder; omit it")
     sides = {"torch": predictor, "exported": load_exported(args.out)}
     values = {name: average_precision(side, args.annotations, args.image_root) for name, side in sides.items()}
     return {kind: {name: value[kind] for name, value in values.items()} for kind in values["torch"]}
@@ -150,6 +188,8 @@ def print_differences(result: dict[str, Any]) -> None:
     """Print the differences of a certificate in few lines."""
     for name, one in result["stages"].items():
         print(f"{name:14} differs by {one['largest']:.2g} at most (largest value {one['scale']:.3g})")
+    if "stream" in result:
+        print(f"a video of {result['stream']['frames']} frames: masks with IoU {result['stream']['iou']:.4f} or more")
     found = result["detections"]
     if found:
         print(

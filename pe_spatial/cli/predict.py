@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, without_prints
+from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, refuse_for_exported, without_prints
 from pe_spatial.cli.own_data import images_of
 from pe_spatial.cli.track import add_prompts
 from pe_spatial.errors import ConfigError
@@ -145,16 +145,15 @@ def check_options(args: argparse.Namespace, task: str) -> None:
 def run_exported(args: argparse.Namespace) -> None:
     """Predict with a folder that `pe-spatial export` wrote."""
     task = read_manifest(args.checkpoint).task
-    if task not in ("detection", "segmentation"):
-        raise ConfigError(f"{args.checkpoint} is an exported model for {task}; predict takes detectors and segmenters")
+    if task not in OPTIONS:
+        raise ConfigError(f"{args.checkpoint} is an exported {task}, which predicts nothing; give a trained model")
     check_options(args, task)
-    absent = ("config", "cfg_options", "device", "tile", "overlap", "tta", "keep", "words")
-    given = [name for name in absent if not any(getattr(args, name) is value for value in (None, False))]
-    given = [name for name in given if getattr(args, name) != {}]
-    if given:
-        name = given[0].replace("_", "-")
-        raise ConfigError(f"{args.checkpoint} is an exported model, which has no --{name}; omit it")
-    run_predictor(args, None)
+    refuse_for_exported(args, "config", "cfg_options", "device", "tile", "overlap", "tta", "keep", "words")
+    runs = {"depth": run_depth, "tracking": run_tracking}
+    if task in runs:
+        runs[task](args)
+    else:
+        run_predictor(args, None)
 
 
 def run_predictor(args: argparse.Namespace, cfg: Config | None) -> None:

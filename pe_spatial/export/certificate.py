@@ -43,7 +43,16 @@ def certify(
 
     Raises ConfigError, after writing, for differences above the limits of the precision (`compare.LIMITS`).
     """
-    folder = Path(folder)
+    certificate, cases = measure(exportable, Path(folder), images, predictor, rounds)
+    certificate |= extra or {}
+    write_certificate(Path(folder), certificate, flat(cases))
+    return checked(Path(folder), certificate)
+
+
+def measure(
+    exportable: Exportable, folder: Path, images: Sequence[np.ndarray], predictor: Any, rounds: int
+) -> tuple[dict[str, Any], list[Case]]:
+    """Return the certificate, also of a folder that fails, and what was compared; see `certify`."""
     manifest = read_manifest(folder)
     if exportable.options.get("resize"):
         predictor = None  # it resizes, and the graph does not
@@ -67,15 +76,25 @@ def certify(
         cases=[[list(value.shape) for value in case.values()] for case, _ in cases],
         machine=dict(processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads()),
         seconds=dict(torch=seconds[0], exported=seconds[1], input=[list(v.shape) for v in inputs.values()]),
-        peak_memory=dict(torch=torch_memory[0], exported=memory[0]), **(extra or {}),
+        peak_memory=dict(torch=torch_memory[0], exported=memory[0]),
     )  # fmt: skip
+    return certificate, cases
+
+
+def write_certificate(folder: Path, certificate: Mapping[str, Any], reference: Mapping[str, np.ndarray]) -> None:
+    """Write certificate.json, its page, and the arrays with which it is repeated."""
     write_json(folder / CERTIFICATE, certificate)
     with atomic_write(folder / PAGE) as unfinished:
         unfinished.write_text(page(certificate))
     with atomic_write(folder / REFERENCE) as unfinished:
-        np.savez_compressed(unfinished, **_flat(cases))  # type: ignore[arg-type]
-    if wrong:
-        raise ConfigError(f"{folder} does not compute what PyTorch does: {'; '.join(wrong)}. Do not use it")
+        np.savez_compressed(unfinished, **reference)  # type: ignore[arg-type]
+
+
+def checked(folder: Path, certificate: dict[str, Any]) -> dict[str, Any]:
+    """Return the certificate; ConfigError if it did not pass."""
+    if not certificate["passed"]:
+        wrong = "; ".join(certificate["problems"])
+        raise ConfigError(f"{folder} does not compute what PyTorch does: {wrong}. Do not use it")
     return certificate
 
 
@@ -83,6 +102,9 @@ def reference_cases(
     exportable: Exportable, minimum: int, images: Sequence[np.ndarray], predictor: Any = None
 ) -> list[Case]:
     """Return inputs and PyTorch's outputs for random inputs of three sizes and two batches, and for given images."""
+    if exportable.cases:
+        arrays = ({name: value.numpy() for name, value in case.items()} for case in exportable.cases)
+        return [_case(exportable, inputs, predictor) for inputs in arrays]
     (name, example), *_ = exportable.inputs.items()
     first = 1 if example.dtype == torch.uint8 else 2
     height, width = example.shape[first : first + 2]
@@ -125,7 +147,8 @@ def _random(first: int, batch: int, size: tuple[int, int], seed: int) -> np.ndar
     return (coarse + rng.integers(0, 56, (batch, *size, 3))).astype(np.uint8)
 
 
-def _flat(cases: Sequence[Case]) -> dict[str, np.ndarray]:
+def flat(cases: Sequence[Case]) -> dict[str, np.ndarray]:
+    """Return the arrays of reference.npz; `cases_of` undoes it."""
     return {f"{i}/{kind}/{name}": value for i, case in enumerate(cases)
             for kind, values in zip(("in", "out"), case, strict=True) for name, value in values.items()}  # fmt: skip
 
@@ -199,6 +222,14 @@ def page(certificate: Mapping[str, Any]) -> str:
             f"partner; boxes within {found['box']:.2g} px, scores within {found['score']:.2g}, masks with IoU of at "
             f"least {found['iou']:.4f}.", "",
         ]  # fmt: skip
+    if "stream" in certificate:
+        stream = certificate["stream"]
+        lines += [f"A video of {stream['frames']} frames: masks with IoU of at least {stream['iou']:.4f}.", ""]
+    if "scores" in certificate:
+        lines += ["| score | PyTorch | exported |", "|---|---|---|"]
+        lines += [f"| {name} | {one['torch']:.4f} | {one['exported']:.4f} |"
+                  for name, one in certificate["scores"].items()]  # fmt: skip
+        lines += [""]
     if "ap" in certificate:
         lines += ["| AP | PyTorch | exported |", "|---|---|---|"]
         lines += [f"| {name} | {one['torch']:.4f} | {one['exported']:.4f} |" for name, one in certificate["ap"].items()]

@@ -37,6 +37,7 @@ class Exportable:
         inputs: name -> an example, of batch 2 or more, and of sizes that are not special.
         dynamic: name -> dimension -> its name, for the dimensions that are free.
         torch_minimum: smallest height and width, in pixels, for torch.export, which checks how memory is laid out.
+        cases: inputs on which the certificate compares, for a module that does not take images.
         translations: operators of ours -> how ONNX writes them, see `custom_translation_table` of torch.onnx.export.
     """
 
@@ -53,6 +54,7 @@ class Exportable:
     model: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     translations: Mapping[Any, Any] = field(default_factory=dict)
+    cases: Sequence[Mapping[str, Tensor]] = ()
 
     def manifest(self, form: str, precision: str) -> Manifest:
         """Return the manifest, without the hashes of the files."""

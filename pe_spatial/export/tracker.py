@@ -7,7 +7,7 @@ which every runtime computes alike. Each part equals the code of facebookresearc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,7 +280,7 @@ def tracker_parts(model: SAM2Base) -> dict[str, Exportable]:
     features = dict(image=torch.rand(1, width, grid, grid))
     objects = {0: "objects"}
     decoder_inputs = dict(
-        image=torch.rand(3, width, grid, grid), points=side * torch.rand(3, 2, 2), labels=torch.ones(3, 2).long(),
+        image=torch.rand(3, width, grid, grid), points=side * torch.rand(3, 2, 2), labels=torch.tensor([[-1, 3]] * 3),
         mask=torch.rand(3, 1, 4 * grid, 4 * grid), use_mask=torch.tensor([True]), multimask=torch.tensor([False]),
     )  # fmt: skip
     levels: dict[str, Tensor] = {}
@@ -290,7 +290,7 @@ def tracker_parts(model: SAM2Base) -> dict[str, Exportable]:
             for name, divisor, scale in (("middle", 4, 2), ("fine", 8, 4))
         }
     attention_inputs = features | dict(
-        memories=torch.rand(3, 4, channels, grid, grid), rows=torch.zeros(3, 4).long(),
+        memories=torch.rand(3, 4, channels, grid, grid), rows=torch.tensor([[0, 1, 2, model.num_maskmem - 1]] * 3),
         pointers=torch.rand(3, 5, width), back=torch.rand(3, 5),
     )  # fmt: skip
     masks = torch.rand(3, 1, side, side)
@@ -317,15 +317,50 @@ def tracker_parts(model: SAM2Base) -> dict[str, Exportable]:
         "mask_prompt": (MaskPromptPart(model, grid), dict(masks=masks), dict(masks=objects), ["prompts", "logits"]),
         "memory_encoder": (
             MemoryEncoderPart(model, grid),
-            dict(image=decoder_inputs["image"], masks=masks, scores=torch.ones(3, 1)),
+            dict(image=decoder_inputs["image"], masks=masks, scores=torch.tensor([[-1.0], [1.0], [1.0]])),
             dict(image=objects, masks=objects, scores=objects),
             ["memories"],
         ),
     }
     return {
-        name: Exportable(module=module.eval(), task=name, inputs=inputs, dynamic=dynamic, outputs=outputs)
+        name: Exportable(
+            module=module.eval(),
+            task=name,
+            inputs=inputs,
+            dynamic=dynamic,
+            outputs=outputs,
+            cases=_cases(inputs, dynamic),
+        )
         for name, (module, inputs, dynamic, outputs) in parts.items()
     }
+
+
+_SIZES: Sequence[dict[str, int]] = (
+    dict(objects=1, frames=1, pointers=1, points=1),
+    dict(objects=3, frames=7, pointers=16, points=4),
+    dict(objects=2, frames=4, pointers=5, points=2),
+)
+"""Sizes of the free dimensions with which a certificate compares."""
+
+
+def _cases(inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]]) -> list[dict[str, Tensor]]:
+    """Return random inputs, each number between the smallest and the largest one of the example."""
+    random = torch.Generator().manual_seed(0)
+    cases = []
+    for number, sizes in enumerate(_SIZES):
+        case = {}
+        for name, example in inputs.items():
+            free = dynamic.get(name, {})
+            shape = [sizes[free[i]] if i in free else side for i, side in enumerate(example.shape)]
+            least, most = example.min().item(), example.max().item()
+            if example.dtype == torch.bool:
+                case[name] = torch.tensor([(number + len(case)) % 2 == 0])
+            elif example.is_floating_point():
+                case[name] = least + (most - least) * torch.rand(shape, generator=random)
+            else:
+                case[name] = torch.randint(int(least), int(most) + 1, shape, generator=random, dtype=example.dtype)
+        cases.append(case)
+    return cases
 
 
 def export_tracker(

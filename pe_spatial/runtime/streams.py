@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from pe_spatial.runtime.tracker import ExportedTracker
 from pe_spatial.tracking.sam2.online import OnlineTracker
 from pe_spatial.tracking.sam2.prompts import Prompt
 
@@ -42,3 +44,15 @@ def smallest_iou(ours: np.ndarray, theirs: np.ndarray) -> float:
     union = (ours | theirs).sum((2, 3))
     both = (ours & theirs).sum((2, 3))
     return float(np.where(union > 0, both / np.maximum(union, 1), 1.0).min())
+
+
+def stream_problems(iou: float, limits: Mapping[str, float]) -> list[str]:
+    """Return a sentence if the smallest IoU of a mask is below its limit."""
+    return [f"a mask of the video has IoU {iou:.3f} (limit {limits['iou']:g})"] if iou < limits.get("iou", 0) else []
+
+
+def verify_tracker(folder: Path, reference: Mapping[str, np.ndarray], *, backend: str | None) -> float:
+    """Track the video of a certificate again; return the smallest IoU of a mask with PyTorch's."""
+    theirs = np.unpackbits(reference["masks"], count=int(reference["shape"].prod())).reshape(reference["shape"])
+    tracker = ExportedTracker(folder, backend=backend).start(non_overlapping=False)
+    return smallest_iou(track_frames(tracker, reference["frames"]), theirs.astype(bool))

@@ -13,6 +13,7 @@ from pe_spatial.errors import ConfigError
 from pe_spatial.runtime.compare import DETECTION, PROPOSALS, difference, match, problems, sample, unpaired, worst
 from pe_spatial.runtime.manifest import read_manifest
 from pe_spatial.runtime.sessions import Session, open_session
+from pe_spatial.runtime.streams import stream_problems, verify_tracker
 
 CERTIFICATE, PAGE, REFERENCE = "certificate.json", "certificate.md", "reference.npz"
 
@@ -30,12 +31,20 @@ def verify(folder: str | Path, *, backend: str | None = None) -> dict[str, Any]:
             reference = dict(file)
     except (OSError, ValueError, KeyError):
         raise ConfigError(f"{folder} has no readable {CERTIFICATE} and {REFERENCE}; export the model again") from None
-    session = open_session(folder, manifest, backend=backend, stages=True)
-    stages, matched = compare(session, cases_of(reference))
-    wrong = problems(stages, matched, certificate["limits"])
+    result: dict[str, Any] = dict(limits=certificate["limits"], detections=None)
+    if manifest.task == "tracking":
+        parts = {name: verify(folder / name, backend=backend)["stages"] for name in manifest.options["parts"]}
+        iou = verify_tracker(folder, reference, backend=backend)
+        result["stages"] = {f"{name}/{stage}": one for name, found in parts.items() for stage, one in found.items()}
+        result["stream"] = dict(frames=len(reference["frames"]), iou=iou)
+        wrong = stream_problems(iou, certificate["limits"])
+    else:
+        session = open_session(folder, manifest, backend=backend, stages=True)
+        result["stages"], result["detections"] = compare(session, cases_of(reference))
+        wrong = problems(result["stages"], result["detections"], certificate["limits"])
     if wrong:
         raise ConfigError(f"{folder} does not compute what PyTorch did: {'; '.join(wrong)}. Do not use it")
-    return dict(stages=stages, detections=matched, limits=certificate["limits"])
+    return result
 
 
 Case = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]

@@ -3,19 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("mmseg")
-from helpers.repository import CONFIGS
+from helpers.exported import EagerSession
+from helpers.repository import CONFIGS, command
 from helpers.videos import TINY
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 
 import pe_spatial
+from pe_spatial.depth import estimator
 from pe_spatial.errors import ConfigError
+from pe_spatial.export.certificate import reference_cases
 from pe_spatial.export.dense import depth_graph, segmenter_graph
 from pe_spatial.export.graph import export
 from pe_spatial.runtime import dense
+from pe_spatial.runtime.compare import LIMITS, problems
+from pe_spatial.runtime.verify import compare
 
 pytestmark = pytest.mark.mmseg
 CLASSES = ("wall", "floor", "cup")
@@ -64,18 +70,9 @@ def segmenter_predictor(path, randomize, **test_cfg):
 def in_torch(monkeypatch):
     """Return a runtime class whose graph is the module itself."""
 
-    class Session:
-        def __init__(self, graph):
-            self.graph = graph
-
-        def run(self, inputs):
-            with torch.no_grad():
-                values = self.graph.module(*(torch.from_numpy(value) for value in inputs.values()))
-            return {name: value.numpy() for name, value in zip(self.graph.outputs, values, strict=True)}
-
     def start(kind, graph):
         monkeypatch.setattr(dense, "read_manifest", lambda _: graph.manifest("onnx", "fp32"))
-        monkeypatch.setattr(dense, "open_session", lambda *_: Session(graph))
+        monkeypatch.setattr(dense, "open_session", lambda *_: EagerSession(graph))
         return kind("folder")
 
     return start
@@ -150,3 +147,47 @@ def test_what_the_runtime_does_not_do_is_refused(tmp_path, randomize):
     predictor.model.data_preprocessor.test_cfg = dict(size_divisor=32)
     with pytest.raises(ConfigError, match="padding of test images"):
         segmenter_graph(predictor)
+
+
+def perturb(graph, _):
+    graph.module.model.decode_head.conv.weight.data[0, 0] += 0.5
+
+
+def swap_channels(graph, _):
+    graph.module.bgr = not graph.module.bgr
+
+
+def align_corners(_, monkeypatch):
+    aligned = dict(mode="bilinear", align_corners=True)
+    monkeypatch.setattr(estimator, "resize", lambda x, size: torch.nn.functional.interpolate(x, tuple(size), **aligned))
+
+
+@pytest.mark.parametrize("mutate", [perturb, swap_channels, align_corners])
+def test_certificate_catches_what_differs(tmp_path, randomize, monkeypatch, mutate):
+    graph = depth_graph(depth_predictor("linear", tmp_path / "w.pth", randomize))
+    cases = reference_cases(graph, 1, list(images()))
+    assert problems(*compare(EagerSession(graph), cases), LIMITS["fp32"]) == []
+    mutate(graph, monkeypatch)
+    assert problems(*compare(EagerSession(graph), cases), LIMITS["fp32"])
+
+
+@pytest.mark.long
+def test_commands_export_and_predict(tmp_path, randomize):
+    """The RMSE of both against the depth of the predictor, which is then that of neither."""
+    predictor = depth_predictor("linear", tmp_path / "w.pth", randomize)
+    (tmp_path / "rooms").mkdir()
+    (tmp_path / "depth").mkdir()
+    for i, image in enumerate(images()):
+        Image.fromarray(image).save(tmp_path / f"rooms/{i}.png")
+        np.save(tmp_path / f"depth/{i}.npy", predictor(image).depth)
+    rooms, out = sorted((tmp_path / "rooms").iterdir()), tmp_path / "out"
+    printed = command("export", tmp_path / "w.pth", "--out", out, "--images", *rooms, "--gt", tmp_path / "depth",
+                      cwd=tmp_path)  # fmt: skip
+    assert "RMSE [m]       0.0000 in PyTorch, 0.00" in printed
+    assert "depth" in command("export", "--verify", out, cwd=tmp_path)
+    printed = command("predict", tmp_path / "rooms", "--checkpoint", out, "--out", tmp_path / "p", cwd=tmp_path)
+    assert "4 predicted" in printed
+    np.testing.assert_allclose(np.load(tmp_path / "p/1.npy"), np.load(tmp_path / "depth/1.npy"), rtol=5e-3)
+    with pytest.raises(SystemExit, match="is an exported model, which has no --tile"):
+        command("predict", tmp_path / "rooms", "--checkpoint", out, "--tile", 32, "--out", tmp_path / "q", cwd=tmp_path)
+    assert pe_spatial.load(out).task == "depth"

@@ -1,23 +1,31 @@
 """The parts of a tracker and what streams through them equal the tracker in torch, frame by frame."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.exported import EagerSession
 from helpers.golden import read_arrays, read_weights
 from torch.testing import assert_close
 
 from pe_spatial import EncoderConfig
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.images import bilinear_weights
 from pe_spatial.tracking.sam2.model import build_pe_sam2, load_sam2_weights
 from pe_spatial.tracking.sam2.online import History, Memory
 from pe_spatial.tracking.sam2.prompts import Prompt
 from pe_spatial.tracking.sam2.streaming import StreamingTracker
 
 pytest.importorskip("sam2")
+from pe_spatial.export.certificate import reference_cases
 from pe_spatial.export.tracker import PARTS, export_tracker, stream_options, tracker_parts
+from pe_spatial.export.tracker_certificate import certify_tracker
+from pe_spatial.runtime.compare import LIMITS, problems
+from pe_spatial.runtime.loading import load_exported
 from pe_spatial.runtime.tracker import ExportedStream, ExportedTracker
+from pe_spatial.runtime.verify import compare, verify
 
 TINY = EncoderConfig(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 BACKENDS = ("onnxruntime", "openvino")
@@ -157,8 +165,6 @@ def test_track_takes_an_exported_folder(randomize, folder, tmp_path):
 
 @pytest.mark.slow
 def test_folders_and_prompts_that_do_not_fit_are_refused(folder, tmp_path):
-    import shutil
-
     with pytest.raises(ConfigError, match="not empty"):
         export_tracker(None, folder)
     tracker = ExportedTracker(folder)
@@ -273,6 +279,73 @@ def test_golden_values_in_other_runtimes(golden, tmp_path, names):
         for name in names:
             model, levels, values = golden_case(golden / "sam2", name, tmp_path)
             check_golden(model, levels, values, network, name)
+
+
+# -- the certificate
+
+
+def turn_positions(parts):
+    rotate = parts["memory_attention"].module.rotate
+    cos, sin = (x.unflatten(0, (4, 4)).transpose(0, 1).flatten(0, 1).clone() for x in (rotate.cos, rotate.sin))
+    rotate.cos, rotate.sin = cos, sin
+
+
+def perturb(parts):
+    parts["mask_decoder"].module.decoder.iou_prediction_head.layers[0].weight.data[0] += 0.5
+    parts["mask_decoder"].module.decoder.mask_tokens.weight.data[2] += 0.5
+
+
+def swap_channels(parts):
+    module = parts["image_encoder"].module
+    module.mean = module.mean.flip(0)
+
+
+def shift_ages(parts):
+    attention = parts["memory_attention"].module
+    attention.times = torch.nn.Parameter(attention.times.roll(1, 0))
+
+
+def without_antialias(parts):
+    reduce = parts["mask_prompt"].module.reduce
+    reduce.weights = torch.from_numpy(bilinear_weights(64, 16)).float()
+
+
+MUTATIONS = dict(memory_attention=(turn_positions, shift_ages), mask_decoder=(perturb,), image_encoder=(swap_channels,),
+                 mask_prompt=(without_antialias,))  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_certificate_catches_what_differs(randomize, part):
+    def check():
+        return problems(*compare(EagerSession(graph), cases), LIMITS["fp32"])
+
+    for mutate in (None, *MUTATIONS.get(part, ())):
+        parts = tracker_parts(build(randomize))
+        graph, cases = parts[part], reference_cases(parts[part], 1, ())
+        assert [len(inputs) for inputs, _ in cases] == [len(graph.inputs)] * 3
+        assert check() == []
+        if mutate:
+            mutate(parts)
+            assert check()
+
+
+@pytest.mark.slow
+def test_certificate_of_a_tracker_and_its_repetition(randomize, folder, tmp_path):
+    model, copy = build(randomize), tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    certificate = certify_tracker(model, copy, rounds=1)
+    assert certificate["passed"]
+    assert certificate["stream"]["iou"] >= 0.99
+    assert "A video of 8 frames" in (copy / "certificate.md").read_text()
+    for backend in BACKENDS:
+        result = verify(copy, backend=backend)
+        assert set(result["stages"]) == set(certificate["stages"])
+    model.memory_encoder.out_proj.weight.data[0] += 0.1
+    with pytest.raises(ConfigError, match="does not compute what PyTorch does: memory_encoder: memories differs by"):
+        certify_tracker(model, copy, rounds=1)
+    with pytest.raises(ConfigError, match="does not compute what PyTorch did"):
+        verify(copy)
+    assert load_exported(folder).task == "tracking"
 
 
 def test_parts_are_those_that_are_written(randomize):
