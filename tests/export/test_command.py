@@ -38,7 +38,7 @@ def test_an_encoder_is_exported_certified_and_verified(tmp_path, capsys):
     maps = load_exported(tmp_path / "out")(np.zeros((1, 32, 64, 3), np.uint8))
     assert maps[0].shape == (1, TINY.embed_dim, 2, 4)
     error = fail("predict", tmp_path, "--checkpoint", tmp_path / "out", "--out", tmp_path / "p")
-    assert "an exported model for encoder; predict takes detectors" in error
+    assert "is an exported encoder, which predicts nothing" in error
 
 
 def test_mistakes_end_in_one_sentence(tmp_path):
