@@ -348,7 +348,7 @@ def _cases(inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]
     random = torch.Generator().manual_seed(0)
     cases = []
     for number, sizes in enumerate(_SIZES):
-        case = {}
+        case: dict[str, Tensor] = {}
         for name, example in inputs.items():
             free = dynamic.get(name, {})
             shape = [sizes[free[i]] if i in free else side for i, side in enumerate(example.shape)]
