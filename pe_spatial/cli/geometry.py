@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         f"{chosen.gflops:.3g} GFLOP for an image",
     ]
     about = dict(base=base, variant=args.variant, checkpoint=args.checkpoint, notes=notes)
-    write_recommended(args.out / "recommended.py", chosen, **about)
+    with without_prints():
+        write_recommended(args.out / "recommended.py", chosen, **about)
     best = doctor.recommend(choices, metric, 0.0)
     print(
         f"recommended: {chosen.name} ({metric} {chosen.scores[metric]:.4g}, {chosen.gflops:.3g} GFLOP); the best is "

@@ -5,8 +5,8 @@
 #             (the second one to compare)
 #   data      as align_synthetic.py
 #   hardware  one or two CPU cores
-#   cost      see docs/alignment.md
-#   expected  see docs/alignment.md
+#   cost      3 minutes of one core of a busy CPU for 80 steps (--iterations 80)
+#   expected  after 80 steps RMSE 1.05 m and mIoU 19.8, without 1.43 m and 14.1, measured here (docs/alignment.md)
 #
 # Both students see 4800 images: 150 steps of 32.
 
