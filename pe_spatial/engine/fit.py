@@ -14,7 +14,17 @@ from pe_spatial.engine.micro_batch import divisors, micro_batch_place, options_a
 from pe_spatial.engine.options import set_options
 from pe_spatial.engine.recipe import use_bfloat16
 from pe_spatial.errors import ConfigError
-from pe_spatial.planning.search import GB, SIZES, Hardware, batch_shape, encoder_place, plan, with_variants
+from pe_spatial.planning.search import (
+    GB,
+    SIZES,
+    Hardware,
+    batch_shape,
+    check_trains,
+    encoder_place,
+    plan,
+    weights_fit,
+    with_variants,
+)
 
 _LORA = "dict(rank=8)"
 _8_BIT = {"optim_wrapper.optimizer.type": "AdamW8bit"}
@@ -60,13 +70,17 @@ def fit(cfg: Config, hardware: Hardware, *, images: int, dataset: Any = None) ->
 
     Raises ConfigError if none fits; it names the smallest of them, and the largest PE-Spatial that fits.
     """
+    check_trains(cfg)
     smallest: list[Fit] = []
-    for changes in _changes(cfg):
+    stages = list(_changes(cfg))
+    for stage in stages:
+        changes = [change for change in stage if weights_fit(change[-1], hardware)]
         tried, fits = _try(changes, hardware, images, dataset)
         if fits:
             best = min(fits, key=lambda one: (bool(str(one)), one.seconds, -one.batch, len(str(one))))
             return _with_row(best, hardware, images, dataset)
         smallest += tried
+    smallest = smallest or _plan(stages[-1], hardware, images, dataset, kinds=[bool(encoder_place(cfg.model))])
     least = _with_row(min(smallest, key=lambda one: one.row["total"]), hardware, images, dataset)
     raise ConfigError(
         f"{cfg.filename} does not fit into {hardware.gpu_memory:g} GB: the smallest training that was tried "
@@ -106,17 +120,19 @@ def _in_micro_batches(change: Change, hardware: Hardware, images: int, dataset: 
 
 def _with_row(one: Fit, hardware: Hardware, images: int, dataset: Any) -> Fit:
     """Return a training with the row of its own batch instead of the config's."""
-    rows = plan(one.config, hardware, images=images, batch_size=one.batch, dataset=dataset)
-    kind = ("weights", "recomputed")
-    return replace(one, row=next(row for row in rows if all(row[key] == one.row[key] for key in kind)))
+    kinds = [one.row["recomputed"]]
+    rows = plan(one.config, hardware, images=images, batch_size=one.batch, dataset=dataset, kinds=kinds)
+    return replace(one, row=next(row for row in rows if row["weights"] == one.row["weights"]))
 
 
-def _plan(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> list[Fit]:
+def _plan(
+    changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any, kinds: Sequence[bool] = ()
+) -> list[Fit]:
     """Return the trainings of some changes, in all ways to keep weights and activations."""
     return [
         _fit(changed, arguments, options, row)
         for arguments, options, changed in changes
-        for row in plan(changed, hardware, images=images, dataset=dataset)
+        for row in plan(changed, hardware, images=images, dataset=dataset, kinds=kinds)
         if row["option"] or not row["recomputed"]
     ]
 
@@ -128,7 +144,7 @@ def _changes(cfg: Config) -> Iterator[list[Change]]:
     already = cfg.optim_wrapper.get("type") == half.optim_wrapper["type"]
     amp = () if already else ("--amp",)
     yield [((), {}, cfg), *([] if already else [(amp, {}, half)])]
-    if cfg.optim_wrapper.optimizer.type == "AdamW" and importlib.util.find_spec("torchao"):
+    if (cfg.optim_wrapper.get("optimizer") or {}).get("type") == "AdamW" and importlib.util.find_spec("torchao"):
         small_states = copy.deepcopy(half)
         set_options(small_states, _8_BIT)
         yield [(amp, _8_BIT, small_states)]
@@ -181,7 +197,8 @@ def _nearest(cfg: Config, hardware: Hardware, images: int, dataset: Any) -> str:
     position = next((i for i, size in enumerate(SIZES) if variant.startswith(f"pe_spatial_{size}_")), 0)
     for size in reversed(SIZES[:position]):
         ((name, smaller),) = with_variants(cfg, [size]).items()
-        for changes in _changes(smaller):
+        for stage in _changes(smaller):
+            changes = [change for change in stage if weights_fit(change[-1], hardware)]
             fits = [one for one in _plan(changes, hardware, images, dataset) if one.row["largest_batch"]]
             if fits:
                 best = min(fits, key=lambda one: one.seconds)

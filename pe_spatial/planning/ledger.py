@@ -36,6 +36,7 @@ class Ledger(TorchDispatchMode):
         self._kinds: list[str] = []  # of every storage, in the order of their creation: activation, gradient, copy
         self._changes: list[tuple[int, int]] = []  # (storage by its place in this order, bytes that it takes or frees)
         self._alive: dict[int, int] = {}  # address of a storage -> its place in this order
+        self._terms: dict[int, list[int]] = {}  # of sums and copies; autograd adds up gradients
         self._weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
         self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -57,6 +58,9 @@ class Ledger(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default):
+            place, *others = [self._place(x) for x in (out, *args) if isinstance(x, Tensor)]
+            self._terms[place] = [other for other in others if other != place]
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             dtype = next(x.dtype for x in tree_leaves(args) if isinstance(x, Tensor))
@@ -64,10 +68,17 @@ class Ledger(TorchDispatchMode):
         return out
 
     def mark(self, x: Tensor, kind: str) -> None:
-        """Count the storage of `x` as `kind`, from its creation on."""
-        number = self._alive.get(x.untyped_storage()._cdata)
-        if number is not None:
-            self._kinds[number] = kind
+        """Count the storage of `x` as `kind`, from its creation on, and those that it is the sum of."""
+        marked = [self._place(x)]
+        while marked:
+            place = marked.pop()
+            if place >= 0:
+                self._kinds[place] = kind
+                marked += self._terms.get(place, ())
+
+    def _place(self, x: Tensor) -> int:
+        """Return the place of the storage of `x` in the order of creation, -1 if it is not counted."""
+        return self._alive.get(x.untyped_storage()._cdata, -1)
 
     @property
     def alive(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
 
 from pe_spatial.encoder.variants import DEMO_VARIANTS, VARIANTS
 from pe_spatial.errors import ConfigError, DatasetError
@@ -149,6 +150,13 @@ def run_length(cfg: Config) -> tuple[str, int] | None:
     return next(((unit, loop[key]) for unit, key in keys.items() if loop.get(key)), None)
 
 
+def check_trains(cfg: Config) -> None:
+    """Raise ConfigError for a config without a training."""
+    for name in ("optim_wrapper", "train_dataloader"):
+        if not cfg.get(name):
+            raise ConfigError(f"{cfg.filename} has no {name}, so there is no training to plan")
+
+
 def plan(
     cfg: Config, hardware: Hardware, *, images: int, batch_size: int | None = None, size: Sequence[int] | None = None,
     dataset: Any = None, kinds: Sequence[bool | str | None] = (),
@@ -166,9 +174,7 @@ def plan(
 
     Raises ConfigError for configs that do not train, cannot be built, or whose losses need values.
     """
-    for name in ("optim_wrapper", "train_dataloader"):
-        if not cfg.get(name):
-            raise ConfigError(f"{cfg.filename} has no {name}, so there is no training to plan")
+    check_trains(cfg)
     shape = {**batch_shape(cfg, dataset), **(dict(size=tuple(size)) if size else {})}
     if "size" not in shape:
         raise ConfigError(
@@ -176,15 +182,8 @@ def plan(
             "look at; give --size HEIGHT WIDTH, or create the dataset first"
         )
     batch_size = batch_size or cfg.train_dataloader.batch_size
-    bfloat16 = cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
-    try:
-        model, optimizer = build_on_meta(cfg)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
-    buckets = hardware.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
-    weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
-    if hardware.gpus > 1 and can_be_sharded(model, optimizer):
-        weights["FSDP"] = measure_weights(model, optimizer, shards=hardware.gpus, bfloat16=bfloat16)
+    bfloat16 = _is_bfloat16(cfg)
+    model, weights = _weights(cfg, hardware)
     place = encoder_place(cfg.model)
     option = place and f"{place}.grad_checkpointing"
     common = dict(
@@ -210,6 +209,28 @@ def plan(
             row = _row(kept, step, larger, hardware, batch_size, copies=kind == "DDP" or not bfloat16)
             rows.append({**common, "weights": kind, "recomputed": recomputed, **row, **times})
     return rows
+
+
+def weights_fit(cfg: Config, hardware: Hardware) -> bool:
+    """Return whether weights, gradients and states fit into a GPU: quick to know, and needed whatever else changes."""
+    return any(kept.kept <= hardware.usable for kept in _weights(cfg, hardware)[1].values())
+
+
+def _is_bfloat16(cfg: Config) -> bool:
+    return cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
+
+
+def _weights(cfg: Config, hardware: Hardware) -> tuple[nn.Module, dict[str, Weights]]:
+    """Return the model of a config, and what its weights take with DDP, and with FSDP where that is possible."""
+    try:
+        model, optimizer = build_on_meta(cfg)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
+    buckets = hardware.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
+    weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
+    if hardware.gpus > 1 and can_be_sharded(model, optimizer):
+        weights["FSDP"] = measure_weights(model, optimizer, shards=hardware.gpus, bfloat16=_is_bfloat16(cfg))
+    return model, weights
 
 
 def _row(

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("mmdet")
 pytest.importorskip("torch", minversion="2.7")
+from helpers.encoders import TINY
 from helpers.processes import start
 from helpers.tiny_deta import SIDE, WIDTH, tiny_deta
 from mmdet.structures import DetDataSample
@@ -439,3 +441,17 @@ def test_adapters_are_saved_without_their_base_and_resume(results, tmp_path):
     consolidate(folder / "parts_adapters" / "iter_2.pth", tmp_path / "half.pth")
     run(tmp_path / "continued", world=1, kind="QuietRunner", resume=tmp_path / "half.pth", **adapters)
     equal_files(read(tmp_path, "continued", 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "shardable", "said"),
+    [
+        (1, True, "micro_batch keeps the gradients of the complete encoder on every GPU"),
+        (None, False, "ShardedRunner does not shard the states of SimpleNamespace; set optim_wrapper.optimizer.type"),
+    ],
+)
+def test_micro_batches_and_states_of_8_bits_are_refused(micro_batch, shardable, said):
+    runner = SimpleNamespace(model=PerceptionEncoder(TINY, micro_batch=micro_batch), cfg={})
+    wrapper = SimpleNamespace(optimizer=SimpleNamespace(shardable=shardable))
+    with pytest.raises(ConfigError, match=said):
+        ShardedRunner._shard(runner, wrapper)

@@ -120,6 +120,24 @@ def test_encoder_keeps_what_was_planned(config, options, recomputed):
     assert_close(plan.peak, highest["peak"], rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("side", [32, 128], ids=["gradients dominate", "activations dominate"])
+def test_micro_batches_keep_what_was_planned(side, recomputed):
+    """Gradients that micro-batches add up are gradients, not activations, before they are complete."""
+
+    def build():
+        return PerceptionEncoder(TINY, micro_batch=1, grad_checkpointing=recomputed)
+
+    images = torch.rand(3, 3, side, side)
+    saved, highest = really(build().train(), lambda model: model(images)[0].sum())
+    plan = measure_step(on_meta(build), 3, (side, side), bfloat16=False)
+    assert_close(plan.saved, saved, rtol=0.01, atol=0)
+    assert_close(plan.activations, highest["activations"], rtol=0.05, atol=0)
+    assert_close(plan.peak, highest["peak"], rtol=0.05, atol=0)
+    if side == 32:
+        assert plan.activations < 0.5 * sum(p.nbytes for p in build().parameters())
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_operations_equal_the_arithmetic(class_token):
     config = TINY if class_token else TINY_NO_CLASS
