@@ -84,7 +84,7 @@ class FeatureCache:
             weights = {**known, **weights}
             if weights == known:
                 return
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not a folder of features (no about.json); give another folder")
         write_json(path, dict(about=about, weights=weights, block=self.block))
 

@@ -7,12 +7,12 @@
 #                 --cfg-options "model.backbone.out_indices=[3]" model.backbone.frozen_stages=4    (one layer alone)
 #   data      as rendered, or that of make demo
 #   hardware  two CPU cores
-#   cost      docs/probing.md
-#   expected  docs/probing.md
+#   cost      not measured yet
+#   expected  not measured yet
 
 _base_ = '../../configs/pe_demo_cascade_synthetic.py'
 
-iterations = 250
+iterations = 100
 head = _base_.model.roi_head
 model = dict(
     type='MaskRCNN',
@@ -25,14 +25,15 @@ model = dict(
         mask_roi_extractor=head.mask_roi_extractor,
         mask_head=head.mask_head),
     train_cfg=dict(rcnn=dict(_delete_=True, **_base_.model.train_cfg.rcnn[0])))
+train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99)),
     clip_grad=dict(max_norm=1.0))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=30, end=iterations),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=20, end=iterations),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)
 default_hooks = dict(checkpoint=dict(interval=iterations))
