@@ -170,7 +170,11 @@ def table_rows(device: torch.device, sections: list[str], sizes: list[str]) -> l
         for size in sizes:
             variant = f"pe_spatial_{size}_512"
             step = partial(forward_step, variant, batch, device, torch.bfloat16)
-            for mode in ("ours", "compiled"):
+            rows.append(
+                Row(f"half-float32-{variant}", f"{variant} bf16 forward, 512 px", "ours, float32", batch,
+                    partial(step, "ours"), partial(forward_step, variant, batch, device, torch.float32, "ours"))
+            )  # fmt: skip
+            for mode in ("ours", "compiled") if cuda else ("ours",):
                 name = f"{variant} bf16 forward, 512 px" + (", torch.compile" if mode == "compiled" else "")
                 rows.append(
                     Row(f"half-{mode}-{variant}", name, "timm, bf16", batch,
@@ -260,9 +264,8 @@ def main() -> None:
         nargs="+",
         choices=("windows", "memory", "timm", "half"),
         help="'windows': runs of windows against partitioning in every block; 'memory': kinds of recomputing against "
-        "the structure of the released detectors; 'timm': plain forward; 'half': bf16 with "
-        "and without torch.compile, images/s, share of the device's matrix-product rate (default: all; on the CPU all "
-        "but 'half')",
+        "the structure of the released detectors; 'timm': plain forward; 'half': bf16 against float32 and timm, on a "
+        "GPU with and without torch.compile, images/s, share of the device's matrix-product rate (default: all)",
     )
     parser.add_argument(
         "--variants",
@@ -273,7 +276,7 @@ def main() -> None:
     parser.add_argument("--peak-of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     cuda = args.device.type == "cuda"
-    args.sections = args.sections or ["windows", "memory", "timm", *(["half"] if cuda else [])]
+    args.sections = args.sections or ["windows", "memory", "timm", "half"]
     args.variants = args.variants or (["t16"] if args.quick else list(TIMM))
     rows = table_rows(args.device, args.sections, args.variants)
     if args.peak_of:

@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(gray)
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
-    return np.array(image.convert("RGB"))  # a copy: asarray would be read-only
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: asarray would be read-only
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

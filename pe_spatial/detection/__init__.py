@@ -11,12 +11,13 @@ from pe_spatial.detection import (
     objects365,
     planning,
     report,
+    resize,
     ssd,
     text_classifier,
     tta,
 )
 
 __all__ = [
-    "coco", "coco_metric", "deta", "drawing", "heads", "lvis", "objects365", "planning", "report", "ssd",
-    "text_classifier", "tta",
+    "coco", "coco_metric", "deta", "drawing", "heads", "lvis", "objects365", "planning", "report", "resize",
+    "ssd", "text_classifier", "tta",
 ]  # fmt: skip

@@ -15,12 +15,12 @@ from pe_spatial.errors import ConfigError
 from .geometry import block_indices
 
 KINDS = ("full", "selective")
-_KEPT = (
-    "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
+_LINEAR = ("mm", "addmm")  # of `torch.ops.aten`; both take the weight last
+_ATTENTION = (
+    "bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
 )  # fmt: skip
-"""Operations of `torch.ops.aten` that take nearly all of the time of a block and make half of what it keeps."""
 
 Choice = bool | str | Sequence[int] | Mapping[int, str]
 Maps = Callable[[Tensor], tuple[Tensor, ...]]
@@ -60,10 +60,14 @@ def recomputed_blocks(choice: Choice, num_blocks: int, depth: int) -> dict[int, 
 def run_recomputed(block: nn.Module, kind: str, *args: Any) -> Tensor:
     """Call a block so that its backward pass computes again what `kind` does not keep.
 
-    'full' keeps the inputs alone. 'selective' keeps the results of matrix products and of attention too, so that norms,
-    GELU, LayerScale and rotary products run again, which costs little time.
+    'full' keeps the inputs alone. 'selective' keeps also what takes the time: the results of attention and of the
+    matrix products that widen their input (queries, keys and values, and the hidden layer of the MLP), which is half of
+    what a block keeps. Norms, GELU, LayerScale, rotary products and the square projection run again. The last product
+    would do so only for LayerScale and drop path, and is kept where there is either.
     """
-    options: dict[str, Any] = {"context_fn": _contexts()} if kind == "selective" else {}
+    options: dict[str, Any] = {}
+    if kind == "selective":
+        options["context_fn"] = _contexts(bool(block.scales_branches))
     out: Tensor = checkpoint.checkpoint(block, *args, use_reentrant=False, **options)
     return out
 
@@ -110,7 +114,17 @@ def _join(maps: tuple[Tensor, ...]) -> Tensor:
 
 
 @cache
-def _contexts() -> Callable[[], Any]:
+def _contexts(narrow: bool) -> Callable[[], Any]:
+    """Return the contexts of 'selective'; `narrow`: keep products that narrow their input too."""
     aten = torch.ops.aten
-    kept = [getattr(aten, name).default for name in _KEPT if hasattr(aten, name)]
-    return partial(checkpoint.create_selective_checkpoint_contexts, kept)
+    linear = {getattr(aten, name).default for name in _LINEAR}
+    attention = {getattr(aten, name).default for name in _ATTENTION if hasattr(aten, name)}
+
+    def policy(_: Any, operation: Any, *args: Any, **__: Any) -> checkpoint.CheckpointPolicy:
+        keep = operation in attention
+        if operation in linear:
+            width_in, width_out = args[-1].shape
+            keep = width_out > width_in or (narrow and width_out < width_in)
+        return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(checkpoint.create_selective_checkpoint_contexts, policy)

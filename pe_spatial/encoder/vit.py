@@ -103,6 +103,11 @@ class Block(nn.Module):
         x = x + self._branch(self.attn(y, rope, mask), self.gamma_1, batch_size)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2, batch_size)
 
+    @property
+    def scales_branches(self) -> bool:
+        """Whether LayerScale or drop path multiplies what attention and MLP give."""
+        return self.gamma_2 is not None or (self.drop_path > 0.0 and self.training)
+
     def _branch(self, y: Tensor, gamma: Tensor | None, batch_size: int) -> Tensor:
         if gamma is not None:
             y = y * gamma
@@ -151,8 +156,8 @@ class PerceptionEncoder(nn.Module):
         drop_path_rate: stochastic depth of the last block of the complete network; rises linearly from 0. 'vitdet' is
             the published rate for the depth.
         grad_checkpointing: recompute activations in the backward pass: True in every block, or indices of blocks.
-            'selective' keeps the results of matrix products and attention, for about half of the memory in nearly the
-            same time; {0: 'full', 1: 'selective'} chooses by block.
+            'selective' keeps the results of attention and of the wide matrix products, for about half of the memory in
+            nearly the same time; {0: 'full', 1: 'selective'} chooses by block.
         micro_batch: in training encode so many images at a time, and compute them again in the backward pass: the
             activations are those of one micro-batch, and the losses see all images. None encodes all at once.
         frozen_stages: -1 trains all; 0 freezes patches, positions and norm_pre; k also the first k blocks. Frozen parts

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import mmcv
 from mmcv.transforms import BaseTransform
 from mmengine import fileio
 from mmengine.dataset import BaseDataset
@@ -81,7 +82,7 @@ class LoadCheckedImage(BaseTransform):
                 raise problem from error
             log_skipped(self.broken, "images", path, problem)
             return None
-        results["img"] = image[..., ::-1]
+        results["img"] = mmcv.rgb2bgr(image)  # far faster than a view, which the next step would have to copy
         results["img_shape"] = results["ori_shape"] = image.shape[:2]
         return results
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.encoder.lora_files import add_base, describe_adapters, omit_base
+from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.console import QuietStartMixin
 from pe_spatial.engine.weights import read_safely
@@ -70,6 +71,20 @@ class RunnerMixin(QuietStartMixin):
             batches = optim_wrapper._accumulative_counts
             auto_scale_lr = {**auto_scale_lr, "base_batch_size": auto_scale_lr["base_batch_size"] / batches}
         super().scale_lr(optim_wrapper, auto_scale_lr)  # type: ignore[misc]
+
+    def _maybe_compile(self, target: str) -> None:  # noqa: ARG002
+        """Compile the encoders, in place, where the config has `compile=True` or options of `torch.compile`.
+
+        Runner would compile the complete step, whose lists of boxes compilers do not follow. Names of weights stay, so
+        that checkpoints are the same with and without; a second image size is compiled once more, for all sizes.
+        """
+        options = self.cfg.get("compile") or False  # type: ignore[attr-defined]
+        encoders = [m for m in plain_model(self.model).modules() if isinstance(m, PerceptionEncoder)]  # type: ignore[attr-defined]
+        if options and not encoders:
+            raise ConfigError("compile is set, but the model has no PerceptionEncoder to compile; remove it")
+        for encoder in encoders if options else ():
+            if encoder._compiled_call_impl is None:
+                encoder.compile(**({} if options is True else options))
 
     @master_only
     def dump_config(self) -> None:

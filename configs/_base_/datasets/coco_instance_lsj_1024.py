@@ -11,9 +11,8 @@ train_pipeline = [
         type='RandomResize',
         scale=size,
         ratio_range=(0.1, 2.0),
-        resize_type='Resize',
-        keep_ratio=True,
-        backend='pillow'),
+        resize_type='DeferredResize',  # with Pillow, as in Detectron2, and only what the crop keeps
+        keep_ratio=True),
     dict(
         type='RandomCrop', crop_type='absolute', crop_size=size, recompute_bbox=True, allow_negative_crop=True),
     # crops without objects stay, as negatives (MMDetection's keep_empty=True would draw another image)

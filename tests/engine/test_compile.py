@@ -1,0 +1,73 @@
+"""`compile` of a config: the same run, checkpoints and sizes as without."""
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+from helpers.encoders import TINY
+from helpers.tiny_run import tiny_config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from pe_spatial.encoder.vit import PerceptionEncoder
+from pe_spatial.engine.training import prepare_training, train
+from pe_spatial.errors import ConfigError
+
+
+@MODELS.register_module()
+class OfManySizes(BaseModel):
+    """An encoder and a head on stripes, which are wider from step to step."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head, self.width = MODELS.build(backbone), nn.Linear(TINY.embed_dim, 1), 32
+
+    def forward(self, inputs, **_):
+        self.width += 16
+        stripes = torch.stack(list(inputs)).repeat(1, 1 + self.width // 4)[:, : self.width] / 20
+        maps = self.backbone(stripes[:, None, None].expand(-1, 3, 64, -1))[0]
+        return dict(loss=self.head(maps.mean((2, 3))).square().mean())
+
+
+def run(folder, **changes):
+    backbone = dict(type="PerceptionEncoder", variant=TINY.__dict__, geometry="vitdet", window_size=2)
+    backbone |= dict(global_attn_indexes=[1], grad_checkpointing="selective")
+    cfg = tiny_config(folder, **{"model": dict(type="OfManySizes", backbone=backbone), **changes})
+    cfg.custom_imports = dict(imports=["pe_spatial.integrations.openmmlab"])
+    prepare_training(cfg, resume=None, deterministic=True)
+    return train(cfg)
+
+
+@pytest.fixture(autouse=True)
+def give_back():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_training(tmp_path):
+    """Sizes change in every step; the checkpoint loads into a plain encoder."""
+    run(tmp_path / "plain")
+    run(tmp_path / "compiled", compile=dict(backend="aot_eager"))
+    last = sorted((tmp_path / "plain").glob("*.pth"))[-1].name
+    expected, compiled = weights(tmp_path / "plain" / last), weights(tmp_path / "compiled" / last)
+    assert list(compiled) == list(expected)  # no name of a wrapper
+    assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    PerceptionEncoder(TINY, geometry="vitdet", window_size=2, global_attn_indexes=[1]).load_state_dict(
+        {name.removeprefix("backbone."): x for name, x in compiled.items() if name.startswith("backbone.")}
+    )
+
+
+def test_nothing_to_compile(tmp_path):
+    with pytest.raises(ConfigError, match="no PerceptionEncoder to compile"):
+        run(tmp_path, model=dict(type="Line"), compile=True)
