@@ -36,8 +36,7 @@ def certify(
         exportable: what was exported.
         folder: where it was exported.
         images: given images (H, W, 3) uint8, besides the random ones.
-        predictor: `pe_spatial.load`'s predictor of the same model, whose detections are then the reference, where all
-            of its preprocessing is in the graph.
+        predictor: `pe_spatial.load`'s predictor of the same model, whose detections are then the reference.
         rounds: how often the time is measured.
         extra: further facts, such as AP.
 
@@ -54,8 +53,6 @@ def measure(
 ) -> tuple[dict[str, Any], list[Case]]:
     """Return the certificate, also of a folder that fails, and what was compared; see `certify`."""
     manifest = read_manifest(folder)
-    if exportable.options.get("resize"):
-        predictor = None  # it resizes, and the graph does not
     cases = reference_cases(exportable, manifest.minimum, images, predictor)
     with _peak_memory() as memory:
         session = open_session(folder, manifest, stages=True)

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from pe_spatial.detection.deta.detector import DETA
 from pe_spatial.encoder.backbone import PerceptionEncoderPyramid
 from pe_spatial.engine.nodes import type_name
 from pe_spatial.errors import ConfigError
-from pe_spatial.export.deta import DETAGraph
 from pe_spatial.export.encoder import encoder_facts
 from pe_spatial.export.graph import Exportable
 from pe_spatial.export.pixels import Pixels
@@ -28,9 +26,8 @@ def detector_graph(predictor: Any, *, source: str = "") -> Exportable:
     Raises ConfigError for parts of a model or of its test pipeline that a graph does not write.
     """
     model = predictor.model
-    square = isinstance(model, DETA)
-    pixels, resize = pixels_of(model.data_preprocessor, predictor.pipeline.transforms, square=square)
-    graph = DETAGraph(model, pixels) if square else TwoStageGraph(model, pixels)
+    pixels = pixels_of(model.data_preprocessor, predictor.pipeline.transforms)
+    graph = TwoStageGraph(model, pixels)
     side = pixels.multiple
     backbone = model.backbone
     facts = encoder_facts(backbone.encoder) if isinstance(backbone, PerceptionEncoderPyramid) else {}
@@ -44,39 +41,30 @@ def detector_graph(predictor: Any, *, source: str = "") -> Exportable:
         stages=graph.stages(),
         class_names=predictor.class_names,
         model=facts | dict(type=type(model).__name__, source=source, scale=pixels.scale, pad_to=pixels.multiple),
-        options=dict(resize=resize, largest=side if square else None),
         translations=translations(),
     )
 
 
-def pixels_of(processor: Any, transforms: Any, *, square: bool = False) -> tuple[Pixels, dict[str, Any] | None]:
-    """Return the preprocessing of a model and of its test pipeline.
-
-    Resizing with Pillow is not in the graph: the second result says how the runtime does it. ConfigError for a step
-    that is not written here.
-    """
+def pixels_of(processor: Any, transforms: Any) -> Pixels:
+    """Return the preprocessing of a model and of its test pipeline; ConfigError for a step that is not written here."""
     scale: Any = None
-    resize, pillow = None, False
+    pillow = False
     for step in transforms:
         kind = type_name(step) if isinstance(step, dict) else type(step).__name__
         if kind == "Resize" and step.keep_ratio and step.interpolation == "bilinear":
             scale, pillow = step.scale, step.backend == "pillow"
-        elif kind == "ShortSideResize" and len(step.short_sides) == 1:
-            resize = dict(short_side=step.short_sides[0], max_long_side=step.max_long_side)
         elif not kind.startswith(("Pack", "Load")):
             raise ConfigError(f"the test pipeline has a {kind}, which is not exported; a Resize(keep_ratio=True) is")
     batch = getattr(processor, "batch_augments", None)
     if batch:
         raise ConfigError(f"the data_preprocessor has {type(batch[0]).__name__}, which is not exported")
     normalized = getattr(processor, "_enable_normalize", False)
-    pixels = Pixels(
+    return Pixels(
         processor.mean.flatten().tolist() if normalized else [0.0] * 3,
         processor.std.flatten().tolist() if normalized else [1.0] * 3,
         bgr=not processor._channel_conversion,  # OpenMMLab's images are B, G, R until here
         multiple=processor.pad_size_divisor,
         pad_value=processor.pad_value,
-        square=square,
         scale=scale,
         pillow=pillow,
     )
-    return pixels, resize

@@ -16,8 +16,7 @@ class Pixels(nn.Module):
     Args:
         mean, std: of the channels in the network's order, in units of a pixel (0 to 255).
         bgr: the network reads B, G, R.
-        multiple: height and width become multiples of it; with `square`, both become it.
-        square: the canvas is a square of fixed size, which images must not exceed.
+        multiple: height and width become multiples of it.
         pad_value: value of the padding, after normalization.
         scale: (a, b), the limits of the longer and the shorter side in pixels, to which images are resized as
             MMDetection's `Resize(keep_ratio=True)` does; None for images in the network's own size.
@@ -29,10 +28,10 @@ class Pixels(nn.Module):
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], *, bgr: bool = False, multiple: int = 1,
-        square: bool = False, pad_value: float = 0.0, scale: Sequence[int] | None = None, pillow: bool = False,
+        pad_value: float = 0.0, scale: Sequence[int] | None = None, pillow: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.bgr, self.multiple, self.square, self.pad_value = bgr, multiple, square, float(pad_value)
+        self.bgr, self.multiple, self.pad_value = bgr, multiple, float(pad_value)
         self.resize = resize_like_pillow if pillow else resize_like_opencv
         self.scale = None if scale is None else (max(scale), min(scale))
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32), persistent=False)
@@ -48,9 +47,6 @@ class Pixels(nn.Module):
         if self.bgr:
             images = images.flip(-1)
         images = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
-        if self.square:
-            beyond = (0, self.multiple - width, 0, self.multiple - height)
-            return F.pad(images, beyond, value=self.pad_value), (height, width)
         return pad_to(images, self.multiple, self.pad_value), (height, width)
 
 

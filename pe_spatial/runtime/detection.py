@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pe_spatial.errors import DatasetError
-from pe_spatial.images import short_side_size
 from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.results import Detections
 from pe_spatial.predict.streaming import Streamed
@@ -35,33 +32,18 @@ class ExportedDetector(Streamed):
         self.class_names = tuple(self.manifest.class_names)
         self.session = open_session(self.folder, self.manifest, **options)
 
-    def _prepare(self, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return the pixels for the graph, and (H, W) of the image."""
-        size = rgb.shape[0], rgb.shape[1]
-        resize, largest = self.manifest.options.get("resize"), self.manifest.options.get("largest")
-        if resize:
-            height, width = short_side_size(*size, **resize)
-            if not min(height, width):
-                raise DatasetError(f"an image of {size[1]}x{size[0]} px is too thin for this model; crop it")
-            rgb = np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR))
-        if largest and max(rgb.shape[:2]) > largest:
-            raise DatasetError(
-                f"an image is {rgb.shape[1]}x{rgb.shape[0]} px when it reaches the model, whose canvas has {largest}; "
-                "resize it"
-            )
-        return rgb, size
+    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
+        return rgb
 
-    def _shape(self, item: tuple[np.ndarray, tuple[int, int]]) -> Any:
-        return item[0].shape
+    def _shape(self, item: np.ndarray) -> Any:
+        return item.shape
 
-    def _predict(self, items: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> list[Detections]:
-        values = self.session.run({"pixels": np.stack([pixels for pixels, _ in items])})
-        results = []
-        for i, (pixels, size) in enumerate(items):
-            own = {name: value[i] for name, value in values.items()}
-            own["boxes"] = own["boxes"] * np.array([size[1] / pixels.shape[1], size[0] / pixels.shape[0]] * 2)
-            results.append(detections(own, self.class_names, size, self.score))
-        return results
+    def _predict(self, items: Sequence[np.ndarray]) -> list[Detections]:
+        values = self.session.run({"pixels": np.stack(items)})
+        return [
+            detections({name: value[i] for name, value in values.items()}, self.class_names, item.shape[:2], self.score)
+            for i, item in enumerate(items)
+        ]
 
 
 def detections(
