@@ -78,7 +78,7 @@ class RunnerMixin(QuietStartMixin):
         Runner would compile the complete step, whose lists of boxes compilers do not follow. Names of weights stay, so
         that checkpoints are the same with and without; a second image size is compiled once more, for all sizes.
         """
-        options = self.cfg.get("compile") or False  # type: ignore[attr-defined]
+        options: Any = self.cfg.get("compile") or False  # type: ignore[attr-defined]
         encoders = [m for m in plain_model(self.model).modules() if isinstance(m, PerceptionEncoder)]  # type: ignore[attr-defined]
         if options and not encoders:
             raise ConfigError("compile is set, but the model has no PerceptionEncoder to compile; remove it")
