@@ -42,5 +42,4 @@ bench: setup
 	$(python) benchmarks/vos.py
 	$(python) benchmarks/propagation.py
 	$(python) benchmarks/predict.py
-	$(python) benchmarks/language.py
 	$(python) benchmarks/multitask.py
