@@ -15,17 +15,22 @@ def window_partition(x: Tensor, window: int) -> Tensor:
     b, h, w, c = sizes_of(x)
     rows, cols = _windows((h, w), window)
     x = F.pad(x, (0, 0, 0, cols * window - w, 0, rows * window - h))
-    x = x.view(b, rows, window, cols, window, c)
-    return x.transpose(2, 3).reshape(b * rows * cols, window * window, c)
+    x = x.view(_batch(b), rows, window, cols, window, c)
+    return x.transpose(2, 3).reshape(_batch(b * rows * cols), window * window, c)
 
 
 def window_unpartition(windows: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
     """Undo `window_partition`: (B * n, window * window, C) to (B, H, W, C) for `grid` = (H, W), without the padding."""
     rows, cols = _windows(grid, window)
     count, _, c = sizes_of(windows)
-    x = windows.view(count // (rows * cols), rows, cols, window, window, c)
+    x = windows.view(_batch(count // (rows * cols)), rows, cols, window, window, c)
     x = x.transpose(2, 3).reshape(-1, rows * window, cols * window, c)
     return x[:, : grid[0], : grid[1]]
+
+
+def _batch(size: int) -> int:
+    """Return the number of images for an exported graph, which needs it, and -1 for a trace, which would keep it."""
+    return size if is_exporting() else -1
 
 
 def _windows(grid: tuple[int, int], window: int) -> tuple[int, int]:

@@ -158,7 +158,8 @@ def test_trace_and_export_equal_eager(config, geometry):
     with torch.no_grad():
         program = torch.export.export(model, (images,))
         assert "complex" not in str(program.graph)
-        assert_close(program.module()(other), model(other), rtol=0, atol=1e-6)
+        # a graph resizes positions by matrix products
+        assert_close(program.module()(other), model(other), rtol=0, atol=2e-6)
         assert_close(model(images), expected, rtol=0, atol=0)  # eager is as before
 
 
