@@ -38,7 +38,6 @@ lint: setup
 
 bench: setup
 	$(python) benchmarks/encoder.py
-	$(python) benchmarks/growth.py
 	$(python) benchmarks/vos.py
 	$(python) benchmarks/propagation.py
 	$(python) benchmarks/predict.py
