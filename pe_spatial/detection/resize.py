@@ -67,5 +67,5 @@ def resize_part(image: np.ndarray, size: tuple[int, int], box: tuple[int, int, i
         part = part.crop((left, top - first, right, bottom - first))
     out = np.empty((3, bottom - top, right - left), np.uint8)
     for i, band in enumerate(part.split()):
-        out[i] = band
+        out[i] = np.asarray(band)
     return out.transpose(1, 2, 0)
