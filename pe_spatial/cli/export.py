@@ -18,7 +18,6 @@ from typing import Any
 
 from pe_spatial.cli.arguments import VARIANT_HELP, comma_separated, variant, without_prints
 from pe_spatial.errors import ConfigError
-from pe_spatial.images import read_rgb
 from pe_spatial.runtime.manifest import FORMATS
 
 
@@ -69,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if exportable is None:
         run_tracker(args, predictor)
         return
+    from pe_spatial.images import read_rgb
+
     images = [read_rgb(path) for path in args.images]
     with without_prints():
         name = next(iter(exportable.inputs))

@@ -70,14 +70,15 @@ def sweep(args: argparse.Namespace) -> tuple[str, Best]:
 
     with arguments.without_prints():
         cfg = read_config(args.config)
-    MMLogger.get_instance("layer_sweep", log_level="WARNING")  # the progress bars are enough
     kind = str((cfg.get("model") or {}).get("type"))
     tracks, takes_data = kind == "ZeroShotTracker", kind not in ("ZeroShotTracker", "PEDepthEstimator")
     if args.data and takes_data:
         args.work_dir = args.work_dir or f"work_dirs/{run_name(args)}_layers"
+        MMLogger.get_instance(f"data of {args.config}")
         use_data(args, cfg)
     elif args.data:
         print(f"{args.config} keeps its own dataset: boxes and masks of --data teach neither depth nor tracking")
+    MMLogger.get_instance(f"layers of {args.config}", log_level="WARNING")  # the progress bars are enough
     cfg = arguments.load_config(args, cfg)
     cfg.work_dir = args.work_dir or f"{cfg.work_dir}_layers"
     if tracks:

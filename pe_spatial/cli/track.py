@@ -24,6 +24,7 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     import numpy as np
+    from mmengine.config import Config
 
     from pe_spatial.tracking.sam2.online import OnlineTracker
     from pe_spatial.tracking.sam2.prompts import Prompt
@@ -70,8 +71,9 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.video import mp4_writer
 
     prompts = read_prompts(args)
+    cfg = None if is_exported(args.checkpoint) else tracker_config(args)
     clip = Clip.open(args.video)
-    tracker = exported_tracker(args) if is_exported(args.checkpoint) else trained_tracker(args)
+    tracker = exported_tracker(args) if cfg is None else trained_tracker(args, cfg)
 
     start, frames = time.time(), 0
     with mp4_writer(args.out, clip.fps) as write:
@@ -84,17 +86,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(tracker.objects)} objects through {frames} frames, {milliseconds:.0f} ms per frame: {args.out}")
 
 
-def trained_tracker(args: argparse.Namespace) -> OnlineTracker:
-    """Return a tracker in torch."""
-    from pe_spatial.encoder.files import locate, read_checkpoint
+def tracker_config(args: argparse.Namespace) -> Config:
+    """Return the config, or that of the checkpoint; ConfigError if it has no tracker."""
     from pe_spatial.engine.configs import config_in, read_config
-    from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
-    from pe_spatial.tracking.sam2.streaming import StreamingTracker
 
     cfg = read_config(args.config) if args.config else config_in(args.checkpoint)
     if "tracker" not in cfg.get("model", {}):
         source = args.config or f"the config in {args.checkpoint}"
         raise ConfigError(f"{source} has no model.tracker; give a checkpoint or config of a PESAM2")
+    return cfg
+
+
+def trained_tracker(args: argparse.Namespace, cfg: Config) -> OnlineTracker:
+    """Return a tracker in torch."""
+    from pe_spatial.encoder.files import locate, read_checkpoint
+    from pe_spatial.tracking.sam2.model import build_pe_sam2, load_tracker_weights
+    from pe_spatial.tracking.sam2.streaming import StreamingTracker
+
     device = choose_device(args)
     read_checkpoint(locate(args.checkpoint))  # so that its errors come before the model is built
     model = build_pe_sam2(**cfg.model.tracker.to_dict())

@@ -227,6 +227,7 @@ def test_what_is_missing_is_said_before_the_model_is_built(folder, tmp_path, mon
 
 def test_a_config_without_a_tracker(tmp_path):
     (tmp_path / "config.py").write_text("model = dict()\n")
-    args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, config=str(tmp_path / "config.py"))
+    options = dict(config=str(tmp_path / "config.py"), checkpoint="none.pth")
+    args = Namespace(points=[(0, 1, [1, 2])], box=None, mask=None, **options)
     with pytest.raises(ConfigError, match=r"has no model\.tracker"):
         track.run(args)
