@@ -52,11 +52,13 @@ class Models:
         predictors: 'detection', 'depth' and 'tracking' -> predictor, of those that were given.
         encoders: name -> its feature extractor.
         limits: of uploads.
+        labels: folder of the labeling projects, which outlive the page.
     """
 
     predictors: dict[str, Any] = field(default_factory=dict)
     encoders: dict[str, FeatureExtractor] = field(default_factory=dict)
     limits: Limits = Limits()
+    labels: Path = Path("labels")
     _folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="pe_spatial_"))
 
     def new_file(self, name: str) -> Path:
@@ -91,7 +93,10 @@ class Models:
         return Path(path)
 
 
-def load_models(checkpoints: dict[str, str | None], encoders: Sequence[str], *, device: str, limits: Limits) -> Models:
+def load_models(
+    checkpoints: dict[str, str | None], encoders: Sequence[str], *, device: str, limits: Limits,
+    labels: Path = Models.labels,
+) -> Models:  # fmt: skip
     """Load the checkpoint of each task, if it has one, and the encoders.
 
     An encoder is a variant with its released weights, 'timm:NAME', or a checkpoint file. Raises ConfigError for a
@@ -110,7 +115,7 @@ def load_models(checkpoints: dict[str, str | None], encoders: Sequence[str], *, 
         file = Path(name).is_file()
         encoder = load_encoder(None if file else name, name if file else "released")
         extractors[Path(name).name if file else name] = FeatureExtractor(encoder, device=device)
-    return Models(predictors=predictors, encoders=extractors, limits=limits)
+    return Models(predictors=predictors, encoders=extractors, limits=limits, labels=labels)
 
 
 def sentence(error: Exception) -> str:

@@ -8,6 +8,7 @@ from pe_spatial.app.compare import build_compare
 from pe_spatial.app.depth import build_depth
 from pe_spatial.app.detect import build_detect
 from pe_spatial.app.features import build_features
+from pe_spatial.app.label import SCRIPT, build_label
 from pe_spatial.app.models import Models
 from pe_spatial.app.track import build_track
 
@@ -19,6 +20,7 @@ TABS: tuple[tuple[str, Callable[..., None], str, str], ...] = (  # title, compon
     ("Detect", build_detect, "detection", "a detector: `--detector CHECKPOINT`. `make demo` trains one in minutes"),
     ("Depth", build_depth, "depth", "a depth model: `--depth CHECKPOINT`"),
     ("Track", build_track, "tracking", "a tracker: `--tracker CHECKPOINT`"),
+    ("Label", build_label, "tracking", "a tracker: `--tracker CHECKPOINT`"),
     ("Features", build_features, "", ""),
     ("Compare", build_compare, "", ""),
 )
@@ -42,6 +44,7 @@ def serve(page: gr.Blocks, models: Models, *, host: str, port: int) -> str:
         server_name=host,
         server_port=port,
         max_file_size=f"{models.limits.megabytes:g}mb",
+        head=SCRIPT,
         theme=gr.themes.Default(**_FONTS),
         footer_links=[],
         prevent_thread_lock=True,

@@ -1,4 +1,4 @@
-r"""Show models in the browser: detect, depth, track, features, compare.
+r"""Show models in the browser: detect, depth, track, label, features, compare.
 
 pe-spatial app
 pe-spatial app --detector work_dirs/demo/iter_350.pth --depth DEPTH.pth --tracker TRACKER.pth
@@ -14,6 +14,7 @@ import argparse
 import os
 import socket
 import threading
+from pathlib import Path
 
 from pe_spatial.cli.arguments import add_device, choose_device, without_prints
 from pe_spatial.errors import ConfigError
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", metavar="CHECKPOINT", help=f"checkpoint of a {name} that `train` wrote")
     encoders = "encoders to look at: a variant, timm:NAME, or a checkpoint (default: the one in the package)"
     parser.add_argument("--encoder", nargs="+", default=["pe_synthetic_xs8_192"], metavar="ENCODER", help=encoders)
+    labels = "folder of the projects of the tab Label (default: labels)"
+    parser.add_argument("--labels", type=Path, default=Path("labels"), metavar="FOLDER", help=labels)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for everyone")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max-upload", type=float, default=50, metavar="MB", help="largest file")
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
         limits = Limits(megabytes=args.max_upload, max_frames=args.max_frames)
         checkpoints = {task: getattr(args, name) for name, task in TASKS.items()}
-        models = load_models(checkpoints, args.encoder, device=choose_device(args), limits=limits)
+        models = load_models(checkpoints, args.encoder, device=choose_device(args), limits=limits,
+                             labels=args.labels)  # fmt: skip
     page = build_page(models)
     address = serve(page, models, host=args.host, port=args.port)
     print(f"{address}  (Ctrl-C ends it)", flush=True)

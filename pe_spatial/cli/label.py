@@ -7,7 +7,8 @@ pe-spatial label walk.mp4 --checkpoint TRACKER.pth --every 5 --write coco yolo c
 pe-spatial train pe_spatial_own_data.py --data labels/walk/coco
 
 The prompts are those of track. Each is in the journal of --out at once, so nothing is lost in a crash: the next call
-makes the same masks again and adds its own prompts. Frames that need a look are listed, worst first (docs/label.md).
+makes the same masks again and adds its own prompts. Frames that need a look are listed, worst first. To click and
+correct in the browser: pe-spatial app --tracker TRACKER.pth, tab Label (docs/label.md).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ COMMANDS = {
     "track_zero_shot": Command("track objects from a first mask with frozen features, without training"),
     "track": Command("track objects in a video from clicks, boxes and masks", ("openmmlab", "sam2")),
     "label": Command("label the objects of a video from a few prompts; write a dataset", ("openmmlab", "sam2")),
-    "app": Command("show models in the browser: detect, depth, track, features, compare", ("openmmlab", "app")),
+    "app": Command("show models in the browser: detect, depth, track, label, features, compare", ("openmmlab", "app")),
     "render_synthetic": Command("render the synthetic RGB-D dataset"),
 }
 

@@ -214,3 +214,55 @@ def test_two_users_at_once_see_their_own(browser, address, foreign, tmp_path):
         text = f"{frames} of {frames} frames have masks, objects 1"
         playwright.expect(user.locator("#track-status")).to_have_text(text)
     assert foreign == []
+
+
+def test_label_two_objects_correct_export_and_continue_after_a_dead_server(browser, randomize, foreign, tmp_path):
+    """The second server knows nothing but the folder of the first."""
+    from pe_spatial.app.page import build_page, serve
+
+    def start(port):
+        models = fake_models(randomize, labels=tmp_path / "labels")
+        server = build_page(models)
+        address = serve(server, models, host="127.0.0.1", port=port)
+        page = new_page(browser, address, foreign)
+        return server, page, page.locator("#label-status")
+
+    server, page, status = start(7894)
+    upload(page, "label", write_clip(tmp_path / "discs.mp4", 8))
+    playwright.expect(status).to_have_text("0 of 8 frames have masks, 0 accepted; objects: none yet")
+    page.locator("#label-class textarea, #label-class input").first.fill("disc")
+    page.locator("#label-image img").click(position=dict(x=34, y=48))
+    playwright.expect(status).to_contain_text("1 of 8 frames have masks, 0 accepted; objects: 1 disc;")
+    page.locator("#label-object input").fill("2")
+    page.locator("#label-image img").click(position=dict(x=90, y=20))
+    playwright.expect(status).to_contain_text("objects: 1 disc, 2 disc;")
+    page.locator("#label-go").click()
+    playwright.expect(status).to_contain_text("8 of 8 frames have masks")
+    page.locator("#label-image").hover()
+    page.keyboard.press("ArrowLeft")
+    playwright.expect(status).to_contain_text("confidence on frame 6")
+    page.locator("#label-object input").fill("1")
+    page.get_by_label("beside it").last.check()
+    page.locator("#label-image img").click(position=dict(x=5, y=5))  # the correction discards the last frame
+    playwright.expect(status).to_contain_text("7 of 8 frames have masks")
+    page.locator("#label-status").click()
+    page.keyboard.press("t")
+    playwright.expect(status).to_contain_text("8 of 8 frames have masks")
+    page.keyboard.press("a")
+    playwright.expect(status).to_contain_text("1 accepted")
+    shown = pixels(page, "label-image")
+    page.close()
+    server.close(verbose=False)
+    server, page, status = start(7895)
+    page.get_by_role("tab", name="Label").click()
+    page.locator("#label-known input").click()
+    page.get_by_role("option", name="discs").click()
+    playwright.expect(status).to_contain_text("objects: 1 disc, 2 disc")
+    page.locator("#label-go").click()
+    playwright.expect(status).to_contain_text("8 of 8 frames have masks, 1 accepted")
+    assert np.array_equal(shown, pixels(page, "label-image"))
+    page.locator("#label-export").click()
+    page.locator("#label-out a").first.wait_for()
+    assert downloaded(page, "label-out").count(b"coco/instances.json") == 2  # in the zip and in its directory
+    server.close(verbose=False)
+    assert foreign == []

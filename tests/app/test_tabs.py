@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from helpers.app import FakeDepth, FakeDetector, fake_models, write_clip
 from PIL import Image
 
-from pe_spatial.app import depth, detect, track
+from pe_spatial.app import depth, detect, label, track
 from pe_spatial.app.compare import Comparison
 from pe_spatial.app.features import Seen
 from pe_spatial.app.models import Limits, Models, load_models, sentence, with_sentences
@@ -110,6 +111,41 @@ def test_track_a_clip(models, tmp_path):
     assert session.mask(5).any()
     session.close()
     assert not session.video.frames[0].exists()
+
+
+def test_label_a_clip_and_continue_with_another_server(randomize, tmp_path):
+    models, clip = fake_models(randomize, labels=tmp_path / "labels"), str(write_clip(tmp_path / "discs.mp4", 6))
+    assert label.known(models) == []
+    project = label.open_upload(models, clip)
+    with pytest.raises(DatasetError, match="no object to track"):
+        list(project.track())
+    with pytest.raises(DatasetError, match="outside the frame of 128x96"):
+        list(label.click(project, 0, Click(1, 128, 2), "disc"))
+    assert list(label.click(project, 2, Click(1, 38, 48), "disc")) == [0, 1, 2, 2]
+    list(label.click(project, 2, Click(2, 90, 20), ""))
+    list(project.track())
+    project.accept(label.worst(project))
+    assert label.status(project, 5).startswith(
+        "6 of 6 frames have masks, 1 accepted; objects: 1 disc, 2 object; confidence on frame 5: 1: "
+    )
+    with pytest.raises(DatasetError, match="no form is chosen"):
+        label.write(models, project, [])
+    names = ZipFile(label.write(models, project, ["coco", "yolo"])).namelist()
+    assert {"journal.jsonl", "review.png", "coco/instances.json", "coco/images/00002.jpg", "yolo/data.yaml"} <= {*names}
+    assert not any("source" in name for name in names)
+    expected = [project.session.mask(t) for t in range(6)]
+    other = fake_models(randomize, labels=tmp_path / "labels")
+    assert label.known(other) == ["discs"]
+    again = label.open_known(other, "discs")
+    list(again.track())
+    assert all(np.array_equal(again.session.mask(t), expected[t]) for t in range(6))
+    assert label.open_upload(other, clip).session.objects == [1, 2]  # the same video again
+    with pytest.raises(DatasetError, match=r"holds the labels of discs\.mp4"):
+        label.open_upload(other, str(write_clip(tmp_path / "new" / "discs.mp4", 5)))
+    with pytest.raises(DatasetError, match="there is no project 'cats'"):
+        label.open_known(other, "cats")
+    with pytest.raises(DatasetError, match="there is no video"):
+        label.needed(None)
 
 
 def test_missing_and_bad_uploads_are_one_sentence(models, image, tmp_path):

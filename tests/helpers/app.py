@@ -98,6 +98,7 @@ def fake_models(randomize, **options):
 
 
 def write_clip(path, frames):
+    path.parent.mkdir(exist_ok=True)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (128, 96))
     for _, rgb, _ in moving(frames):
         writer.write(rgb[..., ::-1])

@@ -51,12 +51,12 @@ def write(path: Path, cfg: Config, *, seed: int = 0, tuned: bool = False) -> Pat
     return path
 
 
-def write_tracker(path: Path, seed: int = 0, **options) -> Path:
+def write_tracker(path: Path, seed: int = 0, weights: str | None = "released", **options) -> Path:
     from pe_spatial.tracking.sam2.model import build_pe_sam2
 
     tracker = {**TRACKER, **options}
     torch.manual_seed(seed)
-    model = build_pe_sam2(**tracker, checkpoint="released")
+    model = build_pe_sam2(**tracker, checkpoint=weights)
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)  # objects are always there
     state = {f"tracker.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "meta": dict(cfg=f"model = dict(type='PESAM2', tracker={tracker!r})\n")}, path)

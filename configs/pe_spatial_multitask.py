@@ -1,0 +1,77 @@
+# Boxes with masks, metric depth and tracks by heads that train together on one frozen PE-Spatial.
+#
+#   command   torchrun --nproc_per_node 8 tools/train.py configs/pe_spatial_multitask.py --launcher pytorch
+#             python tools/test.py configs/pe_spatial_cascade_coco.py work_dirs/pe_spatial_multitask/detection.pth
+#             pe-spatial predict WALK.mp4 --checkpoint work_dirs/pe_spatial_multitask/{detection,depth,tracking}.pth
+#   data      data/coco, data/nyu and data/davis, as the configs of the tasks have them
+#   hardware  not measured yet
+#   cost      not measured yet
+#   expected  not measured yet, and not published: PE's authors train one head at a time
+#
+# A step has a batch of each task from its own dataset and one update; the run ends with a checkpoint for each task.
+# Models, data and batch sizes are those of the configs below, changed by `options`; `weight` multiplies the losses of a
+# task. Tune the encoder too: --cfg-options model.frozen=False. A small version without downloads:
+# tests/multitask/test_training.py
+
+default_scope = 'mmengine'
+custom_imports = dict(
+    imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.engine', 'pe_spatial.multitask.training'],
+    allow_failed_imports=False)
+
+variant = 'pe_spatial_b16_512'
+tasks = dict(
+    detection=dict(
+        config='pe_spatial::pe_spatial_cascade_coco.py',
+        options={
+            'model.backbone.variant': variant,
+            'model.backbone.geometry': 'release',
+            'model.backbone.drop_path_rate': 0.0
+        },
+        weight=1.0),
+    depth=dict(
+        config='pe_spatial::pe_spatial_dpt_nyu.py', options={'model.backbone.variant': variant}, weight=1.0),
+    tracking=dict(
+        config='pe_spatial::pe_spatial_sam2_davis.py',
+        options={
+            'model.tracker.variant': variant,
+            'model.tracker.grid': 32,
+            'train_dataloader.dataset.pipeline.3.size': 512
+        },
+        weight=1.0))
+
+model = dict(type='MultiTaskModel', tasks=tasks, checkpoint='released', frozen=True)
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    collate_fn=dict(type='only_item'),
+    dataset=dict(type='MultiTaskDataset', tasks=tasks))
+
+iterations = 40000
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations + 1)
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=500, end=iterations),
+]
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=2),
+    sampler_seed=dict(type='DistSamplerSeedHook'))
+custom_hooks = [dict(type='WriteTasks')]
+log_processor = dict(type='LogProcessor', window_size=50, by_epoch=False)
+log_level = 'INFO'
+load_from = None
+resume = False
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))
+find_unused_parameters = True  # clips prompted by masks do not use all of the decoder
+randomness = dict(seed=0)
