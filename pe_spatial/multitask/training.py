@@ -67,7 +67,9 @@ class MultiTaskModel(BaseModel):
         self.models = nn.ModuleDict()
         self._names: dict[str, dict[str, str]] = {}  # task -> name in its model -> name in the encoder, '' for heads
         for task, cfg in self.configs.items():
-            model = _build(cfg)
+            model: Any = _build(cfg)
+            if hasattr(model, "frozen"):  # a depth estimator runs its encoder without autograd otherwise
+                model.frozen = model.frozen and frozen
             self._names[task] = _encoder_names(model)
             self.shared.attach(task, model)
             self.models[task] = model
@@ -75,13 +77,13 @@ class MultiTaskModel(BaseModel):
             first, second = (group.members[0] for group in self.shared.groups[:2])
             raise ConfigError(f"the encoders of {first} and {second} have different geometries; give both the same")
         self.encoder = self.shared.groups[0].encoder
-        if frozen:
-            self.encoder.requires_grad_(False)
-            self.encoder.frozen_stages = self.encoder.depth
+        self.encoder.requires_grad_(not frozen)  # whatever the configs of the tasks freeze
+        self.encoder.frozen_stages = self.encoder.depth if frozen else -1
 
     def init_weights(self) -> None:
         """Initialize the heads as their configs say, and load the encoder."""
-        for model in self.models.values():
+        models: Any = self.models
+        for model in models.values():
             model.init_weights()
         if self.checkpoint is not None:
             load_checkpoint(self.encoder, self.checkpoint)
@@ -104,7 +106,8 @@ class MultiTaskModel(BaseModel):
 
     def task_losses(self, task: str, batch: Any) -> dict[str, Any]:
         """Return the losses of a task, times its weight, and its other numbers."""
-        model, weight = self.models[task], self.weights[task]
+        model: Any = self.models[task]
+        weight = self.weights[task]
         self.shared.begin()
         found = model._run_forward(model.data_preprocessor(batch, True), mode="loss")
         self.shared.begin()  # frees the maps
