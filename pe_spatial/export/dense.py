@@ -19,37 +19,43 @@ from pe_spatial.export.encoder import encoder_facts
 from pe_spatial.export.graph import Exportable
 
 
-class DepthGraph(nn.Module):
-    """A `DepthEstimator` on a complete image or on a window, with its flips."""
+class DenseGraph(nn.Module):
+    """A model that normalizes pixels in the graph, as its data preprocessor does."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.bgr = model, _reads_bgr(model.data_preprocessor)
-        _copy_statistics(self, model.data_preprocessor)
+        processor = model.data_preprocessor
+        self.model = model
+        self.bgr = not getattr(processor, "channel_conversion", getattr(processor, "_channel_conversion", False))
+        for name in ("mean", "std"):
+            self.register_buffer(name, getattr(processor, name).detach().clone().flatten().float(), persistent=False)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 RGB -> (B, 3, H, W), as the network reads it."""
+        images = pixels.float()
+        if self.bgr:
+            images = images.flip(-1)
+        return ((images - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class DepthGraph(DenseGraph):
+    """A `DepthEstimator` on a complete image or on a window, with its flips."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         """(B, H, W, 3) uint8 RGB -> depth (B, H, W)."""
-        return (self.model._view(_normalized(pixels, self))[:, 0],)
+        return (self.model._view(self.normalized(pixels))[:, 0],)
 
 
-class LogitsGraph(nn.Module):
+class LogitsGraph(DenseGraph):
     """An `EncoderDecoder` of MMSegmentation on a complete image or on a window."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.bgr = model, _reads_bgr(model.data_preprocessor)
-        _copy_statistics(self, model.data_preprocessor)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         """(B, H, W, 3) uint8 RGB -> logits (B, classes, H, W)."""
         head = self.model.decode_head
-        logits = head(self.model.extract_feat(_normalized(pixels, self)))
+        logits = head(self.model.extract_feat(self.normalized(pixels)))
         size = pixels.shape[1:3]
         return (F.interpolate(logits, size, mode="bilinear", align_corners=self.model.align_corners),)
 
@@ -124,19 +130,3 @@ def _check_pipeline(steps: list[str]) -> None:
         raise ConfigError(
             f"the test pipeline has a {steps[0]}, which is not exported; a Resize(keep_ratio=True) of a segmenter is"
         )
-
-
-def _reads_bgr(processor: Any) -> bool:
-    return not getattr(processor, "channel_conversion", getattr(processor, "_channel_conversion", False))
-
-
-def _copy_statistics(module: nn.Module, processor: Any) -> None:
-    for name in ("mean", "std"):
-        module.register_buffer(name, getattr(processor, name).detach().clone().flatten().float(), persistent=False)
-
-
-def _normalized(pixels: Tensor, graph: Any) -> Tensor:
-    images = pixels.float()
-    if graph.bgr:
-        images = images.flip(-1)
-    return ((images - graph.mean) / graph.std).permute(0, 3, 1, 2)

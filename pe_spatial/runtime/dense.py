@@ -10,31 +10,12 @@ from typing import Any
 import numpy as np
 
 from pe_spatial.predict.results import DepthMap, SegmentationMap
-from pe_spatial.predict.streaming import Streamed
-from pe_spatial.runtime.manifest import read_manifest
+from pe_spatial.runtime.images import ExportedModel
 from pe_spatial.runtime.resize import resize_area, resize_bilinear, resize_pixels
-from pe_spatial.runtime.sessions import open_session
 
 
-class ExportedDense(Streamed):
-    """A model whose graph returns a map of the size of its image.
-
-    Args:
-        folder: what `pe-spatial export` wrote.
-        options: `backend` and `threads`, see `open_session`.
-    """
-
-    def __init__(self, folder: str | Path, **options: Any) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        self.class_names = tuple(self.manifest.class_names)
-        self.session = open_session(self.folder, self.manifest, **options)
-
-    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
-        return rgb
-
-    def _shape(self, item: np.ndarray) -> Any:
-        return item.shape
+class ExportedDense(ExportedModel):
+    """A model whose graph returns a map of the size of its image."""
 
     def maps(self, pixels: np.ndarray) -> np.ndarray:
         """(B, H, W, 3) -> (B, ..., H, W), the average of windows if the model was made for them."""

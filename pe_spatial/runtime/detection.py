@@ -10,33 +10,17 @@ import numpy as np
 
 from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.results import Detections
-from pe_spatial.predict.streaming import Streamed
-from pe_spatial.runtime.manifest import read_manifest
-from pe_spatial.runtime.sessions import open_session
+from pe_spatial.runtime.images import ExportedModel
 
 
-class ExportedDetector(Streamed):
-    """A detector in another runtime, with the calls and results of `pe_spatial.load`'s.
-
-    Args:
-        folder: what `pe-spatial export` wrote.
-        score: lowest score of a detection.
-        options: `backend` and `threads`, see `open_session`.
-    """
+class ExportedDetector(ExportedModel):
+    """A detector; `score` is the lowest score of a detection."""
 
     task = "detection"
 
     def __init__(self, folder: str | Path, *, score: float = 0.0, **options: Any) -> None:
-        self.folder, self.score = Path(folder), score
-        self.manifest = read_manifest(folder)
-        self.class_names = tuple(self.manifest.class_names)
-        self.session = open_session(self.folder, self.manifest, **options)
-
-    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
-        return rgb
-
-    def _shape(self, item: np.ndarray) -> Any:
-        return item.shape
+        super().__init__(folder, **options)
+        self.score = score
 
     def _predict(self, items: Sequence[np.ndarray]) -> list[Detections]:
         values = self.session.run({"pixels": np.stack(items)})

@@ -53,13 +53,13 @@ def test_mistakes_end_in_one_sentence(tmp_path):
 
 @pytest.mark.mmdet
 def test_predict_takes_an_exported_detector(golden, tmp_path, monkeypatch, capsys):
-    predictor, images, expected = golden_detector(golden, "maskrcnn", tmp_path)
+    predictor, images, expected = golden_detector(golden, "maskrcnn")
     graph = detector_graph(predictor)
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "model.onnx").touch()
     write_manifest(folder, graph.manifest("onnx", "fp32"))
-    monkeypatch.setattr("pe_spatial.runtime.detection.open_session", lambda *_, **__: EagerSession(graph))
+    monkeypatch.setattr("pe_spatial.runtime.images.open_session", lambda *_, **__: EagerSession(graph))
     assert len(pe_spatial.load(folder)(images[0])) == len(expected[0]["scores"])
     with pytest.raises(ConfigError, match="which has no tta; omit it"):
         pe_spatial.load(folder, tta=True)

@@ -71,8 +71,8 @@ def in_torch(monkeypatch):
     """Return a runtime class whose graph is the module itself."""
 
     def start(kind, graph):
-        monkeypatch.setattr(dense, "read_manifest", lambda _: graph.manifest("onnx", "fp32"))
-        monkeypatch.setattr(dense, "open_session", lambda *_: EagerSession(graph))
+        monkeypatch.setattr("pe_spatial.runtime.images.read_manifest", lambda _: graph.manifest("onnx", "fp32"))
+        monkeypatch.setattr("pe_spatial.runtime.images.open_session", lambda *_: EagerSession(graph))
         return kind("folder")
 
     return start

@@ -30,7 +30,7 @@ def in_torch(exportable, folder, monkeypatch):
     folder.mkdir()
     (folder / "model.onnx").touch()
     write_manifest(folder, exportable.manifest("onnx", "fp32"))
-    monkeypatch.setattr("pe_spatial.runtime.detection.open_session", lambda *_, **__: EagerSession(exportable))
+    monkeypatch.setattr("pe_spatial.runtime.images.open_session", lambda *_, **__: EagerSession(exportable))
     return ExportedDetector(folder)
 
 
@@ -49,7 +49,7 @@ def check_golden(exported, predictor, images, expected, px=0.01):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_graph_equals_mmdetection_and_the_golden_values(golden, tmp_path, monkeypatch, name):
-    predictor, images, expected = golden_detector(golden, name, tmp_path)
+    predictor, images, expected = golden_detector(golden, name)
     exported = in_torch(detector_graph(predictor), tmp_path / "out", monkeypatch)
     check_golden(exported, predictor, images, expected)
 
@@ -58,7 +58,7 @@ def test_graph_equals_mmdetection_and_the_golden_values(golden, tmp_path, monkey
 @pytest.mark.xfail(reason="a few detections of random weights have no partner in ONNX Runtime: docs/export.md")
 @pytest.mark.parametrize("name", KINDS)
 def test_onnx_runtime_gives_the_golden_boxes(golden, tmp_path, name):
-    predictor, images, expected = golden_detector(golden, name, tmp_path)
+    predictor, images, expected = golden_detector(golden, name)
     export(detector_graph(predictor), tmp_path / "out")
     check_golden(ExportedDetector(tmp_path / "out"), predictor, images, expected)
 
@@ -117,8 +117,8 @@ def test_masks_are_pasted_as_mmdetection_does():
     torch.testing.assert_close(paste(masks[None], boxes[None], (48, 64))[0], theirs, rtol=0, atol=2e-5)
 
 
-def test_what_is_not_written_is_named(golden, tmp_path):
-    predictor, *_ = golden_detector(golden, "cascade", tmp_path)
+def test_what_is_not_written_is_named(golden):
+    predictor, *_ = golden_detector(golden, "cascade")
     predictor.pipeline.transforms.append(predictor)
     with pytest.raises(ConfigError, match="the test pipeline has a DetectionPredictor, which is not exported"):
         detector_graph(predictor)
@@ -155,12 +155,12 @@ def weight(graph):
 
 
 @pytest.mark.parametrize("mutation", [None, rpn_threshold, channels, another_resize, weight])
-def test_certificate_catches(golden, tmp_path, mutation):
+def test_certificate_catches(golden, mutation):
     from pe_spatial.export.certificate import reference_cases
     from pe_spatial.images import read_rgb
     from pe_spatial.runtime.verify import compare
 
-    predictor, images, _ = golden_detector(golden, "maskrcnn", tmp_path)
+    predictor, images, _ = golden_detector(golden, "maskrcnn")
     graph = detector_graph(predictor)
     cases = reference_cases(graph, 1, [read_rgb(images[0])], predictor)[-1:]
     if mutation:

@@ -1,15 +1,10 @@
 """Exported models in tests: detectors of the golden values, and a session that runs the graph's module in torch."""
 
-import numpy as np
 import torch
-from helpers.configs import load as load_config
 from helpers.golden import checkpoint_file
-from helpers.reference_deta import ReferenceDETA
 from helpers.reference_maskrcnn import ReferenceMaskRCNN
-from helpers.repository import CONFIGS
 
 import pe_spatial
-from pe_spatial.convert.converter import write_checkpoint
 
 
 class EagerSession:
@@ -25,31 +20,15 @@ class EagerSession:
         return {name: value.numpy() for name, value in zip(self.names, values, strict=True)}
 
 
-def golden_detector(golden, name, folder):
-    """Return the predictor of the reference's 'maskrcnn', 'cascade' or 'deta', its images, and what they contain."""
-    if name != "deta":
-        fixture = ReferenceMaskRCNN(golden / "maskrcnn", name)
-        predictor = pe_spatial.load(checkpoint_file(golden / "maskrcnn" / f"{name}.pth"), config=fixture.cfg,
-                                    class_names=[str(i) for i in range(80)])  # fmt: skip
-        images = [golden / "maskrcnn" / file for file in fixture.facts["files"]]
-        parts = ("boxes", "scores", "classes")
-        return predictor, images, [
-            dict(zip(("boxes", "scores", "labels"), (fixture.arrays[f"det_{i}_{part}"] for part in parts), strict=True))
-            for i in range(len(images))
-        ]  # fmt: skip
-    fixture = ReferenceDETA(golden / "deta")
-    write_checkpoint(folder / "deta.pth", fixture.weights)
-    cfg = load_config(CONFIGS / "pe_spatial_deta_g14.py")
-    cfg.model = fixture.cfg
-    cfg.model.test_cfg = dict(method="nms")
-    for step in cfg.test_dataloader.dataset.pipeline:
-        if "short_sides" in step:
-            step.update(short_sides=[224], max_long_side=224)
-    predictor = pe_spatial.load(folder / "deta.pth", config=cfg, class_names=[str(i) for i in range(91)])
-    images = [golden / "deta" / file for file in fixture.facts["files"]]
-    images = [path if path.exists() else golden / "maskrcnn" / path.name for path in images]
+def golden_detector(golden, name):
+    """Return the predictor of the reference's 'maskrcnn' or 'cascade', its images, and what they contain."""
+    fixture = ReferenceMaskRCNN(golden / "maskrcnn", name)
+    predictor = pe_spatial.load(checkpoint_file(golden / "maskrcnn" / f"{name}.pth"), config=fixture.cfg,
+                                class_names=[str(i) for i in range(80)])  # fmt: skip
+    images = [golden / "maskrcnn" / file for file in fixture.facts["files"]]
+    parts = ("boxes", "scores", "classes")
     return predictor, images, [
-        {key: np.asarray(fixture.detections[f"model/nms/{i}_{key}"]) for key in ("boxes", "scores", "labels")}
+        dict(zip(("boxes", "scores", "labels"), (fixture.arrays[f"det_{i}_{part}"] for part in parts), strict=True))
         for i in range(len(images))
     ]  # fmt: skip
 
