@@ -13,6 +13,8 @@
 # task. Tune the encoder too: --cfg-options model.frozen=False. A small version without downloads:
 # tests/multitask/test_training.py
 
+_base_ = '_base_/runtime.py'
+
 default_scope = 'mmengine'
 custom_imports = dict(
     imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.engine', 'pe_spatial.multitask.training'],
@@ -58,20 +60,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=500, end=iterations),
 ]
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'))
+default_hooks = dict(checkpoint=dict(interval=2000))
 custom_hooks = [dict(type='WriteTasks')]
-log_processor = dict(type='LogProcessor', window_size=50, by_epoch=False)
-log_level = 'INFO'
-load_from = None
-resume = False
-env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'))
 find_unused_parameters = True  # clips prompted by masks do not use all of the decoder
 randomness = dict(seed=0)

@@ -21,6 +21,8 @@
 # its fine-tuning on MOSE: 5e-6 for SAM 2.1's weights, ten times as much for the randomly initialized neck. The second
 # stage, which also trains the encoder, is projects/video_tracking/stage2_unfrozen.py.
 
+_base_ = '_base_/runtime.py'
+
 data_root = 'data/davis/'
 grid = 64
 
@@ -81,16 +83,5 @@ custom_imports = dict(
         'pe_spatial.tracking.vos.datasets', 'pe_spatial.tracking.vos.metric'
     ],
     allow_failed_imports=False)
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=20),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'))
-custom_hooks = [dict(type='ResumeWithoutPretrained')]
-log_processor = dict(type='LogProcessor', window_size=20, by_epoch=False)
-log_level = 'INFO'
-env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=500))
+log_processor = dict(window_size=20)

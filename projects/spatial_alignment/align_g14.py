@@ -15,7 +15,12 @@
 # Not stated, and chosen here: cosine decay of the rate, no decay of norms, biases, LayerScale; an exact start with
 # LayerScale; gray masked patches; the best of SAM's three masks. Each is an option (docs/alignment.md).
 
-_base_ = 'runtime.py'
+_base_ = '../../configs/_base_/runtime.py'
+
+default_scope = 'mmengine'
+custom_imports = dict(
+    imports=['pe_spatial.integrations.openmmlab', 'pe_spatial.engine', 'pe_spatial.alignment'],
+    allow_failed_imports=False)
 
 variant = 'pe_core_g14_448'
 image_size = 448
@@ -60,3 +65,4 @@ param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False, eta_min=0.0, b
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters)
 auto_scale_lr = dict(enable=False, base_batch_size=12288)
 runner_type = 'ShardedRunner'
+default_hooks = dict(checkpoint=dict(interval=1000))

@@ -128,7 +128,7 @@ def test_real_videos_decide_by_tracking(shared, tmp_path, capsys):
         (["--sizes", "0"], "--sizes has 0"),
         (["--layers", "9"], "--layers"),
         (
-            ["--base", str(REPO / "projects/spatial_alignment/runtime.py")],
+            ["--base", str(REPO / "configs/_base_/runtime.py")],
             "has no Perception Encoder as model.backbone",
         ),
     ],
