@@ -16,7 +16,7 @@ _HOME = {
     "load_checkpoint": "pe_spatial.encoder.checkpoint",
     "from_pretrained": "pe_spatial.encoder.checkpoint",
     "PECore": "pe_spatial.language.model",
-    "load": "pe_spatial.predict.loading",
+    "load": "pe_spatial.loading",
     "MultiTask": "pe_spatial.multitask.models",
 }
 __all__ = list(_HOME)

@@ -16,7 +16,7 @@ from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 from pe_spatial.features.extract import FeatureExtractor, load_encoder
 from pe_spatial.images import decode_rgb, read_bytes, read_size
-from pe_spatial.predict.loading import load
+from pe_spatial.loading import load
 from pe_spatial.predict.predictor import Predictor
 
 SHIPPED = "pe_synthetic_xs8_192"

@@ -50,7 +50,7 @@ class MultiTask:
         self, sources: Sequence[str | Path], *, device: str = "cpu", dtype: torch.dtype | None = None,
         score: float = 0.0, size: int | None = None,
     ) -> None:  # fmt: skip
-        from pe_spatial.predict.loading import load
+        from pe_spatial.loading import load
         from pe_spatial.predict.models import config_and_weights, task_of
 
         if len(sources) < 2:

@@ -241,7 +241,7 @@ def test_masks_of_a_huge_image_need_tiles(predictor, monkeypatch):
 
 
 def test_without_openmmlab_it_says_what_to_install(project, monkeypatch):
-    monkeypatch.setattr("pe_spatial.predict.loading.find_spec", lambda _: None)
+    monkeypatch.setattr("pe_spatial.loading.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"a predictor needs mmengine: pip install 'pe_spatial\[openmmlab\]'"):
         pe_spatial.load(project / "w.pth")
 
