@@ -98,8 +98,8 @@ def _rounded(sums: Tensor) -> Tensor:
 
 def _averages(size: int, side: int, like: Tensor) -> Tensor:
     """Return Pillow's weights (size, side) in float64, whole numbers of 22 bits."""
-    scale = side / size
-    stretch = torch.sym_max(scale, 1.0)
+    scale = _ratio(side, size, like)
+    stretch = scale.clamp(min=1)
     centers = (torch.arange(size, device=like.device, dtype=torch.float64)[:, None] + 0.5) * scale
     cells = torch.arange(side, device=like.device, dtype=torch.float64)
     inside = (cells >= torch.floor(centers - stretch + 0.5)) & (cells < torch.floor(centers + stretch + 0.5))
@@ -107,12 +107,18 @@ def _averages(size: int, side: int, like: Tensor) -> Tensor:
     return torch.floor(weights / weights.sum(1, keepdim=True) * 2**22 + 0.5)
 
 
+def _ratio(side: int, size: int, like: Tensor) -> Tensor:
+    """Return side / size in float64: between sizes that are free, `/` is a division in float32 in ONNX."""
+    one = torch.ones((), device=like.device, dtype=torch.float64)
+    return one * side / (one * size)
+
+
 def _taps(size: int, side: int, like: Tensor, *, zero_beyond: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the two cells that each of `size` places reads, and their weights of 0 to 2048.
 
     Beyond the border OpenCV moves the weights to the last cell along rows, but not along columns.
     """
-    places = (torch.arange(size, device=like.device, dtype=torch.float64) + 0.5) * (side / size) - 0.5
+    places = (torch.arange(size, device=like.device, dtype=torch.float64) + 0.5) * _ratio(side, size, like) - 0.5
     places = places.float()
     first = places.floor()
     rest = places - first

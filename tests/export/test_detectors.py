@@ -13,13 +13,14 @@ from torchvision.ops import batched_nms
 
 from pe_spatial.errors import ConfigError
 from pe_spatial.export.detector import detector_graph
-from pe_spatial.export.graph import export
-from pe_spatial.export.pixels import resize_like_opencv, resize_like_pillow, scaled_size
+from pe_spatial.export.graph import Exportable, export
+from pe_spatial.export.pixels import Pixels, resize_like_opencv, resize_like_pillow, scaled_size
 from pe_spatial.export.suppression import best, separated, suppressed
 from pe_spatial.export.two_stage import paste
 from pe_spatial.runtime.compare import LIMITS, match, problems, worst
 from pe_spatial.runtime.detection import ExportedDetector
-from pe_spatial.runtime.manifest import write_manifest
+from pe_spatial.runtime.manifest import read_manifest, write_manifest
+from pe_spatial.runtime.sessions import open_session
 
 pytestmark = pytest.mark.mmdet
 KINDS = ["maskrcnn", "cascade"]
@@ -34,7 +35,7 @@ def in_torch(exportable, folder, monkeypatch):
     return ExportedDetector(folder)
 
 
-def check_golden(exported, predictor, images, expected, px=0.01):
+def check_golden(exported, predictor, images, expected, iou):
     for batch in (1, 2):
         results = exported(images, batch_size=batch)
         golden = worst([match(found(result), theirs) for result, theirs in zip(results, expected, strict=True)])
@@ -42,25 +43,24 @@ def check_golden(exported, predictor, images, expected, px=0.01):
         assert golden["theirs"] > 10
         for one in (golden, ours):
             assert one["unmatched"] == 0
-            assert one["box"] <= px
+            assert one["box"] <= 0.01
             assert one["score"] <= 1e-4
-        assert ours["iou"] > 0.999
+        assert ours["iou"] > iou
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_graph_equals_mmdetection_and_the_golden_values(golden, tmp_path, monkeypatch, name):
     predictor, images, expected = golden_detector(golden, name)
     exported = in_torch(detector_graph(predictor), tmp_path / "out", monkeypatch)
-    check_golden(exported, predictor, images, expected)
+    check_golden(exported, predictor, images, expected, iou=0.999)
 
 
 @pytest.mark.long
-@pytest.mark.xfail(reason="a few detections of random weights have no partner in ONNX Runtime: docs/export.md")
 @pytest.mark.parametrize("name", KINDS)
 def test_onnx_runtime_gives_the_golden_boxes(golden, tmp_path, name):
     predictor, images, expected = golden_detector(golden, name)
     export(detector_graph(predictor), tmp_path / "out")
-    check_golden(ExportedDetector(tmp_path / "out"), predictor, images, expected)
+    check_golden(ExportedDetector(tmp_path / "out"), predictor, images, expected, iou=LIMITS["fp32"]["iou"])
 
 
 def test_resizing_is_that_of_pillow():
@@ -80,6 +80,36 @@ def test_resizing_is_that_of_opencv():
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         ours = resize_like_opencv(torch.from_numpy(image).float()[None], (h, w))[0]
         np.testing.assert_array_equal(ours.numpy(), cv2.resize(image, (w, h)))
+
+
+class Resized(torch.nn.Module):
+    """Pixels resized in both ways, to a size that hangs on theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = [Pixels([0] * 3, [1] * 3, scale=(333, 200), pillow=pillow) for pillow in (True, False)]
+
+    def forward(self, pixels):
+        return tuple(way(pixels)[0] for way in self.ways)
+
+
+@pytest.mark.slow
+def test_resizing_in_onnx_runtime_is_that_of_pillow_and_opencv(tmp_path):
+    graph = Exportable(
+        module=Resized(), task="resize", outputs=["pillow", "opencv"],
+        inputs={"pixels": torch.randint(0, 256, (2, 150, 130, 3), dtype=torch.uint8)},
+        dynamic={"pixels": {0: "batch", 1: "height", 2: "width"}},
+    )  # fmt: skip
+    export(graph, tmp_path / "out")
+    session = open_session(tmp_path / "out", read_manifest(tmp_path / "out"))
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        height, width = rng.integers(20, 500, 2)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        found = {name: value[0].transpose(1, 2, 0) for name, value in session.run({"pixels": image[None]}).items()}
+        size = found["opencv"].shape[1::-1]
+        np.testing.assert_array_equal(found["pillow"], Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(found["opencv"], cv2.resize(image, size))
 
 
 def test_sizes_are_those_of_mmcv():
