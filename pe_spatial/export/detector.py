@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
 
+from pe_spatial.detection.deta.detector import DETA
 from pe_spatial.encoder.backbone import PerceptionEncoderPyramid
 from pe_spatial.engine.nodes import type_name
 from pe_spatial.errors import ConfigError
+from pe_spatial.export.deta import DETAGraph
 from pe_spatial.export.encoder import encoder_facts
 from pe_spatial.export.graph import Exportable
-from pe_spatial.export.pixels import Pixels
+from pe_spatial.export.pixels import Pixels, scaled_size, size_of_short_side
 from pe_spatial.export.suppression import translations
 from pe_spatial.export.two_stage import TwoStageGraph
 
@@ -26,8 +30,9 @@ def detector_graph(predictor: Any, *, source: str = "") -> Exportable:
     Raises ConfigError for parts of a model or of its test pipeline that a graph does not write.
     """
     model = predictor.model
-    pixels = pixels_of(model.data_preprocessor, predictor.pipeline.transforms)
-    graph = TwoStageGraph(model, pixels)
+    square = isinstance(model, DETA)
+    pixels, resizing = pixels_of(model.data_preprocessor, predictor.pipeline.transforms, square=square)
+    graph = DETAGraph(model, pixels) if square else TwoStageGraph(model, pixels)
     side = pixels.multiple
     backbone = model.backbone
     facts = encoder_facts(backbone.encoder) if isinstance(backbone, PerceptionEncoderPyramid) else {}
@@ -40,31 +45,42 @@ def detector_graph(predictor: Any, *, source: str = "") -> Exportable:
         outputs=graph.outputs(),
         stages=graph.stages(),
         class_names=predictor.class_names,
-        model=facts | dict(type=type(model).__name__, source=source, scale=pixels.scale, pad_to=pixels.multiple),
+        model=facts | dict(type=type(model).__name__, source=source, pad_to=side) | resizing,
+        options=dict(canvas=side, resizing=resizing) if square else {},
         translations=translations(),
     )
 
 
-def pixels_of(processor: Any, transforms: Any) -> Pixels:
-    """Return the preprocessing of a model and of its test pipeline; ConfigError for a step that is not written here."""
-    scale: Any = None
-    pillow = False
+def pixels_of(processor: Any, transforms: Any, *, square: bool = False) -> tuple[Pixels, dict[str, Any]]:
+    """Return the preprocessing of a model and of its test pipeline, and how it resizes.
+
+    ConfigError for a step that is not written here.
+    """
+    size: Any = None
+    pillow, resizing = False, dict[str, Any]()
     for step in transforms:
         kind = type_name(step) if isinstance(step, dict) else type(step).__name__
         if kind == "Resize" and step.keep_ratio and step.interpolation == "bilinear":
-            scale, pillow = step.scale, step.backend == "pillow"
+            resizing = dict(scale=(max(step.scale), min(step.scale)))
+            size, pillow = partial(scaled_size, **resizing), step.backend == "pillow"
+        elif kind == "ShortSideResize" and len(step.short_sides) == 1:
+            limit = None if math.isinf(step.max_long_side) else step.max_long_side
+            resizing = dict(short_side=step.short_sides[0], max_long_side=limit)
+            size, pillow = partial(size_of_short_side, **resizing), True
         elif not kind.startswith(("Pack", "Load")):
             raise ConfigError(f"the test pipeline has a {kind}, which is not exported; a Resize(keep_ratio=True) is")
     batch = getattr(processor, "batch_augments", None)
     if batch:
         raise ConfigError(f"the data_preprocessor has {type(batch[0]).__name__}, which is not exported")
     normalized = getattr(processor, "_enable_normalize", False)
-    return Pixels(
+    pixels = Pixels(
         processor.mean.flatten().tolist() if normalized else [0.0] * 3,
         processor.std.flatten().tolist() if normalized else [1.0] * 3,
         bgr=not processor._channel_conversion,  # OpenMMLab's images are B, G, R until here
         multiple=processor.pad_size_divisor,
+        square=square,
         pad_value=processor.pad_value,
-        scale=scale,
+        size=size,
         pillow=pillow,
     )
+    return pixels, resizing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ class Pixels(nn.Module):
         mean, std: of the channels in the network's order, in units of a pixel (0 to 255).
         bgr: the network reads B, G, R.
         multiple: height and width become multiples of it.
+        square: height and width become `multiple`, and images are not larger.
         pad_value: value of the padding, after normalization.
-        scale: (a, b), the limits of the longer and the shorter side in pixels, to which images are resized as
-            MMDetection's `Resize(keep_ratio=True)` does; None for images in the network's own size.
+        size: height and width of an image -> those to which it is resized, `scaled_size` or `size_of_short_side`; None
+            for images in the network's own size.
         pillow: resize as Pillow and not as OpenCV.
     """
 
@@ -28,12 +29,13 @@ class Pixels(nn.Module):
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], *, bgr: bool = False, multiple: int = 1,
-        pad_value: float = 0.0, scale: Sequence[int] | None = None, pillow: bool = False,
+        square: bool = False, pad_value: float = 0.0, size: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        pillow: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.bgr, self.multiple, self.pad_value = bgr, multiple, float(pad_value)
+        self.bgr, self.multiple, self.square, self.pad_value = bgr, multiple, square, float(pad_value)
         self.resize = resize_like_pillow if pillow else resize_like_opencv
-        self.scale = None if scale is None else (max(scale), min(scale))
+        self.size = size
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32), persistent=False)
 
@@ -41,12 +43,15 @@ class Pixels(nn.Module):
         """Return the network's input, and (h, w) of the image in it, without the padding."""
         height, width = pixels.shape[1:3]
         images = pixels.float()
-        if self.scale is not None:
-            height, width = scaled_size(height, width, self.scale)
+        if self.size is not None:
+            height, width = self.size(height, width)
             images = self.resize(images, (height, width))
         if self.bgr:
             images = images.flip(-1)
         images = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
+        if self.square:
+            beyond = (0, self.multiple - width, 0, self.multiple - height)
+            return F.pad(images, beyond, value=self.pad_value), (height, width)
         return pad_to(images, self.multiple, self.pad_value), (height, width)
 
 
@@ -55,6 +60,18 @@ def pad_to(images: Tensor, step: int, value: float = 0.0) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = ((side + step - 1) // step * step for side in (height, width))
     return F.pad(images, (0, columns - width, 0, rows - height), value=value)
+
+
+def size_of_short_side(height: int, width: int, *, short_side: int, max_long_side: int | None) -> tuple[int, int]:
+    """Return what `images.short_side_size` does, in whole numbers; the longest side is None for no limit."""
+    longer, shorter = torch.sym_max(height, width), torch.sym_min(height, width)
+    side: Any = short_side
+    if max_long_side is not None:
+        halves = 2 * max_long_side * shorter + longer
+        rounded = halves // (2 * longer)  # a half is rounded up, and to an even number by the next line
+        rounded -= (rounded % 2) * (1 - torch.sym_min(halves % (2 * longer), 1))
+        side = torch.sym_min(side, rounded)
+    return side * height // shorter, side * width // shorter
 
 
 def scaled_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:

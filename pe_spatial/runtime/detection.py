@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pe_spatial.errors import DatasetError
+from pe_spatial.images import short_side_size
 from pe_spatial.predict.masks import MaskCrop
 from pe_spatial.predict.results import Detections
 from pe_spatial.runtime.images import ExportedModel
@@ -22,12 +25,31 @@ class ExportedDetector(ExportedModel):
         super().__init__(folder, **options)
         self.score = score
 
+    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
+        canvas: int | None = self.manifest.options.get("canvas")
+        if canvas is not None:
+            check_canvas(rgb.shape[:2], canvas, self.manifest.options["resizing"])
+        return rgb
+
     def _predict(self, items: Sequence[np.ndarray]) -> list[Detections]:
         values = self.session.run({"pixels": np.stack(items)})
         return [
             detections({name: value[i] for name, value in values.items()}, self.class_names, item.shape[:2], self.score)
             for i, item in enumerate(items)
         ]
+
+
+def check_canvas(size: tuple[int, ...], canvas: int, resizing: Mapping[str, Any]) -> None:
+    """Raise DatasetError for an image (H, W) that does not fit the canvas of a graph when it is resized there."""
+    height, width = size
+    if resizing:
+        limit = resizing["max_long_side"] or math.inf
+        height, width = short_side_size(height, width, short_side=resizing["short_side"], max_long_side=limit)
+    if not 0 < min(height, width) <= max(height, width) <= canvas:
+        raise DatasetError(
+            f"an image of {size[1]}x{size[0]} px is {width}x{height} px when it reaches the model, whose canvas has "
+            f"{canvas}; crop or resize it"
+        )
 
 
 def detections(

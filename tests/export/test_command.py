@@ -53,7 +53,7 @@ def test_mistakes_end_in_one_sentence(tmp_path):
 
 @pytest.mark.mmdet
 def test_predict_takes_an_exported_detector(golden, tmp_path, monkeypatch, capsys):
-    predictor, images, expected = golden_detector(golden, "maskrcnn")
+    predictor, images, expected = golden_detector(golden, "maskrcnn", tmp_path)
     graph = detector_graph(predictor)
     folder = tmp_path / "out"
     folder.mkdir()

@@ -1,5 +1,8 @@
 """Detectors as graphs: equal to MMDetection and to the golden values, in torch and in the runtimes."""
 
+import math
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
@@ -11,19 +14,21 @@ from helpers.exported import EagerSession, found, golden_detector
 from PIL import Image
 from torchvision.ops import batched_nms
 
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.export.detector import detector_graph
 from pe_spatial.export.graph import Exportable, export
-from pe_spatial.export.pixels import Pixels, resize_like_opencv, resize_like_pillow, scaled_size
+from pe_spatial.export.pixels import Pixels, resize_like_opencv, resize_like_pillow, scaled_size, size_of_short_side
 from pe_spatial.export.suppression import best, separated, suppressed
 from pe_spatial.export.two_stage import paste
+from pe_spatial.images import short_side_size
 from pe_spatial.runtime.compare import LIMITS, match, problems, worst
-from pe_spatial.runtime.detection import ExportedDetector
+from pe_spatial.runtime.detection import ExportedDetector, check_canvas
 from pe_spatial.runtime.manifest import read_manifest, write_manifest
 from pe_spatial.runtime.sessions import open_session
 
+SMALL = partial(scaled_size, scale=(333, 200))
 pytestmark = pytest.mark.mmdet
-KINDS = ["maskrcnn", "cascade"]
+KINDS = ["maskrcnn", "cascade", "deta"]
 
 
 def in_torch(exportable, folder, monkeypatch):
@@ -50,7 +55,7 @@ def check_golden(exported, predictor, images, expected, iou):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_graph_equals_mmdetection_and_the_golden_values(golden, tmp_path, monkeypatch, name):
-    predictor, images, expected = golden_detector(golden, name)
+    predictor, images, expected = golden_detector(golden, name, tmp_path)
     exported = in_torch(detector_graph(predictor), tmp_path / "out", monkeypatch)
     check_golden(exported, predictor, images, expected, iou=0.999)
 
@@ -58,7 +63,7 @@ def test_graph_equals_mmdetection_and_the_golden_values(golden, tmp_path, monkey
 @pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_onnx_runtime_gives_the_golden_boxes(golden, tmp_path, name):
-    predictor, images, expected = golden_detector(golden, name)
+    predictor, images, expected = golden_detector(golden, name, tmp_path)
     export(detector_graph(predictor), tmp_path / "out")
     check_golden(ExportedDetector(tmp_path / "out"), predictor, images, expected, iou=LIMITS["fp32"]["iou"])
 
@@ -87,7 +92,7 @@ class Resized(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.ways = [Pixels([0] * 3, [1] * 3, scale=(333, 200), pillow=pillow) for pillow in (True, False)]
+        self.ways = [Pixels([0] * 3, [1] * 3, size=SMALL, pillow=pillow) for pillow in (True, False)]
 
     def forward(self, pixels):
         return tuple(way(pixels)[0] for way in self.ways)
@@ -121,6 +126,14 @@ def test_sizes_are_those_of_mmcv():
             assert scaled_size(h, w, (max(scale), min(scale)))[::-1] == tuple(rescale_size((w, h), scale))
 
 
+def test_sizes_of_a_short_side_are_those_of_the_images():
+    rng = np.random.default_rng(0)
+    for short, limit in ((224, 224), (1792, 1792), (800, 1333), (480, None)):
+        for h, w in [*rng.integers(20, 2000, (500, 2)).tolist(), (448, 1), (64, 1), (3, 448), (150, 150)]:
+            expected = short_side_size(h, w, short_side=short, max_long_side=limit or math.inf)
+            assert size_of_short_side(h, w, short_side=short, max_long_side=limit) == expected
+
+
 def test_suppression_is_that_of_torchvision():
     torch.manual_seed(0)
     corner = torch.rand(2, 200, 2) * 50
@@ -147,14 +160,26 @@ def test_masks_are_pasted_as_mmdetection_does():
     torch.testing.assert_close(paste(masks[None], boxes[None], (48, 64))[0], theirs, rtol=0, atol=2e-5)
 
 
-def test_what_is_not_written_is_named(golden):
-    predictor, *_ = golden_detector(golden, "cascade")
+@pytest.mark.parametrize(("size", "resizing", "reached"), [((4000, 2), dict(short_side=224, max_long_side=224), "0x0"),
+                                                           ((300, 200), {}, "200x300")])  # fmt: skip
+def test_images_that_do_not_fit_the_canvas_are_refused(size, resizing, reached):
+    check_canvas((150, 200), 256, resizing)
+    with pytest.raises(DatasetError, match=rf"is {reached} px when it reaches the model, whose canvas has 256; crop"):
+        check_canvas(size, 256, resizing)
+
+
+def test_what_is_not_written_is_named(golden, tmp_path):
+    predictor, *_ = golden_detector(golden, "cascade", tmp_path)
     predictor.pipeline.transforms.append(predictor)
     with pytest.raises(ConfigError, match="the test pipeline has a DetectionPredictor, which is not exported"):
         detector_graph(predictor)
     del predictor.pipeline.transforms[-1]
     predictor.model.roi_head.test_cfg.nms.type = "soft_nms"
     with pytest.raises(ConfigError, match=r"test_cfg.rcnn.nms is 'soft_nms'"):
+        detector_graph(predictor)
+    predictor, *_ = golden_detector(golden, "deta", tmp_path)
+    predictor.model.bbox_head.test_cfg["method"] = "linear"
+    with pytest.raises(ConfigError, match=r"test_cfg.method is 'linear'; DETA is exported with 'nms'"):
         detector_graph(predictor)
 
 
@@ -185,12 +210,12 @@ def weight(graph):
 
 
 @pytest.mark.parametrize("mutation", [None, rpn_threshold, channels, another_resize, weight])
-def test_certificate_catches(golden, mutation):
+def test_certificate_catches(golden, tmp_path, mutation):
     from pe_spatial.export.certificate import reference_cases
     from pe_spatial.images import read_rgb
     from pe_spatial.runtime.verify import compare
 
-    predictor, images, _ = golden_detector(golden, "maskrcnn")
+    predictor, images, _ = golden_detector(golden, "maskrcnn", tmp_path)
     graph = detector_graph(predictor)
     cases = reference_cases(graph, 1, [read_rgb(images[0])], predictor)[-1:]
     if mutation:

@@ -1,10 +1,14 @@
 """Exported models in tests: detectors of the golden values, and a session that runs the graph's module in torch."""
 
 import torch
+from helpers.configs import load as load_config
 from helpers.golden import checkpoint_file
+from helpers.reference_deta import ReferenceDETA
 from helpers.reference_maskrcnn import ReferenceMaskRCNN
+from helpers.repository import CONFIGS
 
 import pe_spatial
+from pe_spatial.convert.converter import write_checkpoint
 
 
 class EagerSession:
@@ -20,8 +24,13 @@ class EagerSession:
         return {name: value.numpy() for name, value in zip(self.names, values, strict=True)}
 
 
-def golden_detector(golden, name):
-    """Return the predictor of the reference's 'maskrcnn' or 'cascade', its images, and what they contain."""
+def golden_detector(golden, name, folder):
+    """Return the predictor of the reference's 'maskrcnn', 'cascade' or 'deta', its images, and what they contain.
+
+    The weights of 'deta' are written into `folder`.
+    """
+    if name == "deta":
+        return golden_deta(golden, folder)
     fixture = ReferenceMaskRCNN(golden / "maskrcnn", name)
     predictor = pe_spatial.load(checkpoint_file(golden / "maskrcnn" / f"{name}.pth"), config=fixture.cfg,
                                 class_names=[str(i) for i in range(80)])  # fmt: skip
@@ -29,6 +38,22 @@ def golden_detector(golden, name):
     parts = ("boxes", "scores", "classes")
     return predictor, images, [
         dict(zip(("boxes", "scores", "labels"), (fixture.arrays[f"det_{i}_{part}"] for part in parts), strict=True))
+        for i in range(len(images))
+    ]  # fmt: skip
+
+
+def golden_deta(golden, folder):
+    fixture = ReferenceDETA(golden / "deta")
+    write_checkpoint(folder / "deta.pth", fixture.weights)
+    cfg = load_config(CONFIGS / "pe_spatial_deta_g14.py")
+    cfg.model = fixture.cfg
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if "short_sides" in step:
+            step.update(short_sides=[224], max_long_side=224)
+    predictor = pe_spatial.load(folder / "deta.pth", config=cfg, class_names=[str(i) for i in range(91)])
+    images = [(golden / "deta" / file).resolve() for file in fixture.facts["files"]]
+    return predictor, images, [
+        {key: fixture.detections[f"model/nms/{i}_{key}"] for key in ("boxes", "scores", "labels")}
         for i in range(len(images))
     ]  # fmt: skip
 
