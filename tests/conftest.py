@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.encoders import TINY, TINY_NO_CLASS
+from helpers import encoders
 from helpers.repository import REPO, shared_folder
 
 from pe_spatial import PerceptionEncoder
@@ -81,17 +81,8 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def randomize() -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """Return a function that fills every parameter, those that start as zeros or ones too, so that each one matters."""
-
-    def fill(module: torch.nn.Module) -> torch.nn.Module:
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in module.named_parameters():
-            scale = {1: 0.1, 2: parameter.shape[-1] ** -0.5, 3: 1.0, 4: 0.1}[parameter.ndim]
-            offset = 1.0 if parameter.ndim == 1 and not name.endswith("bias") else 0.0  # norms and LayerScale
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
-        return module
-
-    return fill
+    """Return `helpers.encoders.randomize`, which fills every parameter."""
+    return encoders.randomize
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +90,7 @@ def tiny(randomize) -> Callable[..., PerceptionEncoder]:
     """Return `tiny(class_token=True, **options)`: a small encoder in eval mode, always with the same weights."""
 
     def build(class_token: bool = True, **options: object) -> PerceptionEncoder:
-        return randomize(PerceptionEncoder(TINY if class_token else TINY_NO_CLASS, **options)).eval()
+        return randomize(PerceptionEncoder(encoders.TINY if class_token else encoders.TINY_NO_CLASS, **options)).eval()
 
     return build
 

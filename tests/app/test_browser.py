@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.app import Busy, fake_models, write_clip
+from helpers.app import Busy, served, start_server, write_clip
 from PIL import Image
 
 from pe_spatial.app.models import Limits
 
 CHROMIUM = Path("/usr/bin/chromium")
+TIMEOUT = 60_000  # ms; on a busy machine an image takes seconds
 MISSING = [name for name in ("sam2", "gradio", "playwright") if find_spec(name) is None]
 MISSING += [] if CHROMIUM.exists() else [str(CHROMIUM)]
 # marked one by one, so that CI lets them be skipped
@@ -24,17 +25,13 @@ pytestmark = [
 if not MISSING:
     from playwright import sync_api as playwright
 
-    playwright.expect.set_options(timeout=20_000)
+    playwright.expect.set_options(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
-def address(randomize):
-    from pe_spatial.app.page import build_page, serve
-
-    models = fake_models(randomize, limits=Limits(max_frames=30))
-    page = build_page(models)
-    yield serve(page, models, host="127.0.0.1", port=7893)
-    page.close(verbose=False)
+def address():
+    with served(limits=Limits(max_frames=30)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +43,27 @@ def browser():
 
 
 @pytest.fixture
-def foreign():
-    """The requests to other servers."""
-    return []
+def open_page(browser):
+    """Return `open_page(address)`; no page may ask another server for anything."""
+    foreign = []
 
+    def open_page(address):
+        page = browser.new_context(viewport=dict(width=1300, height=900)).new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.on("request", lambda x: x.url.startswith((address, "data:", "blob:")) or foreign.append(x.url))
+        page.goto(address)
+        page.get_by_role("tab", name="Detect").wait_for()
+        return page
 
-@pytest.fixture
-def page(browser, address, foreign):
-    yield new_page(browser, address, foreign)
+    yield open_page
+    for context in browser.contexts:
+        context.close()
     assert foreign == []
 
 
-def new_page(browser, address, foreign):
-    page = browser.new_context(viewport=dict(width=1300, height=900)).new_page()
-    page.set_default_timeout(20_000)
-
-    def note(request):
-        if not request.url.startswith((address, "data:", "blob:")):
-            foreign.append(request.url)
-
-    page.on("request", note)
-    page.goto(address)
-    page.get_by_role("tab", name="Detect").wait_for()
-    return page
+@pytest.fixture
+def page(open_page, address):
+    return open_page(address)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +85,30 @@ def pixels(page, name):
 
 
 def wait_for_change(page, name, before):
-    page.wait_for_function(
-        "([id, url]) => document.querySelector(`#${id} img`).src != url", arg=[name, before], timeout=20_000
-    )
+    page.wait_for_function("([id, url]) => document.querySelector(`#${id} img`).src != url", arg=[name, before])
 
 
 def source(page, name):
     return page.locator(f"#{name} img").first.evaluate("x => x.src")
+
+
+def wait_for_end(page):
+    """Wait until no job runs: a click is dropped while the job of an earlier one ends, and its end shows it again."""
+    playwright.expect(page.locator("[data-testid=status-tracker]:not(.hide)")).to_have_count(0)
+
+
+def says(status, text):
+    """Wait until a tab's status holds the text and the job that said so has ended."""
+    playwright.expect(status).to_contain_text(text)
+    wait_for_end(status.page)
+
+
+def click_image(page, name, x, y):
+    """Click on an image once it is loaded: its size gives the click's place in it."""
+    page.wait_for_function(
+        "id => (image => image?.complete && image.naturalWidth)(document.querySelector(`#${id} img`))", arg=name
+    )
+    page.locator(f"#{name} img").click(position=dict(x=x, y=y))
 
 
 def downloaded(page, name):
@@ -135,7 +147,7 @@ def test_features_at_two_layers_and_a_clicked_patch(page, image):
     page.keyboard.press("Enter")
     wait_for_change(page, "features-pca", before)
     assert not np.array_equal(first, pixels(page, "features-pca"))
-    page.locator("#features-photo img").click(position=dict(x=5, y=5))
+    click_image(page, "features-photo", 5, 5)
     page.locator("#features-similarity img").wait_for()
     brightest = pixels(page, "features-similarity").sum(-1)
     assert brightest[0, 0] == brightest.max()  # the patch that was clicked
@@ -145,31 +157,32 @@ def test_compare_two_encoders(page, image):
     upload(page, "compare", image)
     page.locator("#compare-right-pca img").wait_for()
     assert not np.array_equal(pixels(page, "compare-left-pca"), pixels(page, "compare-right-pca"))
-    page.locator("#compare-photo img").click(position=dict(x=5, y=5))
+    click_image(page, "compare-photo", 5, 5)
     page.locator("#compare-left-similarity img").wait_for()
     page.locator("#compare-right-similarity img").wait_for()
 
 
 def test_click_on_a_frame_track_correct_and_download(page, tmp_path):
     upload(page, "track", write_clip(tmp_path / "discs.mp4", 12))
-    page.locator("#track-image img").wait_for()
     status = page.locator("#track-status")
-    playwright.expect(status).to_have_text("0 of 12 frames have masks, no object yet")
+    says(status, "0 of 12 frames have masks, no object yet")
     plain = pixels(page, "track-image")
-    page.locator("#track-image img").click(position=dict(x=34, y=48))
-    playwright.expect(status).to_have_text("1 of 12 frames have masks, objects 1")
+    click_image(page, "track-image", 34, 48)
+    says(status, "1 of 12 frames have masks, objects 1")
     assert not np.array_equal(plain, pixels(page, "track-image"))
     page.locator("#track-go").click()
-    playwright.expect(status).to_have_text("12 of 12 frames have masks, objects 1")
+    says(status, "12 of 12 frames have masks, objects 1")
+    last = source(page, "track-image")
     page.locator("#track-frame input[type=number]").fill("4")
     page.keyboard.press("Enter")
+    wait_for_change(page, "track-image", last)
     page.get_by_label("beside it").check()
-    page.wait_for_timeout(500)
-    page.locator("#track-image img").click(position=dict(x=5, y=5))
-    playwright.expect(status).to_have_text("5 of 12 frames have masks, objects 1")
+    click_image(page, "track-image", 5, 5)
+    says(status, "5 of 12 frames have masks, objects 1")
     page.locator("#track-undo").click()
+    wait_for_end(page)
     page.locator("#track-go").click()
-    playwright.expect(status).to_have_text("12 of 12 frames have masks, objects 1")
+    says(status, "12 of 12 frames have masks, objects 1")
     page.locator("#track-masks").click()
     page.locator("#track-out a").first.wait_for()
     assert downloaded(page, "track-out").count(b"discs/00011.png") == 2  # in the zip and in its directory
@@ -189,11 +202,11 @@ def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
     playwright.expect(toast.last).to_contain_text("long.mp4 has 31 frames, and the page tracks at most 30")
 
 
-def test_one_job_runs_at_a_time(browser, address, foreign, image):
+def test_one_job_runs_at_a_time(open_page, address, image):
     """Of several users and tabs."""
     Busy.most = 0
     tabs = ["detect", "depth", "detect"]
-    users = [new_page(browser, address, foreign) for _ in tabs]
+    users = [open_page(address) for _ in tabs]
     for user, tab in zip(users, tabs, strict=True):
         user.get_by_role("tab", name=tab.capitalize()).click()
     for user, tab in zip(users, tabs, strict=True):
@@ -203,66 +216,57 @@ def test_one_job_runs_at_a_time(browser, address, foreign, image):
     assert Busy.most == 1
 
 
-def test_two_users_at_once_see_their_own(browser, address, foreign, tmp_path):
-    users, clips = [new_page(browser, address, foreign) for _ in range(2)], (6, 8)
+def test_two_users_at_once_see_their_own(open_page, address, tmp_path):
+    users, clips = [open_page(address) for _ in range(2)], (6, 8)
     for user, frames in zip(users, clips, strict=True):
         upload(user, "track", write_clip(tmp_path / f"{frames}.mp4", frames))
     for user in users:
-        user.locator("#track-image img").click(position=dict(x=34, y=48))
+        click_image(user, "track-image", 34, 48)
         user.locator("#track-go").click()  # at once: the second waits in the queue
     for user, frames in zip(users, clips, strict=True):
         text = f"{frames} of {frames} frames have masks, objects 1"
         playwright.expect(user.locator("#track-status")).to_have_text(text)
-    assert foreign == []
 
 
-def test_label_two_objects_correct_export_and_continue_after_a_dead_server(browser, randomize, foreign, tmp_path):
-    """The second server knows nothing but the folder of the first."""
-    from pe_spatial.app.page import build_page, serve
-
-    def start(port):
-        models = fake_models(randomize, labels=tmp_path / "labels")
-        server = build_page(models)
-        address = serve(server, models, host="127.0.0.1", port=port)
-        page = new_page(browser, address, foreign)
-        return server, page, page.locator("#label-status")
-
-    server, page, status = start(7894)
+def test_label_two_objects_correct_export_and_continue_after_a_dead_server(open_page, tmp_path):
+    """The second server knows nothing but the folder of the first, which was killed."""
+    server, address = start_server(labels=tmp_path / "labels")
+    page = open_page(address)
+    status = page.locator("#label-status")
     upload(page, "label", write_clip(tmp_path / "discs.mp4", 8))
-    playwright.expect(status).to_have_text("0 of 8 frames have masks, 0 accepted; objects: none yet")
+    says(status, "0 of 8 frames have masks, 0 accepted; objects: none yet")
     page.locator("#label-class textarea, #label-class input").first.fill("disc")
-    page.locator("#label-image img").click(position=dict(x=34, y=48))
-    playwright.expect(status).to_contain_text("1 of 8 frames have masks, 0 accepted; objects: 1 disc;")
+    click_image(page, "label-image", 34, 48)
+    says(status, "1 of 8 frames have masks, 0 accepted; objects: 1 disc;")
     page.locator("#label-object input").fill("2")
-    page.locator("#label-image img").click(position=dict(x=90, y=20))
-    playwright.expect(status).to_contain_text("objects: 1 disc, 2 disc;")
+    click_image(page, "label-image", 90, 20)
+    says(status, "objects: 1 disc, 2 disc;")
     page.locator("#label-go").click()
-    playwright.expect(status).to_contain_text("8 of 8 frames have masks")
-    page.locator("#label-image").hover()
+    says(status, "8 of 8 frames have masks")
     page.keyboard.press("ArrowLeft")
-    playwright.expect(status).to_contain_text("confidence on frame 6")
+    says(status, "confidence on frame 6")
     page.locator("#label-object input").fill("1")
     page.get_by_label("beside it").last.check()
-    page.locator("#label-image img").click(position=dict(x=5, y=5))  # the correction discards the last frame
-    playwright.expect(status).to_contain_text("7 of 8 frames have masks")
-    page.locator("#label-status").click()
+    click_image(page, "label-image", 5, 5)  # the correction discards the last frame
+    says(status, "7 of 8 frames have masks")
+    status.click()
     page.keyboard.press("t")
-    playwright.expect(status).to_contain_text("8 of 8 frames have masks")
+    says(status, "8 of 8 frames have masks")
     page.keyboard.press("a")
-    playwright.expect(status).to_contain_text("1 accepted")
+    says(status, "1 accepted")
     shown = pixels(page, "label-image")
-    page.close()
-    server.close(verbose=False)
-    server, page, status = start(7895)
-    page.get_by_role("tab", name="Label").click()
-    page.locator("#label-known input").click()
-    page.get_by_role("option", name="discs").click()
-    playwright.expect(status).to_contain_text("objects: 1 disc, 2 disc")
-    page.locator("#label-go").click()
-    playwright.expect(status).to_contain_text("8 of 8 frames have masks, 1 accepted")
-    assert np.array_equal(shown, pixels(page, "label-image"))
-    page.locator("#label-export").click()
-    page.locator("#label-out a").first.wait_for()
-    assert downloaded(page, "label-out").count(b"coco/instances.json") == 2  # in the zip and in its directory
-    server.close(verbose=False)
-    assert foreign == []
+    server.kill()
+    server.join()
+    with served(labels=tmp_path / "labels") as address:
+        page = open_page(address)
+        status = page.locator("#label-status")
+        page.get_by_role("tab", name="Label").click()
+        page.locator("#label-known input").click()
+        page.get_by_role("option", name="discs").click()
+        says(status, "objects: 1 disc, 2 disc")
+        page.locator("#label-go").click()
+        says(status, "8 of 8 frames have masks, 1 accepted")
+        assert np.array_equal(shown, pixels(page, "label-image"))
+        page.locator("#label-export").click()
+        page.locator("#label-out a").first.wait_for()
+        assert downloaded(page, "label-out").count(b"coco/instances.json") == 2  # in the zip and in its directory

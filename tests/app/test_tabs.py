@@ -26,8 +26,8 @@ pytest.importorskip("sam2")
 
 
 @pytest.fixture(scope="module")
-def models(randomize):
-    return fake_models(randomize)
+def models():
+    return fake_models()
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_track_a_clip(models, tmp_path):
     assert not session.video.frames[0].exists()
 
 
-def test_label_a_clip_and_continue_with_another_server(randomize, tmp_path):
-    models, clip = fake_models(randomize, labels=tmp_path / "labels"), str(write_clip(tmp_path / "discs.mp4", 6))
+def test_label_a_clip_and_continue_with_another_server(tmp_path):
+    models, clip = fake_models(labels=tmp_path / "labels"), str(write_clip(tmp_path / "discs.mp4", 6))
     assert label.known(models) == []
     project = label.open_upload(models, clip)
     with pytest.raises(DatasetError, match="no object to track"):
@@ -134,7 +134,7 @@ def test_label_a_clip_and_continue_with_another_server(randomize, tmp_path):
     assert {"journal.jsonl", "review.png", "coco/instances.json", "coco/images/00002.jpg", "yolo/data.yaml"} <= {*names}
     assert not any("source" in name for name in names)
     expected = [project.session.mask(t) for t in range(6)]
-    other = fake_models(randomize, labels=tmp_path / "labels")
+    other = fake_models(labels=tmp_path / "labels")
     assert label.known(other) == ["discs"]
     again = label.open_known(other, "discs")
     list(again.track())

@@ -1,11 +1,15 @@
 """Models for tests of the page: a detector and a depth model that know the answer, tiny trackers and encoders."""
 
+import multiprocessing
 import threading
 import time
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
 import torch
+from helpers.encoders import randomize
+from helpers.processes import free_port
 from helpers.videos import moving
 
 from pe_spatial import EncoderConfig, PerceptionEncoder
@@ -73,7 +77,7 @@ class TinyTracker:
 
     task = "tracking"
 
-    def __init__(self, randomize):
+    def __init__(self):
         from pe_spatial.tracking.sam2.model import build_pe_sam2
 
         torch.manual_seed(0)
@@ -92,8 +96,8 @@ def encoder(seed):
     return FeatureExtractor(PerceptionEncoder(EncoderConfig(**TINY), out_indices=range(4)).eval())
 
 
-def fake_models(randomize, **options):
-    predictors = dict(detection=FakeDetector(), depth=FakeDepth(), tracking=TinyTracker(randomize))
+def fake_models(**options):
+    predictors = dict(detection=FakeDetector(), depth=FakeDepth(), tracking=TinyTracker())
     return Models(predictors=predictors, encoders=dict(tiny=encoder(0), other=encoder(1)), **options)
 
 
@@ -104,3 +108,30 @@ def write_clip(path, frames):
         writer.write(rgb[..., ::-1])
     writer.release()
     return path
+
+
+@contextmanager
+def served(**options):
+    """Serve the fake models at a free port, and give the address."""
+    from pe_spatial.app.page import build_page, serve
+
+    models = fake_models(**options)
+    page = build_page(models)
+    yield serve(page, models, host="127.0.0.1", port=free_port())
+    page.close(verbose=False)
+
+
+def serve_until_killed(connection, options):
+    with served(**options) as address:
+        connection.send(address)
+        threading.Event().wait()
+
+
+def start_server(**options):
+    """Serve the fake models in another process; return it and the address."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve_until_killed, args=(theirs, options), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours.recv()

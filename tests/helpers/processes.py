@@ -1,5 +1,6 @@
 """Several processes that work together."""
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -17,3 +18,10 @@ def start(work: Callable[..., None], args: tuple[Any, ...], *, number: int) -> N
     multiprocessing.set_forkserver_preload([work.__module__])
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     multiprocessing.start_processes(work, args, nprocs=number, start_method=method)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -22,8 +22,8 @@ FACTS = dict(video="discs", frames=FRAMES, size=[*SIZE])
 
 
 @pytest.fixture(scope="module")
-def tracker(randomize):
-    return TinyTracker(randomize)
+def tracker():
+    return TinyTracker()
 
 
 @pytest.fixture(scope="module")
