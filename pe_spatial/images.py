@@ -46,7 +46,13 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DatasetError(f"cannot open {path}: {error}") from error
+        raise not_opened(path, error) from error
+
+
+def not_opened(path: str | Path, error: Exception) -> DatasetError:
+    """Return the error of a file that cannot be opened, or whose header cannot be read."""
+    reason = getattr(error, "strerror", None)
+    return DatasetError(f"cannot open {path} ({reason}); check the path" if reason else f"cannot open {path}: {error}")
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
@@ -95,8 +101,10 @@ def read_size(path: str | Path) -> tuple[int, int]:
         with open_image(path) as image:
             turned = exif_turn(image) in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
             return image.size if turned else image.size[::-1]
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{path} is {_describe(read_bytes(path))}") from error
     except Exception as error:
-        raise DatasetError(f"cannot open {path}: {error}") from error
+        raise not_opened(path, error) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
 from pe_spatial.errors import ConfigError, DatasetError, listed
-from pe_spatial.images import decode_rgb, image_suffixes, is_hidden, read_bytes
+from pe_spatial.images import decode_rgb, image_suffixes, is_hidden, not_opened, read_bytes
 
 
 @DATASETS.register_module()
@@ -151,7 +151,7 @@ def _bytes(results: Mapping[str, Any]) -> bytes:
             file.seek(results["offset"])
             return file.read(results["size"])
     except OSError as error:
-        raise DatasetError(f"cannot open {results['shard']}: {error}") from error
+        raise not_opened(results["shard"], error) from error
 
 
 def _instances(results: Mapping[str, Any]) -> np.ndarray:

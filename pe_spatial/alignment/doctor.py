@@ -149,10 +149,15 @@ def frontier(choices: Sequence[Choice], metric: str) -> list[Choice]:
     return kept
 
 
-def recommend(choices: Sequence[Choice], metric: str, tolerance: float = 0.01) -> Choice:
-    """Return the cheapest choice whose score is within `tolerance`, a part of the best score, of the best."""
+def check_tolerance(tolerance: float) -> None:
+    """Raise ConfigError for what is no part of a score."""
     if not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance is {tolerance}; give a part of the best score, at least 0 and below 1")
+
+
+def recommend(choices: Sequence[Choice], metric: str, tolerance: float = 0.01) -> Choice:
+    """Return the cheapest choice whose score is within `tolerance`, a part of the best score, of the best."""
+    check_tolerance(tolerance)
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
     best = max(sign * choice.scores[metric] for choice in choices)
     enough = best - tolerance * abs(best)

@@ -135,7 +135,7 @@ def _labeled(folder: Path) -> bool:
 def _split(examples: Sequence[Example], source: str, **about: Any) -> Material:
     """Take every second image for the probes."""
     if len(examples) < 2:
-        raise DatasetError(f"{source} has {len(examples)} image; two are the fewest: one for the probes, one to score")
+        raise DatasetError(f"{source} has {len(examples)} of the two images needed: one for the probes, one to score")
     return Material(train=examples[::2], val=examples[1::2], **about)
 
 

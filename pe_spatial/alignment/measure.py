@@ -77,6 +77,14 @@ def encoding_of(encoder: Any, device: str = "cpu") -> Encoding:
     return Encoding(maps, tuple(encoder.out_indices), encoder.config, encoder.patch_size, device)
 
 
+def check_tasks(material: Material, tasks: Sequence[str]) -> None:
+    """Raise ConfigError for a task that `material` has no labels for; correspondence needs images alone."""
+    allowed = (*material.tasks, *(["correspondence"] if material.val else []))
+    unknown = [task for task in tasks if task not in allowed]
+    if unknown:
+        raise ConfigError(f"the data has no labels for {', '.join(unknown)}; it allows {', '.join(material.tasks)}")
+
+
 def measure(
     encoding: Encoding,
     material: Material,
@@ -95,9 +103,7 @@ def measure(
         progress: wraps an iteration over images and clips.
     """
     chosen = tuple(material.tasks if tasks is None else tasks)
-    unknown = [task for task in chosen if task not in (*material.tasks, "correspondence")]
-    if unknown:
-        raise ConfigError(f"the data has no labels for {', '.join(unknown)}; it allows {', '.join(material.tasks)}")
+    check_tasks(material, chosen)
     scores: Scores = {layer: {} for layer in encoding.layers}
     found = []
     if {"segmentation", "depth"} & set(chosen):

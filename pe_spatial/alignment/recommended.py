@@ -23,17 +23,21 @@ TEMPLATES = {
 """Task -> the config that is changed where the user gives none."""
 
 
-def write_recommended(
-    path: Path, choice: Choice, *, base: str, variant: Any, checkpoint: str, notes: list[str]
-) -> Config:
-    """Write a config that inherits `base` and reads the chosen layer, geometry and size; return it.
-
-    Raises ConfigError if `base` has no encoder as `model.backbone`.
-    """
+def read_base(base: str) -> Config:
+    """Return the config to change; ConfigError if it has no encoder as `model.backbone`."""
     cfg = read_config(base)
     backbone = (cfg.get("model") or {}).get("backbone")
     if not backbone or "variant" not in backbone:
         raise ConfigError(f"{base} has no Perception Encoder as model.backbone to change; give another --base")
+    return cfg
+
+
+def write_recommended(
+    path: Path, choice: Choice, *, base: str, variant: Any, checkpoint: str, notes: list[str]
+) -> Config:
+    """Write a config that is `base` with the chosen layer, geometry and size; return it."""
+    cfg = read_base(base)
+    backbone = cfg.model.backbone
     weights = None if checkpoint == "none" else dict(type="Pretrained", checkpoint=checkpoint)
     changes: dict[str, Any] = {"variant": variant, "init_cfg": weights}
     if choice.geometry is not None:

@@ -18,13 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pe_spatial.cli.arguments import add_cfg_options, import_quietly, quiet_start
+from pe_spatial.cli.arguments import add_cfg_options, import_quietly, quiet_start, refuse
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 Report = tuple[str, list[str]]
+OF_CONFIGS = ("data_root", "cfg_options", "verbose")
+OPTIONS = {"detection": ("images", "masks", *OF_CONFIGS), "video": ("sequences",)}
+"""The options that only one kind of results has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,17 +55,25 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("give one or two results, and 0 or more as --worst and --bootstrap")
     if args.out.suffix.lower() != ".html":
         raise ConfigError(f"--out is {args.out}; end its name in .html")
-    if args.truth.endswith((".py", ".json")):
-        html, lines = of_detection(args)
-    elif args.truth.endswith(".csv") or Path(args.results[0], "metadata.json").is_file():
-        html, lines = of_depth(args)
-    elif Path(args.truth).is_dir():
-        html, lines = of_video(args)
-    else:
-        raise ConfigError(f"{args.truth} is no config (.py), no .json, no .csv and no folder; give one of these")
+    kind = kind_of(args)
+    for other, names in OPTIONS.items():
+        if other != kind:
+            refuse(args, *names, because=f"results of {kind} have no")
+    html, lines = {"detection": of_detection, "depth": of_depth, "video": of_video}[kind](args)
     with atomic_write(args.out) as unfinished:
         unfinished.write_text(html)
     print(*lines, f"wrote {args.out}", sep="\n")
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    """Return what is analyzed, 'detection', 'depth' or 'video', by the truth and the first result."""
+    if args.truth.endswith((".py", ".json")):
+        return "detection"
+    if args.truth.endswith(".csv") or Path(args.results[0], "metadata.json").is_file():
+        return "depth"
+    if Path(args.truth).is_dir():
+        return "video"
+    raise ConfigError(f"{args.truth} is no config (.py), no .json, no .csv and no folder; give one of these")
 
 
 def of_detection(args: argparse.Namespace) -> Report:
@@ -110,6 +121,7 @@ def of_video(args: argparse.Namespace) -> Report:
 def located(args: argparse.Namespace, folder: Path) -> tuple[str, str | None, list[Path]]:
     """Return the annotations, the folder of the images if it is known, and the detections, testing checkpoints."""
     if args.truth.endswith(".json"):
+        refuse(args, *OF_CONFIGS, because="annotations (.json) as TRUTH have no")
         models = [result for result in args.results if not result.endswith(".json")]
         if models:
             raise ConfigError(f"{models[0]} is not a .json of detections; a checkpoint needs its config as TRUTH")

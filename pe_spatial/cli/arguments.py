@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,23 +169,40 @@ def variant(text: str) -> str | dict[str, Any]:
 
 
 def comma_separated(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not integers with commas between them, such as 5,8,11") from None
 
 
 def batch(text: str) -> str | int:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor auto") from None
 
 
 def layers(text: str) -> str | list[int]:
-    return text if text == "all" else comma_separated(text)
+    try:
+        return text if text == "all" else comma_separated(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from None
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that were given: an option that was not is None, False or empty; 0 was given."""
+    values = ((name, getattr(args, name)) for name in names)
+    return [name for name, value in values if value is not None and value is not False and value not in ([], {})]
+
+
+def refuse(args: argparse.Namespace, *names: str, because: str) -> None:
+    """Raise ConfigError for a given option that would have no effect; `because` ends before its name, with 'has no'."""
+    from pe_spatial.errors import ConfigError
+
+    if found := given(args, names):
+        raise ConfigError(f"{because} --{found[0].replace('_', '-')}; omit it")
 
 
 def refuse_for_exported(args: argparse.Namespace, *names: str) -> None:
     """Raise ConfigError for an option that an exported model does not have."""
-    from pe_spatial.errors import ConfigError
-
-    given = [name for name in names if getattr(args, name) is not None and getattr(args, name) is not False]
-    given = [name for name in given if getattr(args, name) != {}]
-    if given:
-        option = given[0].replace("_", "-")
-        raise ConfigError(f"{args.checkpoint} is an exported model, which has no --{option}; omit it")
+    refuse(args, *names, because=f"{args.checkpoint} is an exported model, which has no")

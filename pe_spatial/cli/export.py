@@ -13,12 +13,17 @@ it is above the limits the command fails. `pe-spatial predict --checkpoint expor
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.cli.arguments import VARIANT_HELP, comma_separated, variant, without_prints
+from pe_spatial.cli.arguments import VARIANT_HELP, comma_separated, refuse, variant, without_prints
 from pe_spatial.errors import ConfigError
 from pe_spatial.runtime.manifest import FORMATS
+
+ENCODER_OPTIONS = ("weights", "layers", "geometry", "input", "whole_windows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from pe_spatial.export.certificate import certify
     from pe_spatial.export.graph import export
 
-    if (args.annotations is None) != (args.image_root is None):
-        raise ConfigError("--annotations and --image-root belong together; give both, or none")
+    check_paths(args)
     with without_prints():
         exportable, predictor = build(args)
     check_data(args, getattr(predictor, "task", "encoder"))
@@ -75,22 +79,50 @@ def run(args: argparse.Namespace) -> None:
         name = next(iter(exportable.inputs))
         calibration = [{name: read_rgb(path)[None]} for path in args.calibration]
         manifest = export(exportable, args.out, form=args.format, precision=args.precision, calibration=calibration)
-    print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.outputs)}")
     extra = {}
-    if args.format == "tensorrt":
-        extra["tensorrt"] = build_engine(args.out, manifest)
-    if args.annotations is not None:
-        extra["ap"] = accuracy(predictor, args)
-    if args.gt is not None:
-        extra["scores"] = scores(predictor, args)
-    print_differences(certify(exportable, args.out, images=images, predictor=predictor, extra=extra))
+    with certified(args.out):
+        print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.outputs)}")
+        if args.format == "tensorrt":
+            extra["tensorrt"] = build_engine(args.out, manifest)
+        if args.annotations is not None:
+            extra["ap"] = accuracy(predictor, args)
+        if args.gt is not None:
+            extra["scores"] = scores(predictor, args)
+        found = certify(exportable, args.out, images=images, predictor=predictor, extra=extra)
+    print_differences(found)
     print_scores(extra.get("ap") or extra.get("scores") or {})
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise ConfigError for data that does not belong together or does not exist, before the model is exported."""
+    if (args.annotations is None) != (args.image_root is None):
+        raise ConfigError("--annotations and --image-root belong together; give both, or none")
+    if args.gt is None:
+        refuse(args, "gt_scale", because="without --gt there is no use of")
+    for name in ("annotations", "image_root", "gt"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            raise ConfigError(f"--{name.replace('_', '-')} is {path}, which does not exist; check the path")
+
+
+@contextmanager
+def certified(folder: Path) -> Iterator[None]:
+    """Remove an exported folder if the block ends, by an error or Ctrl-C, before its certificate is written."""
+    from pe_spatial.runtime.verify import CERTIFICATE
+
+    try:
+        yield
+    except BaseException:
+        if not (folder / CERTIFICATE).is_file():
+            shutil.rmtree(folder)
+        raise
 
 
 def check_data(args: argparse.Namespace, task: str) -> None:
     """Raise ConfigError for data that this kind of model does not take."""
     if args.annotations is not None and task != "detection":
-        raise ConfigError(f"--annotations is for detectors, and {args.source} is a model for {task}; omit it")
+        kind = "an encoder" if task == "encoder" else f"a model for {task}"
+        raise ConfigError(f"--annotations is for detectors, and {args.source} is {kind}; omit it")
     if args.gt is not None and (task not in ("depth", "tracking") or not args.images):
         raise ConfigError("--gt is for the --images of a depth estimator or a tracker; give both, or neither")
     if task == "tracking" and args.calibration:
@@ -108,9 +140,11 @@ def run_tracker(args: argparse.Namespace, predictor: Any) -> None:
         manifest = export_tracker(
             predictor.model, args.out, form=args.format, source=str(args.source), precision=args.precision
         )
-    print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.options['parts'])}")
-    extra = {} if args.gt is None else {"scores": scores(predictor, args)}
-    print_differences(certify_tracker(predictor.model, args.out, extra=extra))
+    with certified(args.out):
+        print(f"{args.out}: {manifest.task}, {args.format}, {', '.join(manifest.options['parts'])}")
+        extra = {} if args.gt is None else {"scores": scores(predictor, args)}
+        found = certify_tracker(predictor.model, args.out, extra=extra)
+    print_differences(found)
     print_scores(extra.get("scores", {}))
 
 
@@ -136,15 +170,12 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return the `Exportable`, None for a tracker, which has several; and the predictor of a trained model."""
     from pe_spatial.export.models import build_encoder, is_encoder
 
-    options = ("weights", "layers", "geometry", "input", "whole_windows")
     if args.config is None and is_encoder(args.source):
         return build_encoder(
             args.source, weights=args.weights, layers=args.layers or [-1], geometry=args.geometry or "release",
             inputs=args.input or "pixels", whole_windows=args.whole_windows or args.format == "torch",
         ), None  # fmt: skip
-    given = [name for name in options if getattr(args, name)]
-    if given:
-        raise ConfigError(f"{args.source} is no encoder, and --{given[0].replace('_', '-')} is for encoders; omit it")
+    refuse(args, *ENCODER_OPTIONS, because=f"{args.source} is no encoder and has no")
     import pe_spatial
     from pe_spatial.export.dense import depth_graph, segmenter_graph
     from pe_spatial.export.detector import detector_graph
@@ -182,6 +213,10 @@ def run_verify(args: argparse.Namespace) -> None:
 
     if args.source is not None or args.out is not None:
         raise ConfigError("--verify takes a folder and nothing else; omit the model and --out")
+    others = ("calibration", "config", "images", "annotations", "image_root", "gt", "gt_scale", *ENCODER_OPTIONS)
+    refuse(args, *others, because="--verify takes a folder and nothing else, not")
+    if (args.format, args.precision) != ("onnx", "fp32"):
+        raise ConfigError("--verify takes format and precision from the folder; omit --format and --precision")
     print_differences(verify(args.verify))
 
 

@@ -53,11 +53,17 @@ def run(args: argparse.Namespace) -> None:
     with without_prints():
         from pe_spatial.alignment import doctor
         from pe_spatial.alignment.material import open_material
-        from pe_spatial.alignment.recommended import TEMPLATES, write_recommended
+        from pe_spatial.alignment.measure import check_tasks
+        from pe_spatial.alignment.recommended import TEMPLATES, read_base, write_recommended
 
+        doctor.check_tolerance(args.tolerance)
+        metric = doctor.metric_of(args.task) if args.task else ""
         material = open_material(args.data).at_most(args.images, args.clips, args.frames)
-    task = args.task or material.tasks[0]
-    metric = doctor.metric_of(task)
+        task = args.task or material.tasks[0]
+        metric = metric or doctor.metric_of(task)
+        check_tasks(material, [task])
+        base = args.base or (args.data if args.data.endswith(".py") else TEMPLATES[task])
+        read_base(base)
     print(
         f"{len(material.train)} images for the probes, {len(material.val)} to score, {len(material.clips)} videos; "
         f"{task} decides"
@@ -75,7 +81,6 @@ def run(args: argparse.Namespace) -> None:
     )
     chosen = doctor.recommend(choices, metric, args.tolerance)
     print(f"\n{doctor.format_table(choices, metric, chosen)}\n")
-    base = args.base or (args.data if args.data.endswith(".py") else TEMPLATES[task])
     _write(args, choices, chosen, metric)
     notes = [
         f"pe-spatial geometry {args.data}: {chosen.name}, {metric} {chosen.scores[metric]:.4g}, by cheap probes",
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"recommended: {chosen.name} ({metric} {chosen.scores[metric]:.4g}, {chosen.gflops:.3g} GFLOP); the best is "
         f"{best.name} ({best.scores[metric]:.4g}, {best.gflops:.3g} GFLOP)\n"
-        f"{args.out}/recommended.py inherits {base}; see also frontier.png and scores.json there"
+        f"{args.out}/recommended.py is {base} with this choice; see also frontier.png and scores.json there"
     )
 
 

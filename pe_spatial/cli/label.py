@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_device, choose_device, without_prints
+from pe_spatial.cli.arguments import add_device, choose_device, refuse, without_prints
 from pe_spatial.cli.track import add_prompts, masks
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from pe_spatial.labeling.project import LabelProject
 
 FORMS = ("coco", "yolo", "cvat", "davis")
+SCORE = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     parser.add_argument("--from", dest="detector", metavar="DETECTOR", help="checkpoint whose boxes begin objects")
     frames = "on which it looks (default: 0)"
-    parser.add_argument("--frames", type=int, nargs="+", default=[0], metavar="FRAME", help=frames)
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score of its boxes (default: 0.5)")
+    parser.add_argument("--frames", type=int, nargs="+", metavar="FRAME", help=frames)
+    parser.add_argument("--score", type=float, help=f"lowest score of its boxes (default: {SCORE})")
     kind = "classes of objects; others are called object, or as the detector says"
     parser.add_argument("--classes", nargs="+", default=[], type=named, metavar="ID:NAME", help=kind)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="write every N-th frame (default: 1)")
@@ -58,19 +59,23 @@ def named(text: str) -> tuple[int, str]:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    project = open_project(args)
-    for frame, mark in prompts(args):
-        for _ in project.prompt(frame, mark):
-            pass
+    check(args)
+    marks = list(prompts(args))
+    out = args.out or Path("labels", args.video.stem)
+    if not marks and not args.detector and not out.exists():
+        raise ConfigError("there is no object to label; give --points, --box, --mask or --from DETECTOR")
     if args.detector:
         with without_prints():
-            detector = load_model(args.detector, "detection", args, score=args.score)
-        for frame in args.frames:
-            begun = project.detect(detector, frame)
-            print(f"frame {frame}: {len(begun)} new objects from {args.detector}")
-    unknown = sorted({i for i, _ in args.classes} - set(project.session.objects))
-    if unknown:
-        raise ConfigError(f"--classes names object {unknown[0]}, but there are {project.session.objects}")
+            detector = load_model(args.detector, "detection", args, score=SCORE if args.score is None else args.score)
+    project = open_project(args, out)
+    check_prompts(args, project, marks)
+    for frame, mark in marks:
+        for _ in project.prompt(frame, mark):
+            pass
+    for frame in (args.frames or [0]) if args.detector else ():
+        begun = project.detect(detector, frame)
+        print(f"frame {frame}: {len(begun)} new objects from {args.detector}")
+    check_classes(args, project.session.objects)
     for i, name in args.classes:
         project.name(i, name)
     total = len(project) - project.session.tracked
@@ -80,13 +85,45 @@ def run(args: argparse.Namespace) -> None:
     tell(project, args)
 
 
-def open_project(args: argparse.Namespace) -> LabelProject:
-    """Open the project of --out, with the tracker of --checkpoint."""
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that do not go together, before anything is loaded or written."""
+    if not args.detector:
+        refuse(args, "frames", "score", because="without --from there is no use of")
+    if "coco" not in args.write:
+        refuse(args, "polygons", because="only --write coco has")
+    if args.score is not None and not 0 <= args.score <= 1:
+        raise ConfigError(f"--score is {args.score:g}; scores are from 0 to 1")
+    if args.every < 1:
+        raise ConfigError(f"--every is {args.every}; 1 writes every frame, 5 every fifth")
+
+
+def check_prompts(args: argparse.Namespace, project: LabelProject, marks: Sequence[tuple[int, Any]]) -> None:
+    """Raise an error for prompts that cannot be used, before the first of them is in the journal."""
+    from pe_spatial.tracking.sam2.prompts import read_prompt
+
+    for frame in (*(t for t, _ in marks), *(args.frames or ())):
+        if not 0 <= frame < len(project):
+            raise ConfigError(f"{args.video} has no frame {frame}; it has frames 0 to {len(project) - 1}")
+    for frame, mark in marks:
+        read_prompt(f"object {mark.object_id} on frame {frame}", mark.prompt[mark.object_id], project.size, 1)
+    if not args.detector:  # which begins objects
+        check_classes(args, sorted({*project.session.objects, *(mark.object_id for _, mark in marks)}))
+
+
+def check_classes(args: argparse.Namespace, objects: Sequence[int]) -> None:
+    """Raise ConfigError for a class of an object that does not exist."""
+    unknown = sorted({i for i, _ in args.classes} - set(objects))
+    if unknown:
+        there = f"the objects are {listed(objects)}" if objects else "there are no objects"
+        raise ConfigError(f"--classes names object {unknown[0]}, but {there}; give it a prompt too")
+
+
+def open_project(args: argparse.Namespace, out: Path) -> LabelProject:
+    """Open the project in the folder `out`, with the tracker of --checkpoint."""
     from pe_spatial.labeling.project import LabelProject
 
     with without_prints():
         tracker = load_model(args.checkpoint, "tracking", args)
-    out = args.out or Path("labels", args.video.stem)
     return LabelProject(out, args.video, tracker.start(), max_frames=args.max_frames)
 
 
@@ -94,7 +131,10 @@ def load_model(checkpoint: str, task: str, args: argparse.Namespace, **options: 
     """Load a predictor; ConfigError for one of another task."""
     import pe_spatial
     from pe_spatial.predict.models import config_and_weights, task_of
+    from pe_spatial.runtime.manifest import is_exported
 
+    if is_exported(checkpoint):
+        raise ConfigError(f"{checkpoint} is an exported model, and labels need the checkpoint it was exported from")
     found = task_of(config_and_weights(checkpoint)[0])
     if found != task:
         raise ConfigError(f"{checkpoint} is a model for {found}; give one for {task}")

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ MODULES = {
     "sam2": ("sam2",),
     "app": ("gradio",),
     "language": ("open_clip",),
-    "images": ("numpy", "PIL", "cv2", "tqdm"),
+    "images": ("numpy", "PIL", "cv2", "matplotlib", "tqdm"),
 }
 """The modules by which an installed extra is recognized."""
 
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     if missing and not {"-h", "--help"} & set(rest):
         sys.exit(f"error: {name} {_how_to_install(missing)}; pe-spatial doctor shows what is installed")
     args = build_parser(name).parse_args(rest)
+    warnings.filterwarnings("ignore", category=UserWarning, module="mmcv|mmdet|mmseg")  # about their own code
     with errors_as_sentences(traceback=args.traceback):
         _module(name).run(args)
 

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.cli.arguments import choose_device, without_prints
+from pe_spatial.cli.arguments import choose_device, given, without_prints
 from pe_spatial.cli.track import read_prompts
 from pe_spatial.errors import ConfigError
+from pe_spatial.runtime.manifest import is_exported
 
 _NOT_SHARED = (
     "config", "tile", "overlap", "tta", "classes", "batch", "frames", "keep", "against", "words", "cfg_options",
@@ -56,10 +57,12 @@ def run_tasks(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that several checkpoints do not have."""
-    given = [name for name in _NOT_SHARED if getattr(args, name) not in (None, False, {}, [])]
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
+    if wrong := given(args, _NOT_SHARED):
+        option = f"--{wrong[0].replace('_', '-')}"
         raise ConfigError(f"several checkpoints have no {option}; omit it, or predict with each alone")
+    exported = [checkpoint for checkpoint in args.checkpoint if is_exported(checkpoint)]
+    if exported:
+        raise ConfigError(f"{exported[0]} is an exported model, which shares no encoder; predict with it alone")
     wrong = [name for name in args.write or () if name not in _FORMATS]
     if wrong:
         raise ConfigError(f"several checkpoints do not write {wrong[0]!r} but {', '.join(_FORMATS)}")

@@ -27,7 +27,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_cfg_options, add_device, choose_device, refuse_for_exported, without_prints
+from pe_spatial.cli.arguments import (
+    add_cfg_options,
+    add_device,
+    choose_device,
+    given,
+    refuse_for_exported,
+    without_prints,
+)
 from pe_spatial.cli.own_data import images_of
 from pe_spatial.cli.track import add_prompts
 from pe_spatial.errors import ConfigError
@@ -132,8 +139,7 @@ def run(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace, task: str) -> None:
     """Raise ConfigError for an option that this kind of model does not have."""
     every = {name for names in OPTIONS.values() for name in names}
-    given = [name for name in sorted(every) if getattr(args, name) not in (None, False)]
-    wrong = [name for name in given if name not in OPTIONS[task]]
+    wrong = [name for name in given(args, sorted(every)) if name not in OPTIONS[task]]
     if wrong:
         allowed = ", ".join(f"--{name}" for name in OPTIONS[task])
         raise ConfigError(f"{args.checkpoint} is a model for {task}, which has no --{wrong[0]}; it has {allowed}")
@@ -226,6 +232,10 @@ def check_words(args: argparse.Namespace) -> None:
         raise ConfigError("--keep needs --words, a PE-Core such as PE-Core-B16-224, or a file of one")
     if args.keep is not None and (args.classes is not None or args.tile is not None):
         raise ConfigError("--keep does not go with --classes and --tile; omit them")
+    if args.keep is not None:
+        from pe_spatial.language.protocol import check_names
+
+        check_names(args.keep, "--keep")
 
 
 def score_of(args: argparse.Namespace, cfg: Config | None) -> float:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phrase = "show the similarity of the patches to texts instead, by a PE-Core"
     parser.add_argument("--phrase", nargs="+", metavar="TEXT", help=phrase)
     shared = "who shares a PCA basis: all images, for each layer; all layers and images; none (default: images)"
-    parser.add_argument("--basis", choices=["images", "layers", "none"], default="images", help=shared)
+    parser.add_argument("--basis", choices=["images", "layers", "none"], help=shared)
     parser.add_argument("--geometry", metavar="release|timm|vitdet", help="geometry of the encoder (default: release)")
     size = "longer side that the encoder gets (default: side of its pretraining images)"
     parser.add_argument("--size", type=int, metavar="PIXELS", help=size)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     options = {} if args.geometry is None else dict(geometry=args.geometry)
     encoder = load_encoder(args.variant, args.checkpoint, layers=args.layers, **options)
     extractor = FeatureExtractor(encoder, long_side=args.size, device=choose_device(args))
-    look = Look(tuple(dict.fromkeys(args.show)), args.point, args.basis, args.columns, args.width)
+    look = Look(tuple(dict.fromkeys(args.show)), args.point, args.basis or "images", args.columns, args.width)
     if videos:
         write_video(extractor, videos[0], out, look)
     else:
@@ -90,12 +90,16 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
+    if args.basis is not None and (args.phrase is not None or "pca" not in args.show):
+        raise ConfigError("--basis is for --show pca; omit it")
     if args.phrase is not None:
         given = [name for name in ("point", "geometry") if getattr(args, name) is not None]
         if given or args.show != ["pca"] or args.layers != "all":
             raise ConfigError("--phrase has no --show, --layers, --point and --geometry; omit them")
-        if not isinstance(args.variant, str) and args.checkpoint in ("released", "none"):
+        if args.checkpoint == "none" or (args.checkpoint == "released" and not isinstance(args.variant, str)):
             raise ConfigError("--phrase needs a PE-Core; give --variant PE-Core-B16-224, or --checkpoint FILE")
+        if args.variant is not None and args.checkpoint != "released":
+            raise ConfigError("--phrase takes the PE-Core from --checkpoint FILE; omit --variant")
     if "similarity" in args.show and args.point is None:
         raise ConfigError("--show similarity needs --point x,y, the patch to compare with")
     if args.point is not None and set(args.show) == {"pca"}:

@@ -34,8 +34,9 @@ MAX_ID = 254  # 255 is void in index masks
 
 def numbered(text: str, counts: Sequence[int]) -> tuple[int, int, list[float]]:
     """Split 'ID[@FRAME]:n,n,...' into (frame, id, numbers), as many numbers as `counts` allows."""
-    match = re.fullmatch(r"(\d+)(?:@(\d+))?:([\d.,-]+)", text)
-    values = [float(number) for number in match[3].split(",")] if match else []
+    number = r"-?\d+\.?\d*|-?\.\d+"
+    match = re.fullmatch(rf"(\d+)(?:@(\d+))?:((?:{number})(?:,(?:{number}))*)", text)
+    values = [float(value) for value in match[3].split(",")] if match else []
     if not match or len(values) not in counts or not 0 < int(match[1]) <= MAX_ID:
         shape = " or ".join(map(str, counts))
         raise argparse.ArgumentTypeError(f"{text!r} is not ID[@FRAME]: and {shape} numbers; ids are 1 to {MAX_ID}")

@@ -19,13 +19,15 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pe_spatial.cli.arguments import add_device, choose_device
+from pe_spatial.cli.arguments import add_device, choose_device, refuse
 from pe_spatial.errors import ConfigError, DatasetError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pe_spatial.language.model import PECore
+
+TOP, SHEET, CACHE = 12, "found.jpg", "work_dirs/zero_shot"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--captions", type=Path, metavar="FILE", help="captions as COCO or MSR-VTT write them")
     group = parser.add_argument_group("search")
     group.add_argument("--query", nargs="+", metavar="PHRASE", help="show the images that fit a phrase best")
-    group.add_argument("--top", type=int, default=12, metavar="N", help="images for each phrase")
-    group.add_argument("--out", type=Path, default=Path("found.jpg"), help="sheet to write, .jpg or .png")
-    group.add_argument("--cache", type=Path, default=Path("work_dirs/zero_shot"), help="folder of kept features")
+    group.add_argument("--top", type=int, metavar="N", help=f"images for each phrase (default: {TOP})")
+    group.add_argument("--out", type=Path, help=f"sheet to write, .jpg or .png (default: {SHEET})")
+    group.add_argument("--cache", type=Path, help=f"folder of kept features (default: {CACHE})")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images, or videos, per forward pass")
     half = "compute in bfloat16"
     parser.add_argument("--bfloat16", action="store_true", help=half)
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{', '.join((*other, *classify))} do not go together: classify, retrieve or search")
     if args.classes is not None and args.classes_file is not None:
         raise ConfigError("--classes and --classes-file both name the classes; give one of them")
-    if args.batch < 1 or args.top < 1:
+    if args.query is None:
+        refuse(args, "top", "out", "cache", because="without --query there is no use of")
+    if args.batch < 1 or (args.top is not None and args.top < 1):
         raise ConfigError("--batch and --top must be at least 1")
     if args.captions is not None:
         retrieve(args)
@@ -153,7 +157,8 @@ def search(args: argparse.Namespace) -> None:
     from pe_spatial.language.cache import EmbeddingCache
     from pe_spatial.language.protocol import embed_texts
 
-    one_of("the suffix of --out", args.out.suffix.lower(), [".jpg", ".png"])
+    out = args.out or Path(SHEET)
+    one_of("the suffix of --out", out.suffix.lower(), [".jpg", ".png"])
     if not all(phrase.strip() for phrase in args.query):
         raise ConfigError("--query has an empty phrase; write what to look for")
     if not args.data.is_dir():
@@ -164,7 +169,7 @@ def search(args: argparse.Namespace) -> None:
         raise DatasetError(f"{args.data} has no images ({', '.join(image_suffixes())})")
     model = load_model(args)
     with tqdm(total=len(paths), unit="image") as bar:
-        cache = EmbeddingCache(model, args.cache)
+        cache = EmbeddingCache(model, args.cache or Path(CACHE))
         found, features, unreadable, new = cache.features(paths, batch_size=args.batch, done=bar.update)
     if not found:
         raise DatasetError(f"no image of {args.data} can be read, for example: {unreadable[0]}")
@@ -172,13 +177,13 @@ def search(args: argparse.Namespace) -> None:
     print(*(f"omitted: {reason}" for reason in unreadable), sep="\n", end="\n" * bool(unreadable))
     strips = []
     for phrase, scores in zip(args.query, embed_texts(model, args.query).cpu() @ features.T, strict=True):
-        best = scores.topk(min(args.top, len(found)))
+        best = scores.topk(min(args.top or TOP, len(found)))
         shown = [(found[i], f"{score:.3f}") for i, score in zip(best.indices, best.values, strict=True)]
         print(f"{phrase}: {listed([f'{file.relative_to(args.data)} ({score})' for file, score in shown])}")
         strips.append(Strip(phrase, [(f"{score} {file.name}"[:30], square(read_rgb(file))) for file, score in shown]))
-    with atomic_write(args.out) as unfinished:
+    with atomic_write(out) as unfinished:
         Image.fromarray(draw_strips(strips, columns=6, width=224)).save(unfinished, quality=90)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
 
 
 def square(rgb: Any) -> Any:

@@ -12,7 +12,7 @@ from mmengine.registry import TRANSFORMS, Registry
 from mmengine.structures import PixelData
 
 from pe_spatial.errors import DatasetError
-from pe_spatial.images import decode_rgb
+from pe_spatial.images import decode_rgb, not_opened
 
 
 class RefetchBrokenMixin(BaseDataset):
@@ -77,7 +77,7 @@ class LoadCheckedImage(BaseTransform):
                     f"annotations say {expected[0]}x{expected[1]}; fix the annotation file or restore the image"
                 )
         except (DatasetError, OSError) as error:
-            problem = error if isinstance(error, DatasetError) else DatasetError(f"cannot open {path}: {error}")
+            problem = error if isinstance(error, DatasetError) else not_opened(path, error)
             if not self.skip_broken:
                 raise problem from error
             log_skipped(self.broken, "images", path, problem)

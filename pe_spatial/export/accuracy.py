@@ -18,14 +18,19 @@ def average_precision(predictor: Any, annotations: Path, images: Path) -> dict[s
         annotations: a JSON file in COCO's form; its categories are found by name.
         images: the folder of its files.
 
-    Raises DatasetError for categories that the model does not have.
+    Raises DatasetError for a file in another form, and for categories that the model does not have.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        by_name = {category["name"]: category["id"] for category in truth.dataset["categories"]}
+        try:
+            truth = COCO(str(annotations))
+            by_name = {category["name"]: category["id"] for category in truth.dataset["categories"]}
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            text = f"{annotations} holds no annotations in COCO's form ({reason}); give such a JSON file"
+            raise DatasetError(text) from error
         missing = [name for name in by_name if name not in predictor.class_names]
         if missing:
             raise DatasetError(f"{annotations} has the category {missing[0]!r}, which the model does not have")

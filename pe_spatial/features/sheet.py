@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -27,7 +29,8 @@ class Strip:
 
 def draw_strips(strips: Sequence[Strip], *, columns: int, width: int) -> np.ndarray:
     """Return one image (H, W, 3) uint8 RGB of all strips; cells are `width` pixels wide and captioned above."""
-    font = ImageFont.load_default(size=13)
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # Pillow's own has no letters but English ones
+    font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 12)
     heights = [_cell_height(strip, width) for strip in strips]
     rows = [math.ceil(len(strip.cells) / columns) for strip in strips]
     columns = min(columns, max(len(strip.cells) for strip in strips))

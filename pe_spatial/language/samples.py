@@ -106,13 +106,19 @@ def read_classes(text: str | None, file: Path | None, root: Path, samples: Seque
 
 
 def _read_file(file: Path) -> dict[str, str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as text ({error}); give one class per line") from None
+    lines = [line.strip() for line in _lines(file, "class")]
     pairs = [re.split(r"\t|,", line, maxsplit=1) for line in lines]
     names = check_names([pair[-1] for pair in pairs], str(file))
     return {pair[0].strip() if len(pair) == 2 else name: name for pair, name in zip(pairs, names, strict=True)}
+
+
+def _lines(file: Path, what: str) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"{file} cannot be read as text ({reason}); give a file with one {what} per line") from None
 
 
 def imagenet_names() -> list[str]:
@@ -129,7 +135,7 @@ def read_templates(text: str | None) -> tuple[str, ...] | None:
         return tuple(template("{}") for template in getattr(_metadata(), known[text]))
     if not Path(text).is_file():
         raise ConfigError(f"--templates is {text}; allowed are imagenet, simple, and a file with one per line")
-    return tuple(line for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())
+    return tuple(_lines(Path(text), "template"))
 
 
 def _metadata() -> Any:
@@ -179,12 +185,14 @@ def read_captions(file: Path, root: Path) -> tuple[list[Sample], list[str], list
     `file` is COCO's captions, or MSR-VTT's JSON: `sentences` with video_id and caption, or a list of objects with
     `video` or `image`, and `caption`, a text or several. Files lie below `root`.
     """
+    if not file.is_file():
+        raise DatasetError(f"there is no file {file}; check the path")
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         pairs = _pairs(table)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DatasetError(f"{file} is not a file of captions as COCO or MSR-VTT write them ({reason})") from None
+        raise DatasetError(f"{file} holds no captions as COCO or MSR-VTT write them ({reason}); give such") from None
     if not pairs:
         raise DatasetError(f"{file} has no captions")
     names = list(dict.fromkeys(name for name, _ in pairs))

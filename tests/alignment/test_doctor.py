@@ -126,6 +126,8 @@ def test_real_videos_decide_by_tracking(shared, tmp_path, capsys):
         (["--task", "tracking"], "no labels for tracking; it allows segmentation, depth"),
         (["--task", "detection"], "task is 'detection'; allowed are"),
         (["--sizes", "0"], "--sizes has 0"),
+        (["--tolerance", "2"], "tolerance is 2"),
+        (["--base", "gone.py"], "gone.py"),
         (["--layers", "9"], "--layers"),
         (
             ["--base", str(REPO / "configs/_base_/runtime.py")],
@@ -137,4 +139,6 @@ def test_wrong_options_end_in_a_sentence(world, tmp_path, options, message, caps
     common = ["--sizes", "48", "--images", "2", "--layers", "0", "--geometries", "release", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as error:
         main([str(world), *ENCODER, *common, *options], command="geometry")
-    assert message in f"{error.value}{capsys.readouterr().err}"
+    out, err = capsys.readouterr()
+    assert message in f"{error.value}{err}"
+    assert "px" not in out  # nothing was measured before

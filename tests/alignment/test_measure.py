@@ -129,7 +129,7 @@ def test_wrong_data_ends_in_a_sentence(tmp_path):
     with pytest.raises(DatasetError, match="does not exist; give a config"):
         open_material(tmp_path / "none")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "one.png")
-    with pytest.raises(DatasetError, match="has 1 image; two are the fewest"):
+    with pytest.raises(DatasetError, match="has 1 of the two images needed"):
         open_material(tmp_path)
 
 

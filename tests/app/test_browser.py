@@ -199,7 +199,7 @@ def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
     playwright.expect(toast.last).to_contain_text("large.png")
     playwright.expect(toast.last).to_contain_text(re.compile(r"maximum allowed size of 50"))
     upload(page, "track", write_clip(tmp_path / "long.mp4", 31))
-    playwright.expect(toast.last).to_contain_text("long.mp4 has 31 frames, and the page tracks at most 30")
+    playwright.expect(toast.last).to_contain_text("long.mp4 has 31 frames, and at most 30")
 
 
 def test_one_job_runs_at_a_time(open_page, address, image):

@@ -163,7 +163,7 @@ def test_missing_and_bad_uploads_are_one_sentence(models, image, tmp_path):
             models.read_image(str(tmp_path / name))
         with pytest.raises(DatasetError, match=rf"(cannot open the video|no frame of) {name}"):
             track.open_video(models, str(tmp_path / name))
-    with pytest.raises(DatasetError, match="has 9 frames, and the page tracks at most 5"):
+    with pytest.raises(DatasetError, match="has 9 frames, and at most 5"):
         track.open_video(
             Models(limits=Limits(max_frames=5), predictors=models.predictors), str(write_clip(tmp_path / "l.mp4", 9))
         )

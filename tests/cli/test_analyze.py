@@ -193,6 +193,9 @@ def sentence(folder, monkeypatch, capsys):
         (("gone.csv", "coco"), "there is no file ./gone.csv"),
         (("coco", "coco"), "coco"),
         (("gone", "coco"), "gone is no config"),
+        ((TRUTH, "all.json", "--sequences", "a"), "results of detection have no --sequences; omit it"),
+        ((TRUTH, "all.json", "--data-root", "a"), "annotations (.json) as TRUTH have no --data-root; omit it"),
+        (("gone.csv", "coco", "--masks"), "results of depth have no --masks; omit it"),
     ],
 )
 def test_bad_input_is_one_sentence(sentence, arguments, message):

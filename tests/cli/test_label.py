@@ -75,18 +75,32 @@ def test_every_form_in_one_call(frames, tracker, tmp_path):
 
 
 def test_bad_input_is_one_sentence(frames, tracker):
-    with pytest.raises(DatasetError, match="no object to track; prompt one"):
-        label(frames, tracker)
+    folder = frames.parent / "labels"
+    for options, message in [
+        ([], "no object to label; give --points"),
+        (["--frames", "1"], "without --from there is no use of --frames; omit it"),
+        (["--score", "0.2"], "without --from there is no use of --score; omit it"),
+        (["--from", "d.pth", "--score", "7"], "--score is 7; scores are from 0 to 1"),
+        (["--write", "yolo", "--polygons"], "only --write coco has --polygons; omit it"),
+        (["--every", "0"], "--every is 0; 1 writes every frame"),
+        (["--points", "1:3,3,2"], "has label 2; 1 is on the object"),
+        (["--from", str(tracker)], "is a model for tracking; give one for detection"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            label(frames, tracker, *options)
+        assert not folder.exists()
+    exported = frames.parent / "exported"
+    exported.mkdir()
+    (exported / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="is an exported model, and labels need the checkpoint"):
+        label(frames, exported, "--box", "1:10,10,40,40")
     with pytest.raises(DatasetError, match="within the frame of 128x96"):
-        label(frames, tracker, "--box", "1:10,10,40,400")
-    with pytest.raises(ConfigError, match="--classes names object 2, but there are"):
+        label(frames, tracker, "--box", "1:10,10,40,40", "2:10,10,40,400")
+    with pytest.raises(ConfigError, match="--classes names object 2, but the objects are 1; give it a prompt"):
         label(frames, tracker, "--box", "1:10,10,40,40", "--classes", "2:cat")
-    with pytest.raises(ConfigError, match="is a model for tracking; give one for detection"):
-        label(frames, tracker, "--from", str(tracker))
-    with pytest.raises(ConfigError, match="has label 2; 1 is on the object"):
-        label(frames, tracker, "--points", "1:3,3,2")
-    with pytest.raises(DatasetError, match="every is 0; 1 takes every frame"):
-        label(frames, tracker, "--every", "0")
+    with pytest.raises(ConfigError, match="has no frame 6; it has frames 0 to 5"):
+        label(frames, tracker, "--box", "1:10,10,40,40", "2@6:10,10,40,40")
+    assert len((folder / "journal.jsonl").read_text().splitlines()) == 1  # no prompt of these
     (frames / "006.png").write_bytes((frames / "005.png").read_bytes())
     with pytest.raises(DatasetError, match=r"holds the labels of walk \(6 frames .* not of walk \(7 frames"):
         label(frames, tracker)

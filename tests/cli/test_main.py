@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+import warnings
 
 import pytest
 from helpers.repository import REPO
@@ -37,6 +39,18 @@ def test_failed_imports_point_to_doctor():
         raise ImportError("a mistake of ours", name="pe_spatial.images")
 
 
+def test_warnings_of_mmdet_about_its_own_code_are_not_shown(monkeypatch, recwarn):
+    def run(_):
+        for name in ("mmdet.models.roi_heads", "pe_spatial.integrations"):
+            warnings.warn_explicit("use clone()", UserWarning, "x.py", 1, module=name)
+
+    module = types.SimpleNamespace(add_arguments=lambda _: None, run=run)
+    monkeypatch.setattr("pe_spatial.cli.main._module", lambda _: module)
+    monkeypatch.setattr(Command, "missing_extras", lambda _: [])
+    main(["predict"])
+    assert len(recwarn) == 1
+
+
 def test_every_command_has_a_tool():
     tools = {path.stem: path.read_text() for path in (REPO / "tools").glob("*.py")}
     assert tools.keys() == COMMANDS.keys()
@@ -50,6 +64,21 @@ def test_help_of_every_command(name):
     assert "--traceback" in parser.format_help()
     assert "python tools/" not in parser.description
     assert not re.search(r"\S {4,}[^ #]", parser.description)  # lines that a backslash joined
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep_layers", "c.py", "--layers", "1,,2"], "'1,,2' is not integers with commas between them"),
+        (["show_features", "a.png", "--layers", "some"], "or all"),
+        (["train", "c.py", "--batch", "many"], "'many' is neither an integer nor auto"),
+        (["track", "v.mp4", "--checkpoint", "c", "--out", "o", "--box", "1:1..2,3,4,5"], "is not ID[@FRAME]: and 4"),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        build_parser(arguments[0]).parse_args(arguments[1:])
+    assert message in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():

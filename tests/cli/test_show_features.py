@@ -96,7 +96,8 @@ POINT = ("--show", "similarity", "--point")
     [
         (("empty.png", *XS), "empty.png is not a readable image (0 bytes)"),
         (("dot.png", *XS), "dot.png has 1x1 pixels, less than one patch of 8x8"),
-        (("gone.png", *XS), "cannot open gone.png"),
+        (("gone.png", *XS), "cannot open gone.png (No such file or directory); check the path"),
+        (("a.png", *XS, "--show", "attention", "--basis", "none"), "--basis is for --show pca"),
         (("folder", *XS), "folder has no images"),
         (("a.png", *XS, *POINT, "80,20"), "--point 80,20 is outside of a.png, which has 80x50 pixels"),
         (("a.png", *XS, "--layers", "1,5"), "--layers is (1, 5), out of range for 5 blocks"),
@@ -146,6 +147,8 @@ def test_phrases(tmp_path, capsys):
         (core, "--phrase names A twice"),
         ((), "--phrase needs a PE-Core"),
         ((*core, "--show", "attention"), "--phrase has no --show"),
+        ((*core, "--basis", "none"), "--basis is for --show pca"),
+        ((*core, "--variant", "PE-Core-L14-336"), "--phrase takes the PE-Core from --checkpoint FILE; omit --variant"),
     ]:
         with pytest.raises(SystemExit, match=message):
             main([image, "--phrase", "a", "A", *options], "show_features")

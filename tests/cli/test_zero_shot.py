@@ -172,7 +172,7 @@ def test_retrieval(photos, weights, capsys, tmp_path, form):
 
 def test_captions_that_do_not_fit(photos, tmp_path, fail):
     (tmp_path / "captions.json").write_text("[1]")
-    assert "is not a file of captions" in fail(photos, "--captions", tmp_path / "captions.json")
+    assert "holds no captions as COCO" in fail(photos, "--captions", tmp_path / "captions.json")
     (tmp_path / "captions.json").write_text(json.dumps([dict(image="no.png", caption="a")]))
     assert "lacks no.png, which has captions" in fail(photos, "--captions", tmp_path / "captions.json")
 
@@ -211,15 +211,24 @@ def test_cache_belongs_to_weights(tmp_path):
         (("--classes", "a,b", "--query", "c"), "do not go together"),
         (("--classes", "a,b", "--classes-file", "c"), "both name the classes"),
         (("--classes-file", "absent.txt"), "absent.txt cannot be read as text"),
+        (("--captions", "absent.json"), "there is no file absent.json; check the path"),
         (("--templates", "nine"), "allowed are imagenet, simple, and a file"),
         (("--model", "PE-Spatial-B16-512"), "PE-Spatial-B16-512 has no text space"),
         (("--query", " "), "--query has an empty phrase"),
         (("--query", "cat", "--out", "a.gif"), "the suffix of --out is '.gif'"),
+        (("--out", "a.jpg"), "without --query there is no use of --out; omit it"),
         (("--batch", "0"), "--batch and --top must be at least 1"),
     ],
 )
 def test_mistakes(photos, fail, argv, message):
     assert message in fail(photos, *argv)
+
+
+def test_templates_are_text(photos, fail, tmp_path):
+    (tmp_path / "templates.txt").write_bytes(b"\x89PNG {}")
+    assert "templates.txt cannot be read as text (it is not UTF-8)" in fail(
+        photos, "--templates", tmp_path / "templates.txt"
+    )
 
 
 def test_missing_data(tmp_path, fail):

@@ -14,8 +14,10 @@ from dataclasses import asdict
 from helpers.exported import EagerSession, golden_detector
 
 import pe_spatial
+from pe_spatial.cli.export import certified
 from pe_spatial.cli.main import main
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.export.accuracy import average_precision
 from pe_spatial.export.detector import detector_graph
 from pe_spatial.runtime.loading import load_exported
 from pe_spatial.runtime.manifest import write_manifest
@@ -45,10 +47,35 @@ def test_mistakes_end_in_one_sentence(tmp_path):
     assert "name the model and the folder" in fail("export", "pe_spatial_t16_512")
     assert "not an exported model" in fail("export", "--verify", tmp_path)
     assert "takes a folder and nothing else" in fail("export", "pe_spatial_t16_512", "--verify", tmp_path)
+    for option in (["--format", "torch"], ["--layers", "1"], ["--gt", "x"], ["--images", "x"]):
+        assert f"{option[0]}" in fail("export", "--verify", tmp_path, *option)
+    gone, out = tmp_path / "gone", ("--out", tmp_path / "o")
+    assert "no use of --gt-scale; omit it" in fail("export", "x.pth", *out, "--gt-scale", "1000")
+    assert f"--gt is {gone}, which does not exist" in fail("export", "x.pth", *out, "--gt", gone, "--images", "x")
+    assert "--image-root is" in fail("export", "x.pth", *out, "--annotations", __file__, "--image-root", gone)
     assert "belong together" in fail("export", "x.pth", "--out", tmp_path / "o", "--annotations", "a.json")
     (tmp_path / "weights.pth").write_bytes(b"no checkpoint")
     assert "weights.pth" in fail("export", tmp_path / "weights.pth", "--out", tmp_path / "o")
     assert "no weights were released" in fail("export", json.dumps(asdict(TINY)), "--out", tmp_path / "o")
+
+
+def test_an_export_without_certificate_is_removed(tmp_path):
+    for name, error in (("", KeyboardInterrupt), ("certificate.json", ConfigError)):
+        folder = tmp_path / f"out{name}"
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+        stopped = certified(folder)
+        stopped.__enter__()
+        (folder / (name or "model.onnx")).touch()
+        assert not stopped.__exit__(error, error(), None)
+        assert folder.exists() == bool(name)
+
+
+def test_annotations_in_another_form_are_refused(tmp_path):
+    for content in ("no JSON", "[1]", "{}", '{"images": [], "annotations": []}'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(DatasetError, match=r"a\.json holds no annotations in COCO's form"):
+            average_precision(None, tmp_path / "a.json", tmp_path)
 
 
 @pytest.mark.mmdet

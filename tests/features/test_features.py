@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers.encoders import TINY, TINY_NO_CLASS
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from pe_spatial import PerceptionEncoder
 from pe_spatial.features.patches import attention_map, attention_weights, recorded_attention, similarity
 from pe_spatial.features.pca import Basis, lch_to_rgb, shared_over_layers, smooth
+from pe_spatial.features.sheet import Strip, draw_strips
 
 WINDOWS = {"window_size": 3, "global_attn_indexes": (1, 3), "rope_mode": "interpolate", "pos_embed_mode": "tile"}
 
@@ -22,6 +24,13 @@ def maps(*shape, seed=0):
 
 def rotation(dim):
     return torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(1)))[0]
+
+
+def test_titles_have_letters_of_other_languages():
+    cell = ("", np.zeros((4, 4, 3), np.uint8))
+    missing = draw_strips([Strip("\ue000", [cell])], columns=1, width=60)
+    for letter in "äßéñłøЖΩ":
+        assert (draw_strips([Strip(letter, [cell])], columns=1, width=60) != missing).any(), letter
 
 
 def test_smooth_is_half_of_torchvisions_blur_inside():

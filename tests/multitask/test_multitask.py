@@ -172,6 +172,10 @@ def test_predict_writes_a_folder_for_each_task_and_continues(paths, tmp_path, ca
     depth = cv2.imread(str(out / "depth" / "masks" / "walk" / "000002.png"), cv2.IMREAD_UNCHANGED)
     assert depth.dtype == np.uint16
     with pytest.raises(ConfigError, match="several checkpoints have no --tile"):
-        run(build_parser("predict").parse_args([*options, "--tile", "64"]))
+        run(build_parser("predict").parse_args([*options, "--tile"]))
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="is an exported model, which shares no encoder; predict with it alone"):
+        run(build_parser("predict").parse_args([*options, str(tmp_path / "exported")]))
     with pytest.raises(ConfigError, match=r"another score; choose another --out"):
         run(build_parser("predict").parse_args([*options, "--score", "0.5"]))

@@ -81,7 +81,7 @@ class StoredVideo:
     def store(cls, video: Path, folder: Path, *, max_frames: int) -> StoredVideo:
         """Read a video file or a folder of frames; DatasetError for more than `max_frames` and for one without any."""
         clip, paths = Clip.open(video), list[Path]()
-        too_long = f"the page tracks at most {max_frames}; cut it, or start the page with a larger --max-frames"
+        too_long = f"at most {max_frames} are tracked; cut it, or start with a larger --max-frames"
         if len(clip) > max_frames:
             raise DatasetError(f"{video.name} has {len(clip)} frames, and {too_long}")
         for name, rgb in clip.read():

@@ -123,7 +123,7 @@ def test_downloads(model, video, tmp_path):
 
 
 def test_bad_input_changes_nothing(model, video, tmp_path):
-    with pytest.raises(DatasetError, match="discs has 12 frames, and the page tracks at most 5; cut it"):
+    with pytest.raises(DatasetError, match="discs has 12 frames, and at most 5 are tracked; cut it"):
         session(model, video, max_frames=5)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(DatasetError, match="cannot open the video"):
