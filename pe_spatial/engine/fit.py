@@ -71,30 +71,53 @@ def fit(cfg: Config, hardware: Hardware, *, images: int, dataset: Any = None) ->
     Raises ConfigError if none fits; it names the smallest of them, and the largest PE-Spatial that fits.
     """
     check_trains(cfg)
-    smallest: list[Fit] = []
     stages = list(_changes(cfg))
-    for stage in stages:
-        changes = [change for change in stage if weights_fit(change[-1], hardware)]
-        tried, fits = _try(changes, hardware, images, dataset)
-        if fits:
-            best = min(fits, key=lambda one: (bool(str(one)), one.seconds, -one.batch, len(str(one))))
-            return _with_row(best, hardware, images, dataset)
-        smallest += tried
-    smallest = smallest or _plan(stages[-1], hardware, images, dataset, kinds=[bool(encoder_place(cfg.model))])
-    least = _with_row(min(smallest, key=lambda one: one.row["total"]), hardware, images, dataset)
+    least = _least(stages[-1], hardware, images, dataset)
+    if _is_within(least, hardware):
+        for stage in stages:
+            fits = _try(_possible(stage, hardware, images, dataset), hardware, images, dataset)
+            if fits:
+                best = min(fits, key=lambda one: (bool(str(one)), one.seconds, -one.batch, len(str(one))))
+                return _with_row(best, hardware, images, dataset)
     raise ConfigError(
         f"{cfg.filename} does not fit into {hardware.gpu_memory:g} GB: the smallest training that was tried "
         f"({str(least) or 'the config itself'}) needs {least.row['total'] / GB:.2g} GB, and "
-        f"{hardware.reserve:g} GB stay free. {_nearest(cfg, hardware, images, dataset)}"
+        f"{hardware.reserve:g} GB stay free (--reserve). {_nearest(cfg, hardware, images, dataset)}"
     )
 
 
-def _try(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> tuple[list[Fit], list[Fit]]:
-    """Return the trainings of some changes, and those that fit in the first of three ways in which any does."""
+def _least(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> Fit:
+    """Return the training that needs the least memory: one image in a step, and all recomputed.
+
+    Where it does not fit, no other training of these changes does; so this one is planned first.
+    """
+    tried = [
+        one
+        for change in changes
+        for one in _plan([change], hardware, images, dataset, kinds=[bool(encoder_place(change[-1].model))], batch=1)
+    ]
+    return min(tried, key=lambda one: one.row["total"])
+
+
+def _is_within(one: Fit, hardware: Hardware) -> bool:
+    return one.row["total"] <= hardware.usable
+
+
+def _possible(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> list[Change]:
+    """Return those changes with which one image fits."""
+    return [
+        change
+        for change in changes
+        if weights_fit(change[-1], hardware) and _is_within(_least([change], hardware, images, dataset), hardware)
+    ]
+
+
+def _try(changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any) -> list[Fit]:
+    """Return the trainings of some changes that fit in the first of three ways in which any does."""
     tried = _plan(changes, hardware, images, dataset)
     fits = [one for one in tried if one.accumulated == 1 and one.row["largest_batch"]]
     fits = fits or list(filter(None, (_in_micro_batches(change, hardware, images, dataset) for change in changes)))
-    return tried, fits or [one for one in tried if one.row["largest_batch"]]
+    return fits or [one for one in tried if one.row["largest_batch"]]
 
 
 def _in_micro_batches(change: Change, hardware: Hardware, images: int, dataset: Any) -> Fit | None:
@@ -126,13 +149,14 @@ def _with_row(one: Fit, hardware: Hardware, images: int, dataset: Any) -> Fit:
 
 
 def _plan(
-    changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any, kinds: Sequence[bool] = ()
-) -> list[Fit]:
+    changes: Sequence[Change], hardware: Hardware, images: int, dataset: Any, kinds: Sequence[bool] = (),
+    batch: int | None = None,
+) -> list[Fit]:  # fmt: skip
     """Return the trainings of some changes, in all ways to keep weights and activations."""
     return [
         _fit(changed, arguments, options, row)
         for arguments, options, changed in changes
-        for row in plan(changed, hardware, images=images, dataset=dataset, kinds=kinds)
+        for row in plan(changed, hardware, images=images, batch_size=batch, dataset=dataset, kinds=kinds)
         if row["option"] or not row["recomputed"]
     ]
 
@@ -195,12 +219,18 @@ def _nearest(cfg: Config, hardware: Hardware, images: int, dataset: Any) -> str:
     nodes = [node for node in cfg.model.values() if isinstance(node, dict) and "variant" in node]
     variant = str(nodes[0]["variant"]) if nodes else ""
     position = next((i for i, size in enumerate(SIZES) if variant.startswith(f"pe_spatial_{size}_")), 0)
+    smallest = "use smaller images, or a GPU with more memory."
     for size in reversed(SIZES[:position]):
         ((name, smaller),) = with_variants(cfg, [size]).items()
-        for stage in _changes(smaller):
-            changes = [change for change in stage if weights_fit(change[-1], hardware)]
+        stages = list(_changes(smaller))
+        least = _least(stages[-1], hardware, images, dataset)
+        smallest = f"{name} needs {least.row['total'] / GB:.2g} GB beside that, with {least}."
+        if not _is_within(least, hardware):
+            continue
+        for stage in stages:
+            changes = _possible(stage, hardware, images, dataset)
             fits = [one for one in _plan(changes, hardware, images, dataset) if one.row["largest_batch"]]
             if fits:
                 best = min(fits, key=lambda one: one.seconds)
                 return f"{name} fits, with {str(best) or 'no other option'}."
-    return "No smaller PE-Spatial fits either; use smaller images, or a GPU with more memory."
+    return f"No smaller PE-Spatial fits either: {smallest}"

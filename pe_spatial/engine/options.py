@@ -141,8 +141,8 @@ def _read(text: str, old: Any, key: str) -> Any:
         return _read_list(text, old)
     value = _literal(text)
     if isinstance(old, str):
-        if text.strip()[:1] in _BRACKETS and (
-            isinstance(value, list | dict) or (isinstance(value, tuple) and value[1:])
+        if isinstance(value, dict) or (
+            text.strip()[:1] in _BRACKETS and (isinstance(value, list) or (isinstance(value, tuple) and value[1:]))
         ):
             return value
         is_plain = isinstance(value, int | float) and old.isidentifier() and not key.isdigit()

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
+from torch.optim import Optimizer
 
 from pe_spatial.encoder.variants import DEMO_VARIANTS, VARIANTS
 from pe_spatial.errors import ConfigError, DatasetError
@@ -213,6 +214,10 @@ def plan(
 
 def weights_fit(cfg: Config, hardware: Hardware) -> bool:
     """Return whether weights, gradients and states fit into a GPU: quick to know, and needed whatever else changes."""
+    model = _build(cfg)[0]
+    least = sum(p.nbytes * (1 + p.requires_grad) for p in model.parameters()) / hardware.gpus
+    if least > hardware.usable:  # before the optimizer's states, which take seconds to know
+        return False
     return any(kept.kept <= hardware.usable for kept in _weights(cfg, hardware)[1].values())
 
 
@@ -220,12 +225,16 @@ def _is_bfloat16(cfg: Config) -> bool:
     return cfg.optim_wrapper.get("type") in ("BFloat16OptimWrapper", "AmpOptimWrapper")
 
 
-def _weights(cfg: Config, hardware: Hardware) -> tuple[nn.Module, dict[str, Weights]]:
-    """Return the model of a config, and what its weights take with DDP, and with FSDP where that is possible."""
+def _build(cfg: Config) -> tuple[nn.Module, Optimizer]:
     try:
-        model, optimizer = build_on_meta(cfg)
+        return build_on_meta(cfg)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
+
+
+def _weights(cfg: Config, hardware: Hardware) -> tuple[nn.Module, dict[str, Weights]]:
+    """Return the model of a config, and what its weights take with DDP, and with FSDP where that is possible."""
+    model, optimizer = _build(cfg)
     buckets = hardware.gpus > 1 and not (cfg.get("model_wrapper_cfg") or {}).get("gradient_as_bucket_view", False)
     weights = {"DDP": measure_weights(model, optimizer, shards=None, buckets=buckets)}
     if hardware.gpus > 1 and can_be_sharded(model, optimizer):

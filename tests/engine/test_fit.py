@@ -15,6 +15,7 @@ from pe_spatial.engine.fit import fit
 from pe_spatial.engine.options import set_options
 from pe_spatial.engine.recipe import use_bfloat16
 from pe_spatial.errors import ConfigError
+from pe_spatial.planning.planner import measure_step
 from pe_spatial.planning.search import Hardware, plan
 
 pytestmark = pytest.mark.mmseg
@@ -46,7 +47,7 @@ def follow(cfg, text):
     [
         (0.7, ()),
         (0.47, ("--amp",)),
-        (0.32, ("--amp", "micro_batch=2")),
+        pytest.param(0.32, ("--amp", "micro_batch=2"), marks=pytest.mark.slow),
         (0.2, ("--amp", "accumulative_counts=4")),
     ],
 )
@@ -77,6 +78,27 @@ def test_what_does_not_fit_is_refused_with_what_does(cfg):
     cfg.model.backbone.update(variant="pe_spatial_s16_512", lora=None)
     cfg.train_dataloader.batch_size = 1
     for memory, words in ((0.19, "pe_spatial_t16_512 fits, with"), (0.11, "No smaller PE-Spatial fits")):
-        text = rf"does not fit into {memory} GB: .* needs .* GB, and 0.1 GB stay free. {words}"
+        text = rf"does not fit into {memory} GB: .* needs .* GB, and 0.1 GB stay free \(--reserve\). {words}"
         with pytest.raises(ConfigError, match=text):
             fit(cfg, Hardware(gpus=1, gpu_memory=memory, reserve=0.1), images=100)
+
+
+def test_a_refusal_plans_the_smallest_training_of_each_encoder_alone(cfg, monkeypatch):
+    """What fits nowhere ends soon: one image, all recomputed, is planned, and nothing that needs more."""
+    measured = []
+
+    def measure(model, batch_size, *arguments, **options):
+        measured.append(batch_size)
+        return measure_step(model, batch_size, *arguments, **options)
+
+    monkeypatch.setattr("pe_spatial.planning.search.measure_step", measure)
+    with pytest.raises(ConfigError, match=r"needs .* GB, and 4 GB stay free"):
+        fit(cfg, Hardware(gpus=1, gpu_memory=2), images=100)
+    assert measured == [1, 2]
+
+
+@pytest.mark.long
+def test_two_gigabytes_for_the_largest_encoder():
+    text = r"needs 11 GB.*pe_spatial_t16_512 needs [\d.]+ GB beside that, with --image-size"
+    with pytest.raises(ConfigError, match=text):
+        fit(load(CONFIGS / "pe_spatial_cascade_coco_g14.py"), Hardware(gpus=1, gpu_memory=2), images=100)

@@ -102,6 +102,7 @@ AS_WRITTEN = [
     ("model.backbone.extra", "two words, three", "two words, three"),
     ("model.backbone.extra", "{'a': [1, None]}", {"a": [1, None]}),
     ("model.backbone.variant", "{'img_size': 64}", {"img_size": 64}),
+    ("model.backbone.variant", "dict(img_size=64)", {"img_size": 64}),
     (f"{DATASET}.pipeline.1.scale", "512,512", (512, 512)),
 ]
 
