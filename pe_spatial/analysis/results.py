@@ -54,9 +54,11 @@ def read_results(path: str | Path, truth: COCO, *, masks: bool) -> list[dict[str
     or categories.
     """
     path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"there is no file {path}; give what `test --out FILE.json` writes")
     try:
         results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DatasetError(f"{path} is not JSON ({error}); give what `test --out FILE.json` writes") from error
     if isinstance(results, dict) and results.keys() >= {"images", "categories", "annotations"}:
         results = _of_truth(results, truth)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             refuse(args, *names, because=f"results of {kind} have no")
     html, lines = {"detection": of_detection, "depth": of_depth, "video": of_video}[kind](args)
     with atomic_write(args.out) as unfinished:
-        unfinished.write_text(html)
+        unfinished.write_text(html, encoding="utf-8")
     print(*lines, f"wrote {args.out}", sep="\n")
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         if path:
             try:
                 with atomic_write(path) as unfinished:
-                    unfinished.write_text(convert())
+                    unfinished.write_text(convert(), encoding="utf-8")
             except OSError as error:
                 raise DatasetError(f"cannot write {path}: {error}") from error
     means = evaluation.global_results

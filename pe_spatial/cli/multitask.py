@@ -24,11 +24,13 @@ def run_tasks(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import pe_spatial
-    from pe_spatial.engine.predictions import record_model
+    from pe_spatial.engine.predictions import record_model, recorded
     from pe_spatial.engine.sources import Sources, is_video
     from pe_spatial.multitask.folder import TaskFolders
 
     check(args)
+    if (args.out / "metadata.json").is_file():
+        recorded(args.out / "metadata.json", "models")
     sources = Sources(args.inputs, exclude=args.out)
     score = 0.3 if args.score is None else args.score
     with without_prints():
@@ -40,7 +42,10 @@ def run_tasks(args: argparse.Namespace) -> None:
         prompts = read_prompts(args)
     images = [path for path in sources.files.values() if not is_video(path)]
     if "tracking" in model.tasks and images:
-        raise ConfigError(f"a tracker follows objects through videos, and {images[0].name} is an image; give videos")
+        raise ConfigError(
+            f"a tracker follows objects through videos, and {images[0].name} is an image; give video files, because "
+            "the frames of a folder are images here"
+        )
     folder = TaskFolders(args.out, model, prompts=prompts, formats=args.write or ("images", "json", "csv"),
                          progress=partial(tqdm, unit="image"))  # fmt: skip
     options = dict(score=score, size=args.size, write=sorted(folder.formats), prompts=_written(args))

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pe_spatial.atomic import atomic_write
     from pe_spatial.engine.configs import read_config
     from pe_spatial.errors import ConfigError
     from pe_spatial.integrations.swap.policy import count_parameters, plan_swap
@@ -47,6 +48,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if out.exists() and not args.force:
         raise ConfigError(f"{out} already exists; give another --out, or --force to overwrite it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    with atomic_write(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     print(f"{out}: train it with pe-spatial train {out}")

@@ -130,10 +130,9 @@ def sweep_tracking(args: argparse.Namespace, cfg: Config) -> Best:
     from pe_spatial.errors import ConfigError
     from pe_spatial.tracking.zero_shot_run import ZeroShotRun
 
-    unused = dict(epochs=args.epochs, limit=args.limit, cache_features=args.cache_features, score=args.score)
-    given = [f"--{name.replace('_', '-')}" for name, value in unused.items() if value is not None]
-    if given and len(args.configs) == 1:
-        raise ConfigError(f"{', '.join(given)}: tracking trains no heads, and is scored by J&F; omit it")
+    if len(args.configs) == 1:
+        options = ("epochs", "limit", "score", "cache_features", "cache_dtype", "cache_views")
+        arguments.refuse(args, *options, because="tracking trains no heads, is scored by J&F, and has no")
     depth = _depth(cfg.model.backbone)
     blocks = list(range(depth)) if args.layers == "all" else [layer % depth for layer in args.layers]
     cfg.model.backbone.out_indices = blocks

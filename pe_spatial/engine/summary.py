@@ -33,15 +33,16 @@ def summarize(runner: Runner, *, training: bool) -> str:
     processes = get_world_size()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     work_dir = Path(cfg.work_dir)
+    written = Path(cfg.filename or "config.py")  # that of a test is named after it, see `evaluation.test`
     rows = [
-        ("config", cfg.filename),
+        ("config", cfg.filename and (cfg.filename if training else written.with_name(written.name[len("test_") :]))),
         ("model", f"{type(model).__name__}, {parameters}"),
         *(("encoder", _encoder(options, training)) for _, options in encoders(cfg.model)),
         ("data", f"{_data(loader.dataset)}, batches of {loader.batch_size}"),
         ("schedule", _schedule(cfg) if training else None),
         ("resumes" if cfg.get("resume") else "weights", cfg.get("load_from")),
         ("device", f"{processes} x {device}" if processes > 1 else device),
-        ("work dir", f"{work_dir}, complete config in {Path(cfg.filename or 'config.py').name}"),
+        ("work dir", f"{work_dir}, complete config in {written.name}"),
         ("log", Path(work_dir, runner.timestamp, f"{runner.timestamp}.log")),
     ]
     return "\n".join(f"  {name:<9} {text}" for name, text in rows if text)

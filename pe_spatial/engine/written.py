@@ -35,7 +35,7 @@ def write_config(path: Path, cfg: Config, *, base: str, notes: Sequence[str] = (
     lines += _assignments(changes, before)
     text = "\n".join(lines) + "\n"
     with atomic_write(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
     try:
         same = _compared(Config.fromfile(path, import_custom_modules=False)) == wanted
     except Exception:  # of a base with lazy imports, or values that have no source
@@ -43,7 +43,7 @@ def write_config(path: Path, cfg: Config, *, base: str, notes: Sequence[str] = (
     if not same:
         complete = Config({key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_START})
         with atomic_write(path) as unfinished:
-            unfinished.write_text("\n".join([*comments, "", complete.pretty_text]))
+            unfinished.write_text("\n".join([*comments, "", complete.pretty_text]), encoding="utf-8")
 
 
 def _assignments(changes: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

@@ -112,7 +112,7 @@ def write_yolo(labels: Labels, folder: Path) -> None:
             rows.append(" ".join([str(label), *(f"{number:.6f}" for number in numbers)]))
         (folder / "labels" / f"{name}.txt").write_text("".join(f"{row}\n" for row in rows))
     lines = ["train: images", "names:", *(f"  {k}: {_quoted(name)}" for k, name in enumerate(labels.names))]
-    (folder / "data.yaml").write_text("\n".join(lines) + "\n")
+    (folder / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_cvat(labels: Labels, folder: Path) -> None:
@@ -154,7 +154,7 @@ def write_davis(labels: Labels, folder: Path) -> None:
     lists = folder / "ImageSets" / "2017"
     lists.mkdir(parents=True)
     for split in ("train", "val"):
-        (lists / f"{split}.txt").write_text(f"{labels.name}\n")
+        (lists / f"{split}.txt").write_text(f"{labels.name}\n", encoding="utf-8")
 
 
 WRITERS: dict[str, Callable[..., None]] = {

@@ -177,7 +177,7 @@ def sentence(folder, monkeypatch, capsys):
         ((TRUTH, "empty.json"), "empty.json holds no detections"),
         ((TRUTH, "coco.json"), "coco.json is no list of detections"),
         ((TRUTH, "text.json"), "text.json is not JSON"),
-        ((TRUTH, "gone.json"), "gone.json"),
+        ((TRUTH, "gone.json"), "there is no file gone.json; give what"),
         ((TRUTH, "others.json"), "others.json has detections of images that the annotations do not have (99)"),
         ((TRUTH, "classes.json"), "classes.json has detections of categories that the annotations do not have (3)"),
         ((TRUTH, "score.json"), "detection 0 has the score None"),

@@ -175,6 +175,10 @@ def test_predict_writes_a_folder_for_each_task_and_continues(paths, tmp_path, ca
         run(build_parser("predict").parse_args([*options, "--tile"]))
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "manifest.json").touch()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "metadata.json").write_text('{"model": {}}')
+    with pytest.raises(ConfigError, match=r"metadata\.json is not of such predictions; choose another --out"):
+        run(build_parser("predict").parse_args([*options, "--out", str(tmp_path / "one")]))
     with pytest.raises(ConfigError, match="is an exported model, which shares no encoder; predict with it alone"):
         run(build_parser("predict").parse_args([*options, str(tmp_path / "exported")]))
     with pytest.raises(ConfigError, match=r"another score; choose another --out"):
