@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,7 +22,7 @@ from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.export.onnx_file import keep_outputs
 from pe_spatial.export.precision import check_precision, quantize
 from pe_spatial.runtime.manifest import FORMATS, GRAPHS, Manifest, write_manifest
-from pe_spatial.runtime.sessions import STAGES, require
+from pe_spatial.runtime.sessions import COMPILED, STAGES, require
 
 PACKAGES = ("pe_spatial", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy")
 _NEEDED = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
@@ -173,8 +174,15 @@ def write_openvino(exportable: Exportable, folder: Path, *, compress: bool = Fal
 
 
 def write_torch(exportable: Exportable, path: Path) -> None:
-    """Write the program of torch.export."""
-    torch.export.save(trace(exportable), str(path))
+    """Write the program of torch.export, and beside it its AOTInductor package where a C++ compiler is installed."""
+    program = trace(exportable)
+    torch.export.save(program, str(path))
+    if shutil.which("g++") or shutil.which("clang++"):
+        options = {"cpp.dynamic_threads": True}  # else the number of threads is that of the export
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path.with_name(COMPILED)), inductor_configs=options
+            )
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,9 @@ from pe_spatial.runtime.manifest import GRAPHS, Manifest
 STAGES = "stages.onnx"
 """The graph of `model.onnx` with the stages as outputs; it reads the same weights."""
 
+COMPILED = "model.aoti.pt2"
+"""The AOTInductor package beside `model.pt2`, compiled for the processor that exported it."""
+
 
 class Session(Protocol):
     """A loaded graph."""
@@ -30,14 +33,19 @@ def open_session(
 
     Args:
         folder, manifest: the folder and its manifest.
-        backend: 'onnxruntime' or 'openvino' for ONNX files; None is onnxruntime for ONNX.
+        backend: 'onnxruntime' or 'openvino' for ONNX files, 'aotinductor' or 'torch' for torch's; None is the first of
+            these that the folder has.
         stages: return the stages too.
         threads: threads of one call; None leaves it to the runtime.
 
     Raises ConfigError for a runtime that is not installed, or that does not read the folder's format.
     """
-    kinds: dict[str, Any] = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession, "torch": TorchSession}
-    allowed = {"onnx": ("onnxruntime", "openvino"), "openvino": ("openvino",), "torch": ("torch",)}
+    kinds: dict[str, Any] = {
+        "onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession, "aotinductor": AOTInductorSession,
+        "torch": TorchSession,
+    }  # fmt: skip
+    compiled = (folder / COMPILED).is_file()
+    allowed = {"openvino": ("openvino",), "torch": ("aotinductor", "torch") if compiled else ("torch",)}
     choices = allowed.get(manifest.format, ("onnxruntime", "openvino"))
     backend = backend or choices[0]
     if backend not in choices:
@@ -93,7 +101,10 @@ class TorchSession:
         self.outputs = list(outputs)
         if threads:
             torch.set_num_threads(threads)
-        self.module = torch.export.load(str(path)).module()
+        self.module = self._load(path)
+
+    def _load(self, path: Path) -> Any:
+        return require("torch").export.load(str(path)).module()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs by name."""
@@ -102,6 +113,13 @@ class TorchSession:
             values = self.module(*(torch.from_numpy(value) for value in inputs.values()))
         values = values if isinstance(values, tuple | list) else (values,)
         return {name: value.numpy() for name, value in zip(self.outputs, values, strict=False)}
+
+
+class AOTInductorSession(TorchSession):
+    """The compiled package beside a program of torch.export."""
+
+    def _load(self, path: Path) -> Any:
+        return require("torch")._inductor.aoti_load_package(str(path.with_name(COMPILED)))
 
 
 def require(package: str) -> Any:

@@ -1,6 +1,7 @@
 """An exported encoder equals the encoder, at every size and batch, from one file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -71,13 +72,15 @@ def test_every_geometry_in_every_format(tmp_path, name, form):
     check_equal(ExportedEncoder(tmp_path / "out"), graph, SIZES)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["release", "vitdet"])
 def test_torch_takes_two_windows_and_more(tmp_path, name):
     graph = encoder_graph(tiny(name), whole_windows=True)
     export(graph, tmp_path / "out", form="torch")
-    exported = ExportedEncoder(tmp_path / "out")
-    check_equal(exported, graph, ((1, 128, 128), (3, 192, 256)), atol=1e-5)
+    for backend in (None, "torch"):  # the compiled package, where there is a C++ compiler, and the program
+        exported = ExportedEncoder(tmp_path / "out", backend=backend)
+        check_equal(exported, graph, ((1, 128, 128), (3, 192, 256)), atol=1e-5)
+    assert (tmp_path / "out/model.aoti.pt2").exists() == bool(shutil.which("g++") or shutil.which("clang++"))
     with pytest.raises(DatasetError, match=r"too small|not a multiple"):
         exported(pixels(1, 16, 16))
 
