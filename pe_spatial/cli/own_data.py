@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pe_spatial.cli.arguments import import_quietly
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ def use_data(args: argparse.Namespace, cfg: Config) -> OwnDataset | None:
     dataset = open_dataset(args.data)
     cfg.work_dir = args.work_dir or str(Path("work_dirs") / run_name(args))
     folder = Path(cfg.work_dir, "annotations").resolve()
-    import_quietly("pe_spatial.detection")
+    import pe_spatial.detection  # noqa: F401  (registers)
+
     if scope == "mmseg":
-        import_quietly("pe_spatial.segmentation")
         from pe_spatial.segmentation.own_data import apply_dataset
 
         files = _write_cleaned(dataset, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -29,6 +30,8 @@ from pe_spatial.predict.tiles import choose_tile, merge_tiles, tile_corners
 if TYPE_CHECKING:
     from pe_spatial.language.model import PECore
     from pe_spatial.predict.words import NamedPredictor
+
+warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, "mmdet")  # cascades do, harmlessly
 
 
 class Predictor(Streamed):
