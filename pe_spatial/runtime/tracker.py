@@ -6,6 +6,7 @@ Shapes: B objects, g the model's grid, d its width, m channels of a memory, S it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class ExportedStream(OnlineTracker):
             points, labels = (np.stack(part) for part in zip(*clicks, strict=True))
             given = dict(points=points, labels=labels.astype(np.int64))
         if before:
-            mask = np.stack(before)[:, None].clip(-MAX_LOGIT, MAX_LOGIT)
-            weights = _weights(mask.shape[-1], self.network.mask_size, antialias=True)
-            given["mask"] = weights @ mask @ weights.T
+            side = self.network.mask_size
+            inputs = [_resized(one.clip(-MAX_LOGIT, MAX_LOGIT), (side, side), antialias=True) for one in before]
+            given["mask"] = np.stack(inputs)[:, None]
         multimask, count = self.network.manifest.options["multimask"], len(clicks[0].labels) if clicks else 0
         least, most = multimask["points"]
         choose = multimask["tracked" if banks else "new"] and least <= count <= most
@@ -142,14 +143,19 @@ class ExportedStream(OnlineTracker):
     def _masks(self, outputs: Mapping[int, Output], frame_rgb: np.ndarray) -> dict[int, np.ndarray]:
         if not outputs:
             return {}
-        low = np.stack([output.logits for output in outputs.values()])  # (B, h, w)
-        rows, columns = (_weights(size, out) for size, out in zip(low.shape[1:], frame_rgb.shape[:2], strict=True))
-        logits = rows @ low @ columns.T  # (B, H, W)
+        logits = np.stack([_resized(output.logits, frame_rgb.shape[:2]) for output in outputs.values()])  # (B, H, W)
         if self.non_overlapping and len(logits) > 1:
             first = logits.argmax(0) == np.arange(len(logits))[:, None, None]
             logits = np.where(first, logits, np.minimum(logits, -10))
         return dict(zip(outputs, logits, strict=True))
 
 
-def _weights(size: int, out: int, *, antialias: bool = False) -> np.ndarray:
+def _resized(logits: np.ndarray, size: tuple[int, ...], *, antialias: bool = False) -> np.ndarray:
+    """Return logits (h, w) in another `size`; those of masks have their own at other strides than 16."""
+    rows, columns = (_weights(before, after, antialias) for before, after in zip(logits.shape, size, strict=True))
+    return rows @ logits @ columns.T
+
+
+@lru_cache(maxsize=16)
+def _weights(size: int, out: int, antialias: bool) -> np.ndarray:
     return bilinear_weights(size, out, antialias=antialias).astype(np.float32)

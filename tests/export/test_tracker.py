@@ -34,9 +34,10 @@ CLICKS = Prompt(points=[[30, 20], [50, 40]], labels=[1, 0])
 BOX = Prompt(box=[10, 5, 60, 40])
 
 
-def build(randomize, **flags):
+def build(randomize, *, true_stride=False, **flags):
     torch.manual_seed(0)
-    model = randomize(build_pe_sam2(TINY, 4, flags=flags, d_model=32, mem_dim=8, layers=2, feedforward=32))
+    sizes = dict(d_model=32, mem_dim=8, layers=2, feedforward=32)
+    model = randomize(build_pe_sam2(TINY, 4, true_stride=true_stride, flags=flags, **sizes))
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(50)
     return model
 
@@ -100,6 +101,26 @@ def check_stream(model, network, *, atol, frames=9, **options):
 def test_parts_and_runtime_equal_the_tracker(randomize, flags):
     model = build(randomize, **flags)
     check_stream(model, Modules(model), atol=2e-3, non_overlapping="num_maskmem" in flags)
+
+
+def test_masks_and_clicks_together_at_another_stride(randomize):
+    """The logits of masks are S / 4 wide, those of the decoder 4g: 8 and 16 here."""
+    model = build(randomize, true_stride=True)
+    assert model.image_size // 4 != 4 * model.sam_image_embedding_size
+    together, exported, alone = StreamingTracker(model), ExportedStream(Modules(model)), StreamingTracker(model)
+    prompts = {1: CLICK, 2: square()}
+    for stream in (together, exported):
+        steps = [stream.step_logits(frame, prompts if t == 0 else None) for t, frame in enumerate(clip(1))]
+        steps.append(stream.refine_logits({1: CLICKS, 2: CLICKS}))
+        steps.append(stream.step_logits(clip(2)[1]))
+        if stream is together:
+            expected = steps
+    for ours, theirs in zip(steps, expected, strict=True):
+        for i, logits in theirs.items():
+            assert_close(torch.from_numpy(ours[i]), logits, rtol=0, atol=2e-3)
+    (frame,) = clip(1)
+    assert_close(alone.step_logits(frame, {2: square()})[2], expected[0][2], rtol=1e-4, atol=1e-3)
+    assert_close(alone.refine_logits({2: CLICKS})[2], expected[1][2], rtol=1e-4, atol=1e-3)
 
 
 def test_an_object_that_is_not_there(randomize):

@@ -96,10 +96,19 @@ class StreamingTracker(OnlineTracker):
         return self.model._forward_sam_heads(
             backbone_features=image,
             point_inputs=points,
-            mask_inputs=torch.stack(before)[:, None].clamp(-MAX_LOGIT, MAX_LOGIT) if before else None,
+            mask_inputs=self._mask_inputs(before) if before else None,
             high_res_features=high_res,
             multimask_output=self.model._use_multimask(not banks, points),
         )
+
+    def _mask_inputs(self, before: Sequence[Tensor]) -> Tensor:
+        """Return (B, 1, h, w); at other strides than 16 the logits of a mask have another size than the decoder's."""
+        inputs = [logits[None, None].clamp(-MAX_LOGIT, MAX_LOGIT) for logits in before]
+        if len({one.shape for one in inputs}) > 1:  # those of one size are resized by the model
+            size = self.model.sam_prompt_encoder.mask_input_size
+            options: Any = dict(mode="bilinear", align_corners=False, antialias=True)
+            inputs = [F.interpolate(one, size, **options) for one in inputs]
+        return torch.cat(inputs)
 
     def _condition(self, features: Mapping[str, Any], banks: list[Bank]) -> Tensor:
         """Attend from the frame to the memories of each object: (B, d, g, g)."""
@@ -150,8 +159,8 @@ class StreamingTracker(OnlineTracker):
     def _masks(self, outputs: Mapping[int, Output], frame_rgb: np.ndarray) -> dict[int, Tensor]:
         if not outputs:
             return {}
-        low = torch.stack([out.logits for out in outputs.values()])[:, None]
-        logits = F.interpolate(low, frame_rgb.shape[:2], mode="bilinear", align_corners=False)  # (B, 1, H, W)
+        options: Any = dict(size=frame_rgb.shape[:2], mode="bilinear", align_corners=False)
+        logits = torch.cat([F.interpolate(out.logits[None, None], **options) for out in outputs.values()])
         if self.non_overlapping:
             logits = self.model._apply_non_overlapping_constraints(logits)
         return dict(zip(outputs, logits[:, 0], strict=True))
