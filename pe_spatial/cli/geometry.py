@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         f"{len(material.train)} images for the probes, {len(material.val)} to score, {len(material.clips)} videos; "
         f"{task} decides"
     )
+    args.out.mkdir(parents=True, exist_ok=True)  # fails now and not after the measurements
     choices = doctor.examine(
         args.variant,
         args.checkpoint,
@@ -101,6 +102,5 @@ def _write(args: argparse.Namespace, choices: list, chosen: object, metric: str)
     from pe_spatial.alignment.doctor import draw_frontier
     from pe_spatial.atomic import write_json
 
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "scores.json", dict(choices=[asdict(choice) for choice in choices]))
     draw_frontier(args.out / "frontier.png", choices, metric, chosen)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     from pe_spatial.engine.predictions import record_model, recorded
     from pe_spatial.engine.sources import Sources, is_video
     from pe_spatial.multitask.folder import TaskFolders
+    from pe_spatial.video import count_frames
 
     check(args)
     if (args.out / "metadata.json").is_file():
@@ -46,6 +47,10 @@ def run_tasks(args: argparse.Namespace) -> None:
             f"a tracker follows objects through videos, and {images[0].name} is an image; give video files, because "
             "the frames of a folder are images here"
         )
+    last = max(prompts or [0])
+    for path in sources.files.values() if prompts else ():
+        if last >= count_frames(path) > 0:
+            raise ConfigError(f"{path} has {count_frames(path)} frames, so there is no frame {last} to prompt on")
     folder = TaskFolders(args.out, model, prompts=prompts, formats=args.write or ("images", "json", "csv"),
                          progress=partial(tqdm, unit="image"))  # fmt: skip
     options = dict(score=score, size=args.size, write=sorted(folder.formats), prompts=_written(args))

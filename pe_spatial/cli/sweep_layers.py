@@ -101,7 +101,8 @@ def sweep_heads(args: argparse.Namespace, cfg: Config) -> Best:
     cache = CacheOptions(folder=place, dtype=kind, views=args.cache_views or 1)
     try:
         blocks = None if args.layers == "all" else args.layers
-        layers = LayerSweep(cfg, layers=blocks, folder=folder, cache=cache, limit=args.limit, epochs=args.epochs)
+        with arguments.without_prints():
+            layers = LayerSweep(cfg, layers=blocks, folder=folder, cache=cache, limit=args.limit, epochs=args.epochs)
     except CheckpointError as error:
         raise explain_missing_weights(cfg, error) from error
     missing = layers.features.cache.bytes_missing / 1e9

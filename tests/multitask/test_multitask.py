@@ -175,6 +175,8 @@ def test_predict_writes_a_folder_for_each_task_and_continues(paths, tmp_path, ca
         run(build_parser("predict").parse_args([*options, "--tile"]))
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="has 3 frames, so there is no frame 3 to prompt on"):
+        run(build_parser("predict").parse_args([*options, "--box", "1@3:1,2,30,40"]))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "metadata.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match=r"metadata\.json is not of such predictions; choose another --out"):
