@@ -17,7 +17,7 @@ from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 from pe_spatial.features.extract import FeatureExtractor, load_encoder
 from pe_spatial.images import decode_rgb, read_bytes, read_size
 from pe_spatial.loading import load
-from pe_spatial.predict.predictor import Predictor
+from pe_spatial.multitask.models import MultiTask
 
 SHIPPED = "pe_synthetic_xs8_192"
 """The encoder in the package."""
@@ -49,7 +49,7 @@ class Models:
     """The loaded models of the page.
 
     Attributes:
-        predictors: 'detection', 'depth' and 'tracking' -> predictor, of those that were given.
+        predictors: 'detection', 'depth' and 'tracking' -> predictor, and 'together' -> `MultiTask`, of those given.
         encoders: name -> its feature extractor.
         limits: of uploads.
         labels: folder of the labeling projects, which outlive the page.
@@ -95,14 +95,14 @@ class Models:
 
 def load_models(
     checkpoints: dict[str, str | None], encoders: Sequence[str], *, device: str, limits: Limits,
-    labels: Path = Models.labels,
+    labels: Path = Models.labels, together: Sequence[str] = (), size: int | None = None,
 ) -> Models:  # fmt: skip
-    """Load the checkpoint of each task, if it has one, and the encoders.
+    """Load the checkpoint of each task, if it has one, those that share an encoder (`MultiTask`), and the encoders.
 
     An encoder is a variant with its released weights, 'timm:NAME', or a checkpoint file. Raises ConfigError for a
     checkpoint of another task, and as `pe_spatial.load` and `load_encoder` do.
     """
-    predictors: dict[str, Predictor] = {}
+    predictors: dict[str, Any] = {}
     for task, checkpoint in checkpoints.items():
         if checkpoint is not None:
             predictors[task] = load(checkpoint, device=device)
@@ -110,6 +110,8 @@ def load_models(
                 raise ConfigError(
                     f"{checkpoint} is a model for {predictors[task].task}, not for {task}; give a checkpoint for {task}"
                 )
+    if together:
+        predictors["together"] = MultiTask(together, device=device, score=0.3, size=size)
     extractors = {}
     for name in encoders:
         file = Path(name).is_file()

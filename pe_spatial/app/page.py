@@ -10,6 +10,7 @@ from pe_spatial.app.detect import build_detect
 from pe_spatial.app.features import build_features
 from pe_spatial.app.label import SCRIPT, build_label
 from pe_spatial.app.models import Models
+from pe_spatial.app.together import build_together
 from pe_spatial.app.track import build_track
 
 _WAITING = 20
@@ -21,6 +22,7 @@ TABS: tuple[tuple[str, Callable[..., None], str, str], ...] = (  # title, compon
     ("Depth", build_depth, "depth", "a depth model: `--depth CHECKPOINT`"),
     ("Track", build_track, "tracking", "a tracker: `--tracker CHECKPOINT`"),
     ("Label", build_label, "tracking", "a tracker: `--tracker CHECKPOINT`"),
+    ("Together", build_together, "together", "several models on one encoder: `--together CHECKPOINT CHECKPOINT`"),
     ("Features", build_features, "", ""),
     ("Compare", build_compare, "", ""),
 )

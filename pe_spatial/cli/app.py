@@ -1,7 +1,8 @@
-r"""Show models in the browser: detect, depth, track, label, features, compare.
+r"""Show models in the browser: detect, depth, track, label, several tasks together, features, compare.
 
 pe-spatial app
 pe-spatial app --detector work_dirs/demo/iter_350.pth --depth DEPTH.pth --tracker TRACKER.pth
+pe-spatial app --together DETECTOR.pth DEPTH.pth TRACKER.pth --size 512      # on one encoder (docs/multitask.md)
 pe-spatial app --encoder pe_spatial_s16_512 timm:vit_small_patch14_dinov2.lvd142m work_dirs/NAME/iter_100.pth
 
 Without options it shows the features of the encoder in the package. The page is served to this machine alone unless
@@ -25,6 +26,9 @@ TASKS = {"detector": "detection", "depth": "depth", "tracker": "tracking"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in TASKS:
         parser.add_argument(f"--{name}", metavar="CHECKPOINT", help=f"checkpoint of a {name} that `train` wrote")
+    together = "checkpoints on one frozen encoder, which runs once for all"
+    parser.add_argument("--together", nargs="+", default=[], metavar="CHECKPOINT", help=together)
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the square that they all get")
     encoders = "encoders to look at: a variant, timm:NAME, or a checkpoint (default: the one in the package)"
     parser.add_argument("--encoder", nargs="+", default=["pe_synthetic_xs8_192"], metavar="ENCODER", help=encoders)
     labels = "folder of the projects of the tab Label (default: labels)"
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         limits = Limits(megabytes=args.max_upload, max_frames=args.max_frames)
         checkpoints = {task: getattr(args, name) for name, task in TASKS.items()}
         models = load_models(checkpoints, args.encoder, device=choose_device(args), limits=limits,
-                             labels=args.labels)  # fmt: skip
+                             labels=args.labels, together=args.together, size=args.size)  # fmt: skip
     page = build_page(models)
     address = serve(page, models, host=args.host, port=args.port)
     print(f"{address}  (Ctrl-C ends it)", flush=True)

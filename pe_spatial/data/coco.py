@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_spatial.data.files import Files, read_json, split_of
-from pe_spatial.data.parts import Part, Reading
+from pe_spatial.data.parts import Part, Reading, join
 from pe_spatial.errors import DatasetError, listed
 
 _OTHER_TASKS = re.compile(r"(panoptic|stuff|captions?|(?:person_)?keypoints|image_info|densepose|unlabeled)(?![a-z])")
@@ -24,15 +24,23 @@ def read_folder(files: Files, instances: Mapping[Path, dict[str, Any]], notes: l
     for path in instances:
         by_split.setdefault(files.split_of(path) or "train", []).append(path)
     for split, paths in by_split.items():
-        if len(paths) > 1:
+        if len(paths) > 1 and not all(map(_is_label_project, paths)):
             raise DatasetError(
                 f"{files.root} has several COCO files for {split}: "
                 f"{listed([files.relative(path) for path in paths])}; give the path of one instead of the folder"
             )
     if len(instances) == 1:  # whatever its name
         by_split = {"train": [*instances]}
-    parts = {split: _part(instances[path], path, files, notes) for split, (path,) in by_split.items()}
+    parts = {
+        split: join([_part(instances[path], path, files, notes) for path in paths], str(files.root))
+        for split, paths in by_split.items()
+    }
     return Reading(_form(parts), parts, notes)
+
+
+def _is_label_project(path: Path) -> bool:
+    """Return whether `pe-spatial label` wrote the file; those of several videos are one dataset."""
+    return path.parent.name == "coco" and (path.parents[1] / "journal.jsonl").is_file()
 
 
 def read_file(path: Path) -> Reading:

@@ -38,6 +38,23 @@ class Part:
         return annotation
 
 
+def join(parts: Sequence[Part], source: str) -> Part:
+    """Return one part with the images of all; categories are the same where their names are."""
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(category["name"] for part in parts for category in part.categories)
+    joined = Part(source, categories=number_classes(names))
+    new = {category["name"]: category["id"] for category in joined.categories}
+    for part in parts:
+        images = {image["id"]: i for i, image in enumerate(part.images, len(joined.images) + 1)}
+        classes = {category["id"]: new[category["name"]] for category in part.categories}
+        joined.images += [{**image, "id": images[image["id"]]} for image in part.images]
+        for one in part.annotations:
+            place = dict(image_id=images[one["image_id"]], category_id=classes[one["category_id"]])
+            joined.annotations.append({**one, "id": len(joined.annotations) + 1, **place})
+    return joined
+
+
 @dataclass
 class Reading:
     """A dataset as a form has it; `parts` by 'train', 'val', 'test'."""

@@ -188,6 +188,14 @@ def test_click_on_a_frame_track_correct_and_download(page, tmp_path):
     assert downloaded(page, "track-out").count(b"discs/00011.png") == 2  # in the zip and in its directory
 
 
+def test_several_tasks_of_a_video(page, tmp_path):
+    upload(page, "together", write_clip(tmp_path / "discs.mp4", 5))
+    page.locator("#together-out a").first.wait_for()
+    playwright.expect(page.locator("#together-costs")).to_contain_text("5 frames; medians in ms: 1 encodes 10")
+    assert pixels(page, "together-image").shape == (96, 256, 3)
+    assert downloaded(page, "together-out")[4:8] == b"ftyp"
+
+
 def test_a_broken_file_and_a_large_one_are_sentences(page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     upload(page, "detect", tmp_path / "broken.png")

@@ -11,7 +11,7 @@ import torch
 from helpers.app import FakeDepth, FakeDetector, fake_models, write_clip
 from PIL import Image
 
-from pe_spatial.app import depth, detect, label, track
+from pe_spatial.app import depth, detect, label, together, track
 from pe_spatial.app.compare import Comparison
 from pe_spatial.app.features import Seen
 from pe_spatial.app.models import Limits, Models, load_models, sentence, with_sentences
@@ -111,6 +111,25 @@ def test_track_a_clip(models, tmp_path):
     assert session.mask(5).any()
     session.close()
     assert not session.video.frames[0].exists()
+
+
+def test_several_tasks_of_an_image_and_a_video_side_by_side(models, image, tmp_path):
+    (sheet,) = together.predict(models, image)
+    rgb = np.asarray(Image.open(image))
+    views = FakeDetector()(rgb).draw(rgb), FakeDepth()(rgb).draw(rgb)
+    assert np.array_equal(sheet, np.concatenate(views, axis=1))
+    said = together.costs(models.predictors["together"].report())
+    assert said.startswith("1 frames; medians in ms: 1 encodes 10, detection 20, depth 5, together 35; separate")
+    clip = str(write_clip(tmp_path / "discs.mp4", 4))
+    assert [one.shape for one in together.predict(models, clip)] == [(96, 256, 3)] * 4
+    with pytest.raises(DatasetError, match=r"discs\.mp4 has more than 3 frames; cut it"):
+        list(together.predict(Models(predictors=models.predictors, limits=Limits(max_frames=3)), clip))
+    with pytest.raises(DatasetError, match="there is no file; upload an image or a video"):
+        list(together.predict(models, None))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(DatasetError, match=r"the video broken\.mp4; convert"):
+        list(together.predict(models, str(broken)))
 
 
 def test_label_a_clip_and_continue_with_another_server(tmp_path):
@@ -223,6 +242,9 @@ def test_loading_refuses_a_checkpoint_of_another_task(monkeypatch):
     found = load_models(dict(detection="x.pth", depth=None), ["pe_synthetic_xs8_192"], device="cpu", limits=Limits())
     assert list(found.predictors) == ["detection"]
     assert isinstance(found.encoders["pe_synthetic_xs8_192"], FeatureExtractor)
+    monkeypatch.setattr("pe_spatial.app.models.MultiTask", lambda *given, **options: (given, options))
+    shared = load_models({}, [], device="cpu", limits=Limits(), together=["a.pth", "b.pth"], size=96).predictors
+    assert shared == dict(together=((["a.pth", "b.pth"],), dict(device="cpu", score=0.3, size=96)))
     assert found.new_file("a.json").parent != found.new_file("a.json").parent
     with pytest.raises(CheckpointError, match="unknown variant 'nothing_like_it'; allowed are"):
         load_models({}, ["nothing_like_it"], device="cpu", limits=Limits())

@@ -72,6 +72,22 @@ class FakeDepth:
         return DepthMap(depth=depth, quantity=self.quantity)
 
 
+class FakeTogether:
+    """The two above on one encode."""
+
+    tasks = ("detection", "depth")
+
+    def stream(self, images):
+        self.frames = 0
+        for rgb in images:
+            self.frames += 1
+            yield dict(detection=FakeDetector()(rgb), depth=FakeDepth()(rgb))
+
+    def report(self):
+        heads = dict(detection=20.0, depth=5.4)
+        return dict(frames=self.frames, encodes=1.0, encoder=10.0, heads=heads, total=35.4, separate=45.4)
+
+
 class TinyTracker:
     """Starts trackers with random weights."""
 
@@ -97,7 +113,8 @@ def encoder(seed):
 
 
 def fake_models(**options):
-    predictors = dict(detection=FakeDetector(), depth=FakeDepth(), tracking=TinyTracker())
+    fakes = FakeDetector(), FakeDepth(), TinyTracker(), FakeTogether()
+    predictors = dict(zip(("detection", "depth", "tracking", "together"), fakes, strict=True))
     return Models(predictors=predictors, encoders=dict(tiny=encoder(0), other=encoder(1)), **options)
 
 

@@ -60,6 +60,24 @@ def test_coco_is_read_back_with_the_same_objects(labels, tmp_path):
     assert (tmp_path / "out" / "review.png").stat().st_size > 10_000
 
 
+def test_the_labels_of_several_videos_are_one_dataset(labels, tmp_path):
+    other = Labels("run", labels.frames, SIZE, lambda t: index(t) % 7, {1: "box: tall", 2: "cat"}, chosen=(1, 3))
+    for one in (labels, other):
+        export(one, tmp_path / "all" / one.name, ["coco"])
+        (tmp_path / "all" / one.name / "journal.jsonl").touch()
+    dataset = open_dataset(tmp_path / "all")
+    assert dataset.classes == ("box: tall", "cat", "ball")  # in the order of the folders
+    splits = dataset.splits.values()
+    place = {image["id"]: split.root / image["file_name"] for split in splits for image in split.content["images"]}
+    annotations = [one for split in splits for one in split.content["annotations"]]
+    assert len(place) == len(set(place.values())) == 5
+    found = sorted((place[one["image_id"]].parts[-4], one["category_id"]) for one in annotations)
+    assert found == [("run", 1)] * 2 + [("run", 2)] * 2 + [("walk", 1)] * 3 + [("walk", 3)] * 5
+    (tmp_path / "all" / "run" / "journal.jsonl").unlink()
+    with pytest.raises(DatasetError, match="has several COCO files for train"):
+        open_dataset(tmp_path / "all")
+
+
 def test_polygons_cover_the_pixels_of_the_mask(labels, tmp_path):
     export(labels, tmp_path / "out", ["coco"], outlines=True)
     content = json.loads((tmp_path / "out" / "coco" / "instances.json").read_text())
