@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     check_paths(args)
     with without_prints():
         exportable, predictor = build(args)
-    check_data(args, getattr(predictor, "task", "encoder"))
+    check_data(args, getattr(predictor, "task", "encoder"), getattr(predictor, "class_names", ()))
     if exportable is None:
         run_tracker(args, predictor)
         return
@@ -118,11 +118,15 @@ def certified(folder: Path) -> Iterator[None]:
         raise
 
 
-def check_data(args: argparse.Namespace, task: str) -> None:
+def check_data(args: argparse.Namespace, task: str, class_names: Sequence[str]) -> None:
     """Raise ConfigError for data that this kind of model does not take."""
     if args.annotations is not None and task != "detection":
         kind = "an encoder" if task == "encoder" else f"a model for {task}"
         raise ConfigError(f"--annotations is for detectors, and {args.source} is {kind}; omit it")
+    if args.annotations is not None:
+        from pe_spatial.export.accuracy import read_annotations
+
+        read_annotations(args.annotations, class_names)
     if args.gt is not None and (task not in ("depth", "tracking") or not args.images):
         raise ConfigError("--gt is for the --images of a depth estimator or a tracker; give both, or neither")
     if task == "tracking" and args.calibration:

@@ -17,7 +17,7 @@ import pe_spatial
 from pe_spatial.cli.export import certified
 from pe_spatial.cli.main import main
 from pe_spatial.errors import ConfigError, DatasetError
-from pe_spatial.export.accuracy import average_precision
+from pe_spatial.export.accuracy import read_annotations
 from pe_spatial.export.detector import detector_graph
 from pe_spatial.runtime.loading import load_exported
 from pe_spatial.runtime.manifest import write_manifest
@@ -75,7 +75,10 @@ def test_annotations_in_another_form_are_refused(tmp_path):
     for content in ("no JSON", "[1]", "{}", '{"images": [], "annotations": []}'):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(DatasetError, match=r"a\.json holds no annotations in COCO's form"):
-            average_precision(None, tmp_path / "a.json", tmp_path)
+            read_annotations(tmp_path / "a.json", ["a"])
+    (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "b"}]}')
+    with pytest.raises(DatasetError, match="has the category 'b', which the model does not have"):
+        read_annotations(tmp_path / "a.json", ["a"])
 
 
 @pytest.mark.mmdet
