@@ -1,7 +1,6 @@
 """Two processes train an alignment as one does, with weights replicated or sharded, and average them alike."""
 
 import os
-import socket
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("torch", minversion="2.7")
 import numpy as np
 from helpers.encoders import TINY
-from helpers.processes import start
+from helpers.processes import free_port, start
 from mmengine.config import Config
 from PIL import Image
 
@@ -94,10 +93,7 @@ def test_two_processes_equal_one(tmp_path):
     torch.manual_seed(0)
     torch.save(PerceptionEncoder(TINY).state_dict(), tmp_path / "encoder.pt")
     run(tmp_path, "one", world=1)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    start(two_processes, (port, tmp_path), number=2)
+    start(two_processes, (free_port(), tmp_path), number=2)
     states = {
         name: torch.load(tmp_path / name / "iter_2.pth", weights_only=False) for name in ("one", "ddp", "sharded")
     }

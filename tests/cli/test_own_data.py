@@ -96,7 +96,7 @@ def test_families_train_report_and_can_be_repeated(config, nuts, tmp_path):
 
 def test_a_checkpoint_is_tested_on_own_data(data, tmp_path):
     """`test CONFIG CHECKPOINT --data DATA` has the detections of the end of the training, and so the same metrics."""
-    printed = command("train", DEMO, "--data", data, "--iterations", "20", "--batch", "4", cwd=tmp_path)
+    printed = command("train", DEMO, "--data", data, "--iterations", "4", "--batch", "2", cwd=tmp_path)
     (folder,) = (tmp_path / "work_dirs").iterdir()
     expected = json.loads((folder / "results.json").read_text())
     checkpoint = re.search(r"  checkpoint +(\S+) \(", printed)[1]

@@ -16,14 +16,13 @@ Losses that divide by a count of their own process cannot be those of the whole 
 
 import copy
 import os
-import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers.coco import annotation
-from helpers.processes import start
+from helpers.processes import free_port, start
 from helpers.repository import CONFIGS
 from torch import nn
 from torch.testing import assert_close
@@ -409,11 +408,7 @@ def results(tmp_path_factory):
     """What each rank found, and the folder of the truth."""
     folder = tmp_path_factory.mktemp("processes")
     write_truth(folder)
-    ports = {}
-    for world in (2, 3):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports[world] = free.getsockname()[1]
+    ports = {world: free_port() for world in (2, 3)}
     start(process, (ports, folder), number=3)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(3)], folder
 

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import socket
 import threading
 import time
 import urllib.error
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers.processes import free_port
 from helpers.repository import REPO
 from PIL import Image
 
@@ -49,9 +49,7 @@ def server():
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
     detector = Detector()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running = uvicorn.Server(uvicorn.Config(serve.create_app(detector), port=port, log_level="error"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
