@@ -110,6 +110,7 @@ train_dataloader = dict(
         pipeline=[
             dict(type='pe_spatial.LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='Resize', scale=(size, size), keep_ratio=True),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PhotoMetricDistortion'),
             dict(type='PackDetInputs'),

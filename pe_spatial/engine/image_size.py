@@ -45,6 +45,12 @@ def set_image_size(cfg: Config, side: int) -> str:
     if "input_size" in _anchors(cfg):
         size = _anchors(cfg)["input_size"]
         raise ConfigError(f"--image-size: the anchors of {cfg.filename} belong to images of {size} px")
+    training = Config(dict(train_dataloader=cfg.get("train_dataloader")))
+    if training.train_dataloader and not any(map(_sides, pipelines(training))):
+        raise ConfigError(
+            f"--image-size: the training pipeline of {cfg.filename} has no size to replace, so its images stay as they "
+            "are; add dict(type='Resize', scale=(640, 640), keep_ratio=True)"
+        )
     unit, what = image_unit(cfg)
     rounded = max(1, round(side / unit)) * unit
     old = _longest_side(cfg)
@@ -102,12 +108,16 @@ def image_unit(cfg: Config) -> tuple[int, str]:
 def _longest_side(cfg: Config) -> int:
     for name in ("test_dataloader", "val_dataloader", "train_dataloader"):
         for leaf in leaves((cfg.get(name) or {}).get("dataset")):
-            for step in steps(leaf.get("pipeline") or []):
-                for key in ("scale", "scales", "img_scale", "crop_size", "size"):
-                    sides = list(_numbers(step.get(key)))
-                    if sides and max(sides) >= _SMALLEST:
-                        return max(sides)
+            if sides := _sides(leaf.get("pipeline") or []):
+                return sides[0]
     raise ConfigError(f"--image-size: the pipelines of {cfg.filename} have no size to replace")
+
+
+def _sides(pipeline: Any) -> list[int]:
+    """Return the longer side of each step of a pipeline that has a size."""
+    keys = ("scale", "scales", "img_scale", "crop_size", "size")
+    longest = (max(_numbers(step.get(key)), default=0) for step in steps(pipeline) for key in keys)
+    return [side for side in longest if side >= _SMALLEST]
 
 
 def _numbers(value: Any) -> Any:

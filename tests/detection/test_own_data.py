@@ -206,6 +206,16 @@ def test_image_sizes_are_complete_windows():
     assert {tuple(s.scale) for p in pipelines(cfg) for s in steps(p) if "scale" in s} == {(640, math.floor(384.1))}
 
 
+def test_images_of_a_training_without_resizing_would_keep_their_sizes():
+    cfg = read_config("pe_spatial::pe_demo_cascade_synthetic.py")
+    image_size.set_image_size(cfg, 256)
+    train, val = (cfg[f"{name}_dataloader"].dataset.pipeline for name in ("train", "val"))
+    assert [step.scale for pipeline in (train, val) for step in pipeline if "scale" in step] == [(256, 256)] * 2
+    train[:] = [step for step in train if step.type != "Resize"]
+    with pytest.raises(ConfigError, match=r"the training pipeline of .* has no size to replace"):
+        image_size.set_image_size(cfg, 256)
+
+
 def test_options_become_hooks_and_wrappers():
     cfg = read_config(ATSS)
     recipe.keep_best(cfg)

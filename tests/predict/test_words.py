@@ -125,7 +125,7 @@ def test_keep(blobs, core, tmp_path, capsys):
         (("--keep", "a"), "--keep needs --words"),
         (("--words", core), "--words and --against are for --keep"),
         (("--keep", "a", "--words", core, "--tile"), "--keep does not go with --classes and --tile"),
-        (("--keep", "a", "A", "--words", core), "the list names A twice"),
+        (("--keep", "a", "A", "--words", core), "--keep names A twice"),
         (("--keep", "a", "--words", "PE-Spatial-B16-512"), "has no text space"),
     ]:
         with pytest.raises(SystemExit, match=message):
