@@ -38,6 +38,7 @@ lint: setup
 
 bench: setup
 	$(python) benchmarks/encoder.py
+	$(python) benchmarks/growth.py --rounds 1
 	$(python) benchmarks/vos.py
 	$(python) benchmarks/propagation.py
 	$(python) benchmarks/predict.py

@@ -27,21 +27,23 @@ class OfManySizes(BaseModel):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone, self.head, self.width = MODELS.build(backbone), nn.Linear(TINY.embed_dim, 1), 32
+        self.backbone, self.head = MODELS.build(backbone), nn.Linear(TINY.embed_dim, 1)
+        self.register_buffer("width", torch.tensor(32))  # a resumed run goes on with it
 
     def forward(self, inputs, **_):
         self.width += 16
-        stripes = torch.stack(list(inputs)).repeat(1, 1 + self.width // 4)[:, : self.width] / 20
+        width = int(self.width)
+        stripes = torch.stack(list(inputs)).repeat(1, 1 + width // 4)[:, :width] / 20
         maps = self.backbone(stripes[:, None, None].expand(-1, 3, 64, -1))[0]
         return dict(loss=self.head(maps.mean((2, 3))).square().mean())
 
 
-def run(folder, **changes):
+def run(folder, resume=None, **changes):
     backbone = dict(type="PerceptionEncoder", variant=TINY.__dict__, geometry="vitdet", window_size=2)
     backbone |= dict(global_attn_indexes=[1], grad_checkpointing="selective")
     cfg = tiny_config(folder, **{"model": dict(type="OfManySizes", backbone=backbone), **changes})
     cfg.custom_imports = dict(imports=["pe_spatial.integrations.openmmlab"])
-    prepare_training(cfg, resume=None, deterministic=True)
+    prepare_training(cfg, resume=resume, deterministic=True)
     return train(cfg)
 
 
@@ -59,13 +61,20 @@ def weights(path):
 
 @pytest.mark.slow
 def test_compiled_training_equals_training(tmp_path):
-    """Sizes change in every step; the checkpoint loads into a plain encoder."""
+    """Sizes change in every step, also after resuming; the checkpoint loads into a plain encoder."""
     run(tmp_path / "plain")
     run(tmp_path / "compiled", compile=dict(backend="aot_eager"))
-    last = sorted((tmp_path / "plain").glob("*.pth"))[-1].name
+    last = "iter_10.pth"
     expected, compiled = weights(tmp_path / "plain" / last), weights(tmp_path / "compiled" / last)
     assert list(compiled) == list(expected)  # no name of a wrapper
     assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()
+    counters.clear()
+    run(tmp_path / "resumed", resume=str(tmp_path / "compiled" / "iter_8.pth"), compile=dict(backend="aot_eager"))
+    resumed = weights(tmp_path / "resumed" / last)
+    assert list(resumed) == list(expected)
+    assert_close(resumed, compiled, rtol=1e-5, atol=1e-6)
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
     PerceptionEncoder(TINY, geometry="vitdet", window_size=2, global_attn_indexes=[1]).load_state_dict(
         {name.removeprefix("backbone."): x for name, x in compiled.items() if name.startswith("backbone.")}
