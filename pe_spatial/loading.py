@@ -25,8 +25,10 @@ def load(
     Args:
         source: a checkpoint that `pe-spatial train` wrote, whose config is inside; any other weights, with their
             `config`; a config file (.py) with `load_from`; or a folder that `pe-spatial export` wrote, which needs
-            neither torch nor OpenMMLab and takes no option but `score`.
-        config: a config file, one of an installed package ('mmdet::detr/detr_r50_8xb2-150e_coco.py'), or a Config.
+            neither torch nor OpenMMLab and takes no option but `score`. 'sam2:large' is the released SAM 2.1, whose
+            masks of a grid of points are objects without classes.
+        config: a config file, one of an installed package ('mmdet::detr/detr_r50_8xb2-150e_coco.py'), or a Config; for
+            a file of SAM 2.1 its name, 'sam2:large'.
         device: 'cpu', 'cuda' or 'cuda:1'.
         dtype: torch.bfloat16 or torch.float16 for autocast; None computes as a test of the config does.
         compile: compile the backbone when it first runs; worthwhile for many images of one size.
@@ -52,6 +54,15 @@ def load(
     missing = [name for name in ("mmengine", "mmcv", "mmdet", "mmseg") if find_spec(name) is None]
     if missing:
         raise ImportError(f"a predictor needs {missing[0]}: pip install 'pe_spatial[openmmlab]'", name=missing[0])
+    sam2 = next((name for name in (source, config) if isinstance(name, str) and name.startswith("sam2:")), None)
+    if sam2:
+        given = [name for name, value in dict(compile=compile, tta=tta, class_names=class_names).items() if value]
+        if given:
+            raise ConfigError(f"{sam2} finds objects without classes and has no {given[0]}; omit it")
+        from pe_spatial.predict.sam2_masks import load_proposer
+
+        weights = "released" if source == sam2 else str(source)
+        return load_proposer(sam2, weights, device=device, dtype=dtype, score=score, words=words)
     from pe_spatial.predict.models import config_and_weights, task_of
 
     cfg, weights = config_and_weights(source, config)

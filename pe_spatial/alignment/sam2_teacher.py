@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +11,8 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from pe_spatial.alignment.teachers import Grid, Teacher
-from pe_spatial.encoder.files import CheckpointError, locate
 from pe_spatial.errors import ConfigError, one_of
-
-SIZES = {"large": "l", "base_plus": "b+", "small": "s", "tiny": "t"}
-"""Our name of a SAM 2.1 -> its letter in the configs of sam2."""
+from pe_spatial.integrations.sam2 import SIZES, check_sam2, load_sam2
 
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
@@ -54,10 +49,7 @@ class SAM2MaskTeacher(Teacher):
         image_size: int = 1024,
     ) -> None:
         super().__init__()
-        if find_spec("sam2") is None:
-            raise ConfigError(
-                "SAM2MaskTeacher needs sam2, which is not installed; pip install --no-build-isolation sam2"
-            )
+        check_sam2("SAM2MaskTeacher")
         one_of("size of SAM2MaskTeacher", size, list(SIZES))
         one_of("mask of SAM2MaskTeacher", mask, ["best", "single", "all"])
         if min(points, prompts) < 1 or image_size % 32:
@@ -76,30 +68,8 @@ class SAM2MaskTeacher(Teacher):
 
     def load(self) -> None:
         """Build SAM and load its weights, strictly."""
-        if self.sam is not None:
-            return
-        state = self._read()
-        self.sam = build_sam2(self.size, self.image_size)
-        try:
-            self.sam.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{self.checkpoint} does not hold SAM 2.1 {self.size}: {' '.join(str(error).split())[:200]}"
-            ) from error
-        self.requires_grad_(False).eval()
-
-    def _read(self) -> dict[str, Tensor]:
-        source = self.checkpoint
-        if source == "released":
-            name = self.size.replace("_", "-")
-            source = f"hf://facebook/sam2.1-hiera-{name}/sam2.1_hiera_{self.size}.pt"
-        path = locate(source)
-        if not Path(path).is_file():
-            raise CheckpointError(f"no checkpoint at {path}; give the weights of SAM 2.1 {self.size}")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)["model"]
-        except Exception as error:  # of pickle, zipfile and torch
-            raise CheckpointError(f"{path} is no checkpoint of SAM 2.1 ({type(error).__name__}: {error})") from error
+        if self.sam is None:
+            self.sam = load_sam2(self.size, self.checkpoint, self.image_size)
 
     def forward(self, images: Tensor, grid: Grid, samples: Sequence[Any]) -> Tensor:  # noqa: ARG002
         """Return logits (B, maps, h, w), one image and `prompts` prompts at a time."""
@@ -140,12 +110,3 @@ def point_grid(side: int, image_size: int) -> Tensor:
     at = (torch.arange(side) + 0.5) * (image_size / side)
     y, x = torch.meshgrid(at, at, indexing="ij")
     return torch.stack((x, y), dim=-1).flatten(0, 1)
-
-
-def build_sam2(size: str, image_size: int) -> Any:
-    """Return SAM 2.1 of a size with random weights, on the CPU, as sam2's config describes it."""
-    from sam2.build_sam import build_sam2 as build
-
-    config = f"configs/sam2.1/sam2.1_hiera_{SIZES[size]}.yaml"
-    overrides = [f"++model.image_size={image_size}"]
-    return build(config, device="cpu", hydra_overrides_extra=overrides, apply_postprocessing=False)

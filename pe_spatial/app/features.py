@@ -13,8 +13,10 @@ from torch import Tensor
 from pe_spatial.app.models import Models
 from pe_spatial.features.extract import FeatureExtractor
 from pe_spatial.features.patches import similarity
+from pe_spatial.features.phrases import PhraseMaps
 from pe_spatial.features.sheet import heat, marked
 from pe_spatial.features.show import Colors
+from pe_spatial.language.model import PECore
 
 Point = tuple[float, float]
 _SIDE = 640
@@ -62,6 +64,13 @@ class Seen:
         patch = self.extractor.patch_at(point, self.rgb, self.name)
         values = heat(similarity(self.maps[layer][0], patch), cv2.COLORMAP_VIRIDIS)
         return self._resized(values, Image.Resampling.NEAREST)
+
+    def phrase(self, core: PECore, text: str) -> np.ndarray | None:
+        """Return where a text is, by a PE-Core: the similarity of all patches as colors; None for an empty text."""
+        if not text.strip():
+            return None
+        values = PhraseMaps(core, [text]).maps(self.rgb, self.name)[0]
+        return self._resized(heat(values, cv2.COLORMAP_VIRIDIS), Image.Resampling.NEAREST)
 
     def _resized(self, image: np.ndarray, method: Image.Resampling) -> np.ndarray:
         height, width = self.rgb.shape[:2]
@@ -127,10 +136,22 @@ def build_features(models: Models) -> None:
         return at, result.photo(at), result.similar(number, at)
 
     outputs = [seen, point, photo, pca, heatmap]
-    job(file.upload, look, [file, encoder, layer], outputs)
+    uploaded = job(file.upload, look, [file, encoder, layer], outputs)
     changed = view(encoder.input, lambda name: layer_slider(models, name), [encoder], [layer])
     job(
         changed.success, lambda path, *rest: look(path, *rest) if path else (None,) * 5, [file, encoder, layer], outputs
     )
     view(layer.input, show, [seen, point, layer], [pca, heatmap])
     view(photo.select, click, [seen, layer], [point, photo, heatmap])
+    core = models.words
+    if core is not None:
+        with gr.Row():
+            text = gr.Textbox(label="Phrase, such as: a red cone", elem_id="features-phrase", scale=1)
+            with gr.Column(scale=4):
+                where = image_view("Similarity to the phrase", "features-where")
+
+        def find(result: Seen | None, phrase: str) -> Any:
+            return None if result is None else result.phrase(core, phrase)
+
+        for event in (text.submit, uploaded.success):
+            job(event, find, [seen, text], [where])

@@ -16,8 +16,10 @@ from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError, DatasetError, TrainingError
 from pe_spatial.features.extract import FeatureExtractor, load_encoder
 from pe_spatial.images import decode_rgb, read_bytes, read_size
+from pe_spatial.language.model import PECore
 from pe_spatial.loading import load
 from pe_spatial.multitask.models import MultiTask
+from pe_spatial.predict.predictor import load_words
 
 SHIPPED = "pe_synthetic_xs8_192"
 """The encoder in the package."""
@@ -53,12 +55,14 @@ class Models:
         encoders: name -> its feature extractor.
         limits: of uploads.
         labels: folder of the labeling projects, which outlive the page.
+        words: the PE-Core that finds phrases, if one was given.
     """
 
     predictors: dict[str, Any] = field(default_factory=dict)
     encoders: dict[str, FeatureExtractor] = field(default_factory=dict)
     limits: Limits = Limits()
     labels: Path = Path("labels")
+    words: PECore | None = None
     _folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="pe_spatial_"))
 
     def new_file(self, name: str) -> Path:
@@ -95,9 +99,9 @@ class Models:
 
 def load_models(
     checkpoints: dict[str, str | None], encoders: Sequence[str], *, device: str, limits: Limits,
-    labels: Path = Models.labels, together: Sequence[str] = (), size: int | None = None,
+    labels: Path = Models.labels, together: Sequence[str] = (), size: int | None = None, words: str | None = None,
 ) -> Models:  # fmt: skip
-    """Load the checkpoint of each task, if it has one, those that share an encoder (`MultiTask`), and the encoders.
+    """Load the checkpoint of each task, those that share an encoder (`MultiTask`), the encoders, and a PE-Core.
 
     An encoder is a variant with its released weights, 'timm:NAME', or a checkpoint file. Raises ConfigError for a
     checkpoint of another task, and as `pe_spatial.load` and `load_encoder` do.
@@ -117,7 +121,8 @@ def load_models(
         file = Path(name).is_file()
         encoder = load_encoder(None if file else name, name if file else "released")
         extractors[Path(name).name if file else name] = FeatureExtractor(encoder, device=device)
-    return Models(predictors=predictors, encoders=extractors, limits=limits, labels=labels)
+    core = load_words(words, device)
+    return Models(predictors=predictors, encoders=extractors, limits=limits, labels=labels, words=core)
 
 
 def sentence(error: Exception) -> str:

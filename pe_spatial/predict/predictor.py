@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,19 +88,18 @@ MAX_MASK_PIXELS = 2**26
 """The largest image in which masks are detected: a detector writes all of them out, 100 in 6.7 GB."""
 
 
-class DetectionPredictor(OpenMMLabPredictor):
-    """Boxes and, where the model has them, masks; `score` is the lowest score that is returned.
+class ObjectPredictor(Predictor):
+    """Finds objects; `score` is the lowest score that is returned.
 
     `words` is the PE-Core that names regions, if there is one.
     """
 
-    task = "detection"
+    score: float
     words: PECore | None = None
 
-    def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.score = score
-        self._named: dict[Any, NamedPredictor] = {}
+    @cached_property
+    def _named(self) -> dict[Any, NamedPredictor]:
+        return {}
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 1, classes: Sequence[str] | None = None,
@@ -136,6 +136,25 @@ class DetectionPredictor(OpenMMLabPredictor):
             classifier = RegionClassifier(self.words, classes, by=by, background=background)
             self._named[key] = NamedPredictor(self, classifier, proposals=proposals)
         return self._named[key]
+
+    def _propose(self, items: Sequence[Any], images: Sequence[np.ndarray]) -> list[Detections]:
+        """Return class-agnostic objects of prepared images."""
+        raise NotImplementedError
+
+
+class DetectionPredictor(ObjectPredictor, OpenMMLabPredictor):
+    """Boxes and, where the model has them, masks."""
+
+    task = "detection"
+
+    def __init__(self, *args: Any, score: float = 0.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.score = score
+
+    def _propose(self, items: Sequence[Any], images: Sequence[np.ndarray]) -> list[Detections]:
+        from pe_spatial.predict.words import propose
+
+        return propose(self, items, images)
 
     def _prepare(self, rgb: np.ndarray) -> dict[str, Any]:
         height, width = rgb.shape[:2]

@@ -19,7 +19,7 @@ from pe_spatial.predict.predictor import Predictor
 from pe_spatial.predict.results import Detections
 
 if TYPE_CHECKING:
-    from pe_spatial.predict.predictor import DetectionPredictor
+    from pe_spatial.predict.predictor import DetectionPredictor, ObjectPredictor
 
 PROPOSALS = 100
 """The best proposals of an image that are named."""
@@ -29,14 +29,14 @@ class NamedPredictor(Predictor):
     """A detector whose classes are the names of a `RegionClassifier`.
 
     Args:
-        base: the predictor of the detector.
+        base: the predictor of the detector, or of SAM 2.
         classifier: names regions.
-        proposals: name the detector's class-agnostic proposals (an RPN's, DETA's); otherwise its detections.
+        proposals: name class-agnostic proposals (an RPN's, DETA's, SAM 2's masks); otherwise the detections.
     """
 
     task = "detection"
 
-    def __init__(self, base: DetectionPredictor, classifier: RegionClassifier, *, proposals: bool) -> None:
+    def __init__(self, base: ObjectPredictor, classifier: RegionClassifier, *, proposals: bool) -> None:
         super().__init__(base.model, device=base.device, dtype=base.dtype)
         self.base, self.classifier, self.proposals = base, classifier, proposals
         self.score, self.class_names = base.score, classifier.names
@@ -49,7 +49,7 @@ class NamedPredictor(Predictor):
 
     def _predict(self, items: Sequence[tuple[Any, np.ndarray]]) -> list[Detections]:
         inputs, images = zip(*items, strict=True)
-        found = propose(self.base, inputs, images) if self.proposals else self.base._predict(inputs)
+        found = self.base._propose(inputs, images) if self.proposals else self.base._predict(inputs)
         return [self._named(one, rgb) for one, rgb in zip(found, images, strict=True)]
 
     def _named(self, found: Detections, rgb: np.ndarray) -> Detections:

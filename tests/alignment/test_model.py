@@ -251,7 +251,7 @@ def test_what_is_missing_ends_in_a_sentence(weights, monkeypatch):
     del samples[0].instances
     with pytest.raises(ConfigError, match=r"give the dataset's data_prefix.instances"):
         build(weights)(images, samples, mode="loss")
-    monkeypatch.setattr("pe_spatial.alignment.sam2_teacher.find_spec", lambda _: None)
+    monkeypatch.setattr("pe_spatial.integrations.sam2.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="needs sam2, which is not installed; pip install"):
         MODELS.build(dict(type="SAM2MaskTeacher"))
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
@@ -279,7 +279,7 @@ def test_resumed_run_equals_uninterrupted_one_to_the_last_bit(weights, folder, t
 @pytest.mark.slow
 def test_sam2_gives_the_same_logits_in_batches_of_any_size(tmp_path):
     pytest.importorskip("sam2")
-    from pe_spatial.alignment.sam2_teacher import build_sam2
+    from pe_spatial.integrations.sam2 import build_sam2
 
     torch.manual_seed(0)
     path = tmp_path / "sam.pt"

@@ -153,6 +153,21 @@ def test_features_at_two_layers_and_a_clicked_patch(page, image):
     assert brightest[0, 0] == brightest.max()  # the patch that was clicked
 
 
+def test_a_phrase_and_another_one(page, image):
+    upload(page, "features", image)
+    page.locator("#features-pca img").wait_for()
+    wait_for_end(page)
+    box = page.locator("#features-phrase textarea, #features-phrase input").first
+    box.fill("a red cone")
+    box.press("Enter")
+    page.locator("#features-where img").wait_for()
+    first, before = pixels(page, "features-where"), source(page, "features-where")
+    box.fill("wood")
+    box.press("Enter")
+    wait_for_change(page, "features-where", before)
+    assert not np.array_equal(first, pixels(page, "features-where"))
+
+
 def test_compare_two_encoders(page, image):
     upload(page, "compare", image)
     page.locator("#compare-right-pca img").wait_for()

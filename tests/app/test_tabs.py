@@ -5,6 +5,7 @@ import logging
 import socket
 from zipfile import ZipFile
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,8 @@ from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.features.extract import FeatureExtractor
 from pe_spatial.features.patches import similarity
+from pe_spatial.features.phrases import PhraseMaps
+from pe_spatial.features.sheet import heat
 from pe_spatial.tracking.sam2.session import Click
 
 pytest.importorskip("sam2")
@@ -80,6 +83,17 @@ def test_features_of_layers_and_the_similarity_to_a_clicked_patch(models, image)
     assert (best == 0).sum() == 1
     assert expected.argmax() == 7
     assert seen.pixel((640, 480)) == (127, 95)  # the last pixel
+
+
+def test_a_phrase_is_shown_where_the_core_finds_it(models, image):
+    pytest.importorskip("open_clip")
+    seen = Seen.look(models, "tiny", image)
+    shown = seen.phrase(models.words, "a red cone")
+    assert shown.shape == (480, 640, 3)
+    values = PhraseMaps(models.words, ["a red cone"]).maps(seen.rgb, "a.png")[0]
+    assert np.array_equal(shown[80::160, 80::160], heat(values, cv2.COLORMAP_VIRIDIS))  # 3 x 4 patches
+    assert not np.array_equal(shown, seen.phrase(models.words, "wood"))
+    assert seen.phrase(models.words, " ") is None
 
 
 def test_compare_runs_an_encoder_once(models, image):

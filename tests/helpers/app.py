@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 from helpers.encoders import randomize
+from helpers.language import WORD_CORE, tiny_core
 from helpers.processes import free_port
 from helpers.videos import moving
 
@@ -115,7 +116,8 @@ def encoder(seed):
 def fake_models(**options):
     fakes = FakeDetector(), FakeDepth(), TinyTracker(), FakeTogether()
     predictors = dict(zip(("detection", "depth", "tracking", "together"), fakes, strict=True))
-    return Models(predictors=predictors, encoders=dict(tiny=encoder(0), other=encoder(1)), **options)
+    encoders = dict(tiny=encoder(0), other=encoder(1))
+    return Models(predictors=predictors, encoders=encoders, words=tiny_core(WORD_CORE), **options)
 
 
 def write_clip(path, frames):

@@ -130,3 +130,33 @@ def test_keep(blobs, core, tmp_path, capsys):
     ]:
         with pytest.raises(SystemExit, match=message):
             predict(*common, tmp_path / "two", *options)
+
+
+@pytest.mark.slow
+def test_masks_of_sam2_get_names(core, tmp_path):
+    pytest.importorskip("sam2")
+    from pe_spatial.integrations.sam2 import build_sam2
+    from pe_spatial.predict.sam2_masks import MaskProposer
+
+    torch.manual_seed(0)
+    file = tmp_path / "sam.pt"
+    torch.save(dict(model=build_sam2("tiny").state_dict()), file)
+    loaded = pe_spatial.load(file, config="sam2:tiny", words=core)
+    assert loaded.generator.point_grids[0].shape == (32 * 32, 2)
+    proposer = MaskProposer(loaded.model, device="cpu", points=2)
+    proposer.words = loaded.words
+    proposer.generator.pred_iou_thresh = proposer.generator.stability_score_thresh = -np.inf  # the weights are random
+    plain = proposer(RGB)
+    assert len(plain) > 0
+    assert set(plain.names) == {"object"}
+    assert plain.masks.shape == (len(plain), 100, 120)
+    assert (np.diff(plain.scores) <= 0).all()
+    named = proposer(RGB, classes=["a red cone", "wood"])
+    classifier = RegionClassifier(tiny_core(WORD_CORE), ["a red cone", "wood"])
+    expected = plain.scores * classifier(RGB, plain.boxes, plain.masks).max(1)
+    np.testing.assert_allclose(named.scores[0], expected.max(), rtol=1e-5)
+    assert named.class_names == ("a red cone", "wood")
+    with pytest.raises(ConfigError, match=r"the size of SAM 2.1 .*huge"):
+        pe_spatial.load("sam2:huge")
+    with pytest.raises(ConfigError, match="sam2:tiny finds objects without classes and has no tta"):
+        pe_spatial.load(file, config="sam2:tiny", tta=True)
