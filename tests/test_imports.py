@@ -47,7 +47,8 @@ ARROWS = {
     "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
     "multitask": {"multitask", "loading", "predict", "encoder", "engine", "integrations", "tracking"} | GROUND,
     "labeling": {"labeling", "predict", "data", "tracking"} | GROUND,
-    "app": {"app", "labeling", "multitask", "loading", "predict", "features", "language", "encoder", "depth", "tracking"}
+    "app": {"app", "labeling", "multitask", "loading", "predict", "features", "language"}
+    | {"encoder", "depth", "tracking"}
     | GROUND,
     "cli": {"cli", "app", "multitask", "labeling", "predict", "export", "runtime", "features", "alignment", "analysis"}
     | {"data", "encoder", "language"}
