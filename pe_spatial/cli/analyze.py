@@ -4,7 +4,8 @@ Detection: AP, costs of errors, confusion, calibration, worst images. Results ar
 `pe-spatial test --out FILE.json` or `pe-spatial predict` writes them.
     pe-spatial analyze CONFIG CHECKPOINT --out report.html
     pe-spatial analyze instances_val2017.json A.json B.json --images data/coco/val2017
-Depth: errors by range, worst maps. Results are folders that `pe-spatial infer_depth` wrote.
+Depth: errors by range, worst maps. Results are checkpoints, or folders that `pe-spatial infer_depth` wrote.
+    pe-spatial analyze CONFIG CHECKPOINT --out depth.html
     pe-spatial analyze pairs.csv depth_a depth_b --out depth.html
 Video masks: J&F of each sequence and over time. Results are folders as in `pe-spatial eval_vos`.
     pe-spatial analyze DAVIS results_a results_b --out davis.html
@@ -13,12 +14,14 @@ Video masks: J&F of each sequence and over time. Results are folders as in `pe-s
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pe_spatial.cli.arguments import add_cfg_options, import_quietly, quiet_start, refuse
+from pe_spatial.cli.arguments import add_cfg_options, import_quietly, quiet_start, refuse, without_prints
+from pe_spatial.cli.main import run_command
 from pe_spatial.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     kind = kind_of(args)
     for other, names in OPTIONS.items():
         if other != kind:
-            refuse(args, *names, because=f"results of {kind} have no")
+            allowed = OF_CONFIGS if args.truth.endswith(".py") else ()
+            refuse(args, *(name for name in names if name not in allowed), because=f"results of {kind} have no")
     html, lines = {"detection": of_detection, "depth": of_depth, "video": of_video}[kind](args)
     with atomic_write(args.out) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
@@ -67,7 +71,12 @@ def run(args: argparse.Namespace) -> None:
 
 def kind_of(args: argparse.Namespace) -> str:
     """Return what is analyzed, 'detection', 'depth' or 'video', by the truth and the first result."""
-    if args.truth.endswith((".py", ".json")):
+    if args.truth.endswith(".py"):
+        from pe_spatial.engine.configs import read_config
+
+        model = read_config(args.truth).get("model") or {}
+        return "depth" if model.get("type") == "PEDepthEstimator" else "detection"
+    if args.truth.endswith(".json"):
         return "detection"
     if args.truth.endswith(".csv") or Path(args.results[0], "metadata.json").is_file():
         return "depth"
@@ -95,10 +104,41 @@ def of_depth(args: argparse.Namespace) -> Report:
     from pe_spatial.analysis.depth import DepthResult, write_page
     from pe_spatial.depth.batch import GroundTruth
 
-    truth = GroundTruth(args.truth, scale=None)
-    results = [DepthResult(path, truth) for path in args.results]
-    named = dict(zip(unique_names(args.results), results, strict=True))
-    return write_page(named, worst=args.worst, samples=args.bootstrap)
+    with tempfile.TemporaryDirectory() as folder:
+        table, paths = predicted(args, Path(folder)) if args.truth.endswith(".py") else (args.truth, args.results)
+        truth = GroundTruth(table, scale=None)
+        results = [DepthResult(path, truth) for path in paths]
+        named = dict(zip(unique_names(args.results), results, strict=True))
+        return write_page(named, worst=args.worst, samples=args.bootstrap)
+
+
+def predicted(args: argparse.Namespace, folder: Path) -> tuple[str | Path, list[str]]:
+    """Predict the test images of a config for depth with each checkpoint; return the table of pairs and the results."""
+    from mmengine.registry import DATASETS
+
+    import pe_spatial.depth  # noqa: F401  (registers)
+    from pe_spatial.predict.models import test_dataset
+
+    with without_prints():
+        dataset = test_dataset(read(args))
+        pairs = DATASETS.build({**dataset, "pipeline": [], "serialize_data": False}).data_list
+    root = os.path.commonpath([Path(pair["img_path"]).absolute().parent for pair in pairs])
+    table, images = folder / "pairs.csv", folder / "images"
+    with table.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("rgb", "depth", "units_per_meter"))
+        for pair in pairs:  # links, because the folder of the images may hold other files
+            image = Path(pair["img_path"]).absolute()
+            link = images / image.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image)
+            rows.writerow((image.resolve(), Path(pair["depth_path"]).absolute(), pair["depth_scale"]))
+    results = [str(folder / str(i)) for i in range(len(args.results))]
+    for checkpoint, result in zip(args.results, results, strict=True):
+        options = ["--checkpoint", checkpoint, "--config", args.truth, "--size", "full", "--out", result]
+        with without_prints():
+            run_command("infer_depth", [str(images), *options], cfg_options=args.cfg_options)
+    return table, results
 
 
 def of_video(args: argparse.Namespace) -> Report:

@@ -2,7 +2,7 @@
 
 pe-spatial show_features IMAGES --variant pe_synthetic_xs8_192 --out features.png
 pe-spatial show_features IMAGE.jpg --variant pe_spatial_b16_512 --layers 2,5,8,11 --show pca similarity --point 320,200
-pe-spatial show_features IMAGES --variant pe_spatial_s16_512 --checkpoint work_dirs/NAME/iter_100.pth --show attention
+pe-spatial show_features IMAGES --checkpoint work_dirs/NAME/iter_100.pth --show attention --point 320,200
 pe-spatial show_features IMAGES --phrase "a red cone" "the floor" --variant PE-Core-L14-336 --size 672
 pe-spatial show_features VIDEO.mp4 --variant timm:vit_small_patch14_dinov2.lvd142m --out features.mp4
 
@@ -15,8 +15,10 @@ resized to whole patches, the longer side to --size. A video gives a video.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pe_spatial.cli.arguments import VARIANT_HELP, add_device, choose_device, layers, variant
 from pe_spatial.errors import ConfigError, DatasetError, listed, one_of
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
         write_phrases(args, images, out)
         return
     options = {} if args.geometry is None else dict(geometry=args.geometry)
-    encoder = load_encoder(args.variant, args.checkpoint, layers=args.layers, **options)
+    variant = args.variant or trained_variant(args.checkpoint)
+    encoder = load_encoder(variant, args.checkpoint, layers=args.layers, **options)
     extractor = FeatureExtractor(encoder, long_side=args.size, device=choose_device(args))
     look = Look(tuple(dict.fromkeys(args.show)), args.point, args.basis or "images", args.columns, args.width)
     if videos:
@@ -86,6 +89,27 @@ def run(args: argparse.Namespace) -> None:
     else:
         write_sheet(extractor, images, out, look)
     print(f"wrote {out}")
+
+
+def trained_variant(checkpoint: str) -> dict[str, Any] | None:
+    """Return the encoder, as far as it was built, of a checkpoint that `train` wrote; None for any other file."""
+    if not Path(checkpoint).is_file() or find_spec("mmengine") is None:
+        return None
+    from pe_spatial.encoder.checkpoint import to_timm_names
+    from pe_spatial.encoder.files import CheckpointError, read_state_dict
+    from pe_spatial.encoder.variants import get_config
+    from pe_spatial.engine.configs import config_in
+    from pe_spatial.engine.summary import encoders
+
+    try:
+        variant = next((options["variant"] for _, options in encoders(config_in(checkpoint).get("model"))), None)
+    except CheckpointError:
+        return None
+    if variant is None or str(variant).startswith("timm:"):
+        return None
+    names = to_timm_names(read_state_dict(checkpoint))[0]
+    blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
+    return asdict(get_config(variant)) | dict(depth=len(blocks))  # without those after the last layer that was read
 
 
 def check(args: argparse.Namespace) -> None:

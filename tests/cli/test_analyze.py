@@ -9,14 +9,18 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mmdet")
 from helpers.coco import write_coco
-from helpers.repository import command
+from helpers.repository import REPO, command
 from helpers.videos import write_davis
+from mmengine.registry import MODELS
 from PIL import Image
 
 from pe_spatial.cli.main import main
+from pe_spatial.engine.configs import read_config
+from pe_spatial.synthetic import write_dataset
 from pe_spatial.tracking.vos.masks import write_mask
 
 
@@ -113,6 +117,26 @@ def test_depth(tmp_path):
         inside = truth[(truth >= low) & (truth < high)]
         assert values[f"{low} to {high}"][1] == pytest.approx(0.1 * np.sqrt((inside**2).mean()), abs=6e-4)
     assert html.index("far: abs_rel") < html.index("near: abs_rel")
+
+
+@pytest.mark.slow
+def test_a_config_and_checkpoints_of_depth(tmp_path, capsys):
+    import pe_spatial.depth  # noqa: F401  (registers)
+
+    config = str(REPO / "projects/nyu_depth/synthetic_lin1.py")
+    world = write_dataset(tmp_path / "world", scenes=dict(train=1, val=2), size=(96, 96))
+    torch.manual_seed(0)
+    cfg = read_config(config)
+    for name in ("one", "other"):
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / f"{name}.pth")
+    files = [str(tmp_path / f"{name}.pth") for name in ("one", "other")]
+    out = tmp_path / "depth.html"
+    main(["analyze", config, *files, "--data-root", str(world), "--bootstrap", "20", "--out", str(out)])
+    said = capsys.readouterr().out.splitlines()
+    assert {"one", "other"} <= {line.partition(":")[0] for line in said}
+    html = out.read_text()
+    assert "depth; 4 images with ground truth" in html
+    assert "0001/00001: abs_rel" in html
 
 
 def test_video_masks(tmp_path):

@@ -8,7 +8,9 @@ from helpers.language import WORD_CORE, tiny_core
 from helpers.repository import command
 from PIL import Image
 
+from pe_spatial import PerceptionEncoder
 from pe_spatial.cli.main import main
+from pe_spatial.cli.show_features import trained_variant
 from pe_spatial.features.phrases import PhraseMaps
 from pe_spatial.language.checkpoint import save_core
 from pe_spatial.video import count_frames, mp4_writer
@@ -46,6 +48,24 @@ def test_bases_and_random_weights(tmp_path, basis):
     command("show_features", "a.png", *options, "--layers", "0,-1", "--columns", "2", cwd=tmp_path)
     with Image.open(tmp_path / "features.png") as sheet:
         assert sheet.width == 6 + 2 * 246
+
+
+@pytest.mark.mmdet
+def test_a_trained_checkpoint_tells_its_encoder(tmp_path):
+    pytest.importorskip("mmengine")
+    config = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
+    text = f"model = dict(type='X', backbone=dict(type='PerceptionEncoder', variant={config}, out_indices=(0, 2)))"
+    encoder = PerceptionEncoder(config, out_indices=(0, 2))  # without the last block
+    state = {f"backbone.{name}": value for name, value in encoder.state_dict().items()}
+    torch.save(dict(state_dict=state, meta=dict(cfg=text)), tmp_path / "iter_1.pth")
+    assert trained_variant(str(tmp_path / "iter_1.pth"))["depth"] == 3
+    photo(tmp_path / "a.png")
+    out = str(tmp_path / "f.png")
+    main(["show_features", str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "iter_1.pth"), "--out", out])
+    with Image.open(out) as sheet:
+        assert sheet.width == 6 + 4 * 246  # the image and three layers
+    torch.save(state, tmp_path / "plain.pth")
+    assert trained_variant(str(tmp_path / "plain.pth")) is None
 
 
 def test_timm_encoder(tmp_path):
