@@ -286,8 +286,11 @@ def _check_config(cfg: Config) -> tuple[int, int]:
         raise ConfigError("a layer sweep is for frozen encoders, and this one trains LoRA adapters; omit backbone.lora")
     if cfg.get("launcher", "none") != "none":
         raise ConfigError("a layer sweep runs in one process; omit --launcher")
-    with torch.device("meta"):
-        encoder = _encoder_of(MODELS.build(model))
+    try:
+        with torch.device("meta"):
+            encoder = _encoder_of(MODELS.build(model))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{cfg.filename} cannot be built: {' '.join(str(error).split())}") from error
     if len(set(encoder.out_indices)) != 1:
         raise ConfigError(f"the config's head reads layers {encoder.out_indices}; a sweep needs a head that reads one")
     return encoder.config.depth, len(encoder.out_indices)

@@ -320,6 +320,8 @@ def test_what_cannot_be_swept_is_refused(config, tmp_path):
     config.launcher = "none"
     config.model.backbone.lora = dict(rank=2)
     refused("this one trains LoRA adapters; omit backbone.lora")
+    config.model.backbone.update(lora=None, variant="pe_spatial_x99")
+    refused("cannot be built: .*unknown variant 'pe_spatial_x99'")
     config.model.backbone = dict(type="ResNet", depth=18)
     refused("a LinearProbe cannot be swept; give a config with a PerceptionEncoder")
 
