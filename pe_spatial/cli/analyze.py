@@ -7,7 +7,8 @@ Detection: AP, costs of errors, confusion, calibration, worst images. Results ar
 Depth: errors by range, worst maps. Results are checkpoints, or folders that `pe-spatial infer_depth` wrote.
     pe-spatial analyze CONFIG CHECKPOINT --out depth.html
     pe-spatial analyze pairs.csv depth_a depth_b --out depth.html
-Video masks: J&F of each sequence and over time. Results are folders as in `pe-spatial eval_vos`.
+Video masks: J&F of each sequence and over time. Results are checkpoints, or folders as in `pe-spatial eval_vos`.
+    pe-spatial analyze CONFIG CHECKPOINT --out davis.html
     pe-spatial analyze DAVIS results_a results_b --out davis.html
 """
 
@@ -74,8 +75,10 @@ def kind_of(args: argparse.Namespace) -> str:
     if args.truth.endswith(".py"):
         from pe_spatial.engine.configs import read_config
 
-        model = read_config(args.truth).get("model") or {}
-        return "depth" if model.get("type") == "PEDepthEstimator" else "detection"
+        cfg = read_config(args.truth)
+        if (cfg.get("model") or {}).get("type") == "PEDepthEstimator":
+            return "depth"
+        return "video" if "ann_dir" in (cfg.get("test_evaluator") or {}) else "detection"
     if args.truth.endswith(".json"):
         return "detection"
     if args.truth.endswith(".csv") or Path(args.results[0], "metadata.json").is_file():
@@ -145,17 +148,33 @@ def of_video(args: argparse.Namespace) -> Report:
     from pe_spatial.analysis.vos import write_page
     from pe_spatial.tracking.vos.evaluation import divide_sequences, evaluate, read_sequences
 
-    if args.sequences:
-        sequences = read_sequences(args.sequences)
-    else:
-        parts = [divide_sequences(args.truth, path, protocol="davis")[0] for path in args.results]
-        sequences = [name for name in parts[0] if name in parts[-1]]
-    if not sequences:
-        raise ConfigError(f"{args.results[0]} and {args.results[-1]} have no sequence in common; give others")
-    workers = os.cpu_count() or 1
-    evaluations = [evaluate(args.truth, path, sequences=sequences, workers=workers) for path in args.results]
-    named = dict(zip(unique_names(args.results), evaluations, strict=True))
-    return write_page(named, worst=args.worst, samples=args.bootstrap)
+    with tempfile.TemporaryDirectory() as folder:
+        truth, paths = tracked(args, Path(folder)) if args.truth.endswith(".py") else (args.truth, args.results)
+        if args.sequences:
+            sequences = read_sequences(args.sequences)
+        else:
+            parts = [divide_sequences(truth, path, protocol="davis")[0] for path in paths]
+            sequences = [name for name in parts[0] if name in parts[-1]]
+        if not sequences:
+            raise ConfigError(f"{args.results[0]} and {args.results[-1]} have no sequence in common; give others")
+        workers = os.cpu_count() or 1
+        evaluations = [evaluate(truth, path, sequences=sequences, workers=workers) for path in paths]
+        named = dict(zip(unique_names(args.results), evaluations, strict=True))
+        return write_page(named, worst=args.worst, samples=args.bootstrap)
+
+
+def tracked(args: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
+    """Track the test videos of a config with each checkpoint; return the folder of their masks, and the results."""
+    results = [str(folder / str(i)) for i in range(len(args.results))]
+    for checkpoint, result in zip(args.results, results, strict=True):
+        with quiet_start(args):
+            from pe_spatial.engine.evaluation import test
+
+            cfg = read(args, f"{result}_log")
+            cfg.load_from, cfg.resume = checkpoint, False
+            cfg.test_evaluator.save_dir = result
+            test(cfg)
+    return cfg.test_evaluator.ann_dir, results
 
 
 def located(args: argparse.Namespace, folder: Path) -> tuple[str, str | None, list[Path]]:

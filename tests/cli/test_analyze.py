@@ -155,6 +155,17 @@ def test_video_masks(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_config_of_tracking(tmp_path, capsys):
+    world = write_dataset(tmp_path / "world", scenes=dict(val=2), frames_per_scene=4, size=(96, 96))
+    config = str(REPO / "projects/video_tracking/synthetic_zeroshot.py")
+    arguments = ("--data-root", str(world), "--cfg-options", "model.size=96", "--out", str(tmp_path / "video.html"))
+    main(["analyze", config, "released", *arguments])
+    assert "released: J&F " in capsys.readouterr().out
+    html = (tmp_path / "video.html").read_text()
+    assert all(f"<td>{name}</td>" in html for name in ("0000", "0001"))
+
+
+@pytest.mark.slow
 def test_opens_in_a_browser_without_a_network(folder, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
