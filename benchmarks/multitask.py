@@ -4,8 +4,9 @@ python benchmarks/multitask.py                                   # the encoder i
 python benchmarks/multitask.py --variant pe_spatial_s16_512 --side 512 --frames 8
 
 Heads are those of the small recipes (pe_demo_cascade_synthetic, synthetic_dpt, video_tracking/synthetic) with random
-weights: time does not depend on them, but for the number of boxes, which is the most that the detector returns. Frames
-are those of the synthetic world. Both sides take turns frame by frame; ratios are medians of the ratios of frames.
+weights: time does not depend on them, but for the number of boxes, which is the most that the detector returns; or
+--checkpoints. Frames are those of the synthetic world. Both sides take turns frame by frame; ratios are medians of the
+ratios of frames. The bound is what heads and one encode take, over heads and an encode for each.
 """
 
 from __future__ import annotations
@@ -105,12 +106,15 @@ def measure(paths: Sequence[Path], frames: Sequence[np.ndarray], objects: int) -
     times = times[2:]  # the first fill caches
     ours, theirs = (1000 * statistics.median(x) for x in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
-    return dict(ours=ours, theirs=theirs, ratio=ratio, report=shared.report())
+    report = shared.report()
+    return dict(ours=ours, theirs=theirs, ratio=ratio, report=report, bound=report["ratio"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="pe_synthetic_xs8_192")
+    given = "models to measure at --side: a detector, a depth model and a tracker, in this order"
+    parser.add_argument("--checkpoints", type=Path, nargs=3, metavar="FILE", help=given)
     parser.add_argument("--side", type=int, nargs="+", default=[192], help="pixels; several show the growth")
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--objects", type=int, nargs="+", default=[3], help="tracked objects; several show the growth")
@@ -118,19 +122,20 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     print(f"{args.variant}, torch {torch.__version__}, {torch.get_num_threads()} thread, {platform.machine()}\n")
-    print("| side | tasks | objects | encoder ms | heads ms | one encode ms | separate ms | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| side | tasks | objects | encoder ms | heads ms | one encode ms | separate ms | ratio | bound |")
+    print("|---" * 9 + "|")
     for side in args.side:
         frames = frames_of(args.frames, side)
         with tempfile.TemporaryDirectory() as folder:
-            paths = write_models(Path(folder), args.variant, side)
+            given = args.checkpoints and dict(zip(("detection", "depth", "tracking"), args.checkpoints, strict=True))
+            paths = given or write_models(Path(folder), args.variant, side)
             rows = [(list(paths), n) for n in args.objects] + [(["detection", "depth"], 0)]
             for tasks, objects in rows:
                 found = measure([paths[task] for task in tasks], frames, objects)
                 heads = ", ".join(f"{task} {ms:.0f}" for task, ms in found["report"]["heads"].items())
                 print(
                     f"| {side} | {len(tasks)} | {objects or ''} | {found['report']['encoder']:.0f} | {heads} | "
-                    f"{found['ours']:.0f} | {found['theirs']:.0f} | {found['ratio']:.2f} |",
+                    f"{found['ours']:.0f} | {found['theirs']:.0f} | {found['ratio']:.2f} | {found['bound']:.2f} |",
                     flush=True,
                 )
 

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+SPACES = 20
+"""Two frames to check are at least this part of the video apart."""
+
 
 class Keyframe(NamedTuple):
     """A frame to check: its number, its score (0 is good), the object that is worst there, and why."""
@@ -43,7 +46,7 @@ def choose_keyframes(
             found = [_judge(t, i, now, before, value) for i, value in confidence.get(t, {}).items()]
             scored += [max(found, key=lambda one: one.score)] if found else []
         before = now
-    distance = max(1, frames // (4 * count))
+    distance = max(1, frames // SPACES)
     chosen: list[Keyframe] = []
     for one in sorted(scored, key=lambda one: -one.score):
         near = [*(other.frame for other in chosen), *done]

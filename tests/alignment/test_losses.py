@@ -71,6 +71,7 @@ def test_scale_of_features_and_order_of_prompts_change_nothing(tokens):
     ):
         torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
     moved = torch.randperm(12)
+    assert pairwise_similarity(student, masks) == pairwise_similarity(student, masks, sharpness=20.0)  # the paper's t
     both = pairwise_similarity(student[:, moved], masks[:, moved])
     torch.testing.assert_close(both, pairwise_similarity(student, masks), rtol=0, atol=1e-12)
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import pe_spatial.alignment  # noqa: F401  (registers)
 from pe_spatial import PerceptionEncoder
+from pe_spatial.alignment.losses import pairwise_similarity, token_cosine
 from pe_spatial.alignment.sam2_teacher import point_grid
 from pe_spatial.alignment.student import Masking, fill_gray
 from pe_spatial.encoder.files import CheckpointError
@@ -138,8 +139,41 @@ def test_both_losses_train_the_student_alone(weights):
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for t in model.teachers.values() for p in t.parameters())
+    assert not any(p.requires_grad for t in model.teachers.values() for p in t.parameters())
     assert not any("teacher" in name for name in model.state_dict())
     assert not model.teachers["core"].encoder.training
+
+
+def test_masked_tokens_count_teachers_see_the_complete_image_and_weights_multiply(weights):
+    kinds = dict(core=("token_cosine", 2.0), masks=("pairwise_similarity", 3.0))
+    losses = [dict(kind=kind, teacher=name, weight=weight) for name, (kind, weight) in kinds.items()]
+    model = build(weights, losses=losses).eval()
+    images, samples = batch()
+    torch.manual_seed(1)
+    found = model(images, samples, mode="loss")
+    torch.manual_seed(1)
+    masked = model.masking.draw(len(images), GRID, images.device)
+    student = model.backbone(fill_gray((images - 127.5) / 127.5, masked, 16))[-1].flatten(2).mT
+    core, masks = (x.flatten(2).mT for x in model.targets(images, GRID, samples).values())
+    expected = [2 * token_cosine(student, core), 3 * pairwise_similarity(student, masks)]
+    weight = model.backbone.blocks[-1].mlp.fc2.weight
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        assert_close(ours, theirs)
+        assert_close(*(torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (ours, theirs)))
+
+
+def test_object_masks_are_the_covered_parts_of_patches():
+    ids = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    ids[:, :, :24] = 2  # a column of patches and half of the next one
+    sample = BaseDataElement()
+    sample.instances = PixelData(data=ids)
+    teacher = MODELS.build(dict(type="ObjectMaskTeacher", objects=2))
+    maps = teacher(torch.zeros(1, 3, 64, 64), GRID, [sample])
+    assert maps.shape == (1, 3, *GRID)
+    assert_close(maps.sum(1), torch.ones(1, *GRID))
+    assert (maps[0, 2, :, 0] > 0.9).all()
+    assert_close(maps[0, 2, :, 1], torch.full((4,), 0.5), rtol=0, atol=0.05)
+    assert (maps[0, 2, :, 2:] < 0.1).all()
 
 
 def test_masks_are_blocks_of_the_stated_part_and_hide_the_pixels():
@@ -293,6 +327,11 @@ def test_sam2_gives_the_same_logits_in_batches_of_any_size(tmp_path):
         with torch.no_grad():
             maps[prompts] = teacher(images, GRID, samples)
     assert maps[2].shape == (1, 9, *GRID)
+    with torch.no_grad():
+        logits = teacher(images, (16, 16), samples)  # SAM's own grid
+    small = torch.nn.functional.interpolate(logits, GRID, mode="bilinear", align_corners=False, antialias=True)
+    assert_close(maps[9], small, rtol=1e-4, atol=1e-4)
+    assert not ((logits >= 0) & (logits <= 1)).all()  # no threshold, no sigmoid
     assert_close(maps[2], maps[9], rtol=1e-4, atol=1e-4)
     assert point_grid(32, 1024)[[0, 1, -1]].tolist() == [[16, 16], [48, 16], [1008, 1008]]
     for mask, number in (("single", 9), ("all", 27)):

@@ -147,6 +147,7 @@ def test_keyframes_are_where_masks_jump_and_the_tracker_doubts():
     assert found[0].reason == "changes by 100%"
     assert found[1].reason == "confidence 20%"
     assert choose_keyframes(mask, confidence, 20, count=1, done={10})[0].frame == 16
+    assert choose_keyframes(mask, confidence, 20, count=1, done={0, 10, 15})[0].frame == 16  # one at a time is no wider
 
 
 def test_confidence_is_between_0_and_1_and_high_for_a_drawn_mask(tracker, video, tmp_path):
