@@ -1,6 +1,6 @@
-"""Which families of the swap can be exported: one config of each, with a small PE, written as docs/export_families.md.
+"""Which families of the swap can be exported: one config of each, with a small PE, as a section of docs/export.md.
 
-python benchmarks/export_families.py [--family atss detr] [--write docs/export_families.md]
+python benchmarks/export_families.py [--family atss detr] [--write docs/export.md]
 """
 
 import argparse
@@ -29,6 +29,7 @@ FAMILIES = {
               "ssd", "yolo", "yolof", "yolox"],
     "mmseg": ["fastscnn", "pidnet", "pspnet", "segformer", "segmenter", "unet", "upernet"],
 }  # fmt: skip
+HEADING = "## Families of the swap"
 
 
 class Network(torch.nn.Module):
@@ -62,7 +63,7 @@ def family_row(scope: str, family: str) -> dict[str, str]:
                 model = check._build(swap.cfg).eval()
                 return row | try_export(scope, swap.cfg, model)
         except ConfigError as error:
-            return row | dict(result="refused", reason=str(error))
+            return row | dict(result="no", reason=str(error))
         except Exception as error:  # reported as a result
             return row | dict(result="no", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:140]}")
     return dict(scope=scope, family=family, config="", type="", result="no", reason="no config can be read")
@@ -121,25 +122,34 @@ def exported_difference(exportable: Exportable) -> float:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return docs/export_families.md."""
+    """Return the section of docs/export.md."""
     lines = [
-        "# Which swapped families can be exported", "",
-        "Written by `python benchmarks/export_families.py --write docs/export_families.md`: one config of each",
-        "family of the swap's fast sample, with a small PE and random weights, to ONNX; ONNX Runtime against PyTorch.",
-        "`complete`: pixels in, boxes out, any size. `network`: backbone, neck and heads at one size; the selection of",
-        "results stays in Python.", "",
-        "| framework | family | config | model | exported | remarks |", "|---|---|---|---|---|---|",
+        HEADING, "",
+        "Written by `python benchmarks/export_families.py --write docs/export.md`: one config of each family of the",
+        "swap's fast sample, with a small PE and random weights, to ONNX; ONNX Runtime against PyTorch, relative to",
+        "the largest value above 1. `complete`: pixels in, boxes out, any size from one file. `network`: backbone,",
+        "neck and heads at one size; the selection of results stays in Python.", "",
+        "| family | config | exported | remarks |", "|---|---|---|---|",
     ]  # fmt: skip
-    keys = ("scope", "family", "config", "type", "result", "reason")
-    lines += ["| " + " | ".join(row[key].replace("|", "/") for key in keys) + " |" for row in rows]
+    keys = ("family", "config", "result", "reason")
+    lines += [
+        "| " + " | ".join(row[key].replace("|", "/").replace("<", "").replace(">", "") for key in keys) + " |"
+        for row in rows
+    ]
     return "\n".join([*lines, ""])
+
+
+def replace_section(page: str, section: str) -> str:
+    """Return a page with its section of this heading replaced."""
+    before, _, rest = page.partition(HEADING)
+    return f"{before}{section}\n## {rest.split(f'{chr(10)}## ', 1)[1]}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", help="only these")
     parser.add_argument("--results", type=Path, default=Path("work_dirs/export_families.jsonl"))
-    parser.add_argument("--write", type=Path, help="write the table from the results")
+    parser.add_argument("--write", type=Path, help="page whose section is written from the results")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -154,4 +164,5 @@ if __name__ == "__main__":
             with args.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     if args.write:
-        args.write.write_text(table(sorted(rows, key=lambda row: (row["scope"], row["family"]))))
+        section = table(sorted(rows, key=lambda row: (row["scope"], row["family"])))
+        args.write.write_text(replace_section(args.write.read_text(), section))
