@@ -146,8 +146,9 @@ def test_masks_of_sam2_get_names(core, tmp_path):
     proposer = MaskProposer(loaded.model, device="cpu", points=2)
     proposer.words = loaded.words
     proposer.generator.pred_iou_thresh = proposer.generator.stability_score_thresh = -np.inf  # the weights are random
+    proposer.generator.box_nms_thresh = 1.0
     plain = proposer(RGB)
-    assert len(plain) > 0
+    assert len(plain) > 1
     assert set(plain.names) == {"object"}
     assert plain.masks.shape == (len(plain), 100, 120)
     assert (np.diff(plain.scores) <= 0).all()
