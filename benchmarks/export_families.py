@@ -5,7 +5,9 @@ python benchmarks/export_families.py [--family atss detr] [--write docs/export.m
 
 import argparse
 import json
+import re
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def family_row(scope: str, family: str) -> dict[str, str]:
                 model = check._build(swap.cfg).eval()
                 return row | try_export(scope, swap.cfg, model)
         except ConfigError as error:
-            return row | dict(result="no", reason=str(error))
+            return row | dict(result="no", reason=explained(error))
         except Exception as error:  # reported as a result
             return row | dict(result="no", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:140]}")
     return dict(scope=scope, family=family, config="", type="", result="no", reason="no config can be read")
@@ -101,6 +103,14 @@ def try_export(scope: str, cfg: Any, model: Any) -> dict[str, str]:
     return dict(result="network", reason=f"one size; {reason}; differs by {largest:.1g} at most")
 
 
+def explained(error: ConfigError) -> str:
+    """Return an error with the line of the model that cannot be traced."""
+    lines = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
+    own = [line for line in lines if re.search(r"site-packages/(mm|timm)", line.filename)]
+    where = f"; in {own[-1].filename.split('site-packages/')[1]}: `{own[-1].line}`" if own else ""
+    return str(error).replace("<", "").replace(">", "") + where
+
+
 def exported_difference(exportable: Exportable) -> float:
     """Return the largest difference of ONNX Runtime from PyTorch, relative to the largest value above 1."""
     with tempfile.TemporaryDirectory() as name:
@@ -132,10 +142,7 @@ def table(rows: list[dict[str, str]]) -> str:
         "| family | config | exported | remarks |", "|---|---|---|---|",
     ]  # fmt: skip
     keys = ("family", "config", "result", "reason")
-    lines += [
-        "| " + " | ".join(row[key].replace("|", "/").replace("<", "").replace(">", "") for key in keys) + " |"
-        for row in rows
-    ]
+    lines += ["| " + " | ".join(row[key].replace("|", "/") for key in keys) + " |" for row in rows]
     return "\n".join([*lines, ""])
 
 
