@@ -54,13 +54,12 @@ iterations = 40000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations + 1)
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=1.0))
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=500, end=iterations),
 ]
 default_hooks = dict(checkpoint=dict(interval=2000))
-custom_hooks = [dict(type='WriteTasks')]
+custom_hooks = [dict(type='ClipTasks', encoder=dict(max_norm=1.0)), dict(type='WriteTasks')]
 find_unused_parameters = True  # clips prompted by masks do not use all of the decoder
 randomness = dict(seed=0)

@@ -194,3 +194,32 @@ class WriteTasks(Hook):
             with atomic_write(Path(runner.work_dir, f"{task}.pth")) as unfinished:
                 meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(dataset.datasets[task].metainfo))
                 torch.save({"state_dict": model.task_state(task), "meta": meta}, unfinished)
+
+
+@HOOKS.register_module()
+class ClipTasks(Hook):
+    """Limit the gradients of each task's head as `optim_wrapper.clip_grad` of its config does, before each step.
+
+    One limit for all would let the task with the largest gradients shrink those of the others.
+
+    Args:
+        encoder: the limit of an encoder that is tuned, such as dict(max_norm=1.0); None for no limit.
+    """
+
+    def __init__(self, encoder: Mapping[str, Any] | None = None) -> None:
+        self.encoder = encoder
+
+    def before_train(self, runner: Runner) -> None:
+        """Take the parameters, which are sharded by now if they are."""
+        model: Any = plain_model(runner.model)
+        limits = [(model.models[task], cfg.optim_wrapper.get("clip_grad")) for task, cfg in model.configs.items()]
+        limits.append((model.encoder, self.encoder))
+        parts = [(list(part.parameters()), dict(limit)) for part, limit in limits if limit]
+        kinds: dict[str, Any] = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
+
+        def clip(*_: Any) -> None:
+            for parameters, options in parts:
+                rest = {name: value for name, value in options.items() if name != "type"}
+                kinds[options.get("type", "norm")]([p for p in parameters if p.grad is not None], **rest)
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(clip)

@@ -1,5 +1,7 @@
 """Heads that train together: the losses of each model alone, one frozen encoder, and a checkpoint for each task."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,21 @@ def test_a_step_trains_every_head_and_leaves_the_encoder(model, tasks, batch):
     assert not [name for name in changed if name.startswith("encoder.")]
     assert {name.split(".")[1] for name in changed} == set(tasks)
     assert [name for name, _ in model.named_parameters() if name.startswith("encoder.")]
+
+
+def test_gradients_are_limited_task_by_task(model, tasks, batch):
+    """With SGD at a rate of 1 a step is as long as its gradient."""
+    limits = dict(zip(tasks, (0.5, 0.01, 0.002), strict=True))
+    for task, limit in limits.items():
+        model.configs[task].optim_wrapper.clip_grad = dict(max_norm=limit)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wrapper = OptimWrapper(torch.optim.SGD(parameters, lr=1.0))
+    training.ClipTasks(encoder=dict(max_norm=1.0)).before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    before = {name: value.detach().clone() for name, value in model.models.named_parameters()}
+    model.train_step(batch, wrapper)
+    for task, limit in limits.items():
+        steps = [p.detach() - before[f"{task}.{name}"] for name, p in model.models[task].named_parameters()]
+        assert torch.cat([step.flatten() for step in steps]).norm() == pytest.approx(limit, rel=1e-3)
 
 
 def test_a_tuned_encoder_gets_the_gradients_of_all_tasks(tasks, batch):
