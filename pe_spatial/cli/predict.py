@@ -52,7 +52,7 @@ OPTIONS = {
         "words",
     ),
     "segmentation": ("write", "overwrite", "batch", "tta", "frames"),
-    "depth": ("write", "overwrite", "batch", "tile", "overlap"),
+    "depth": ("write", "overwrite", "batch", "size", "tile", "overlap"),
     "tracking": ("write", "points", "box", "mask"),
 }
 """The options that a kind of model has; the others are for all."""
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--batch", type=int, metavar="N", help="images of one size, or tiles, per forward pass")
     parser.add_argument("--frames", type=int, metavar="N", help="stop after N frames of a camera")
-    size = "several checkpoints: resize each image to a square of this side first, so that all get the same"
+    size = "several checkpoints: side of the square that all get; depth: short side, as for infer_depth"
     parser.add_argument("--size", type=int, metavar="PIXELS", help=size)
     group = parser.add_argument_group("detectors")
     group.add_argument("--score", type=float, help=f"lowest score (default: {SCORE})")
@@ -115,8 +115,6 @@ def run(args: argparse.Namespace) -> None:
         run_tasks(args)
         return
     (args.checkpoint,) = args.checkpoint
-    if args.size is not None:
-        raise ConfigError("--size is for several checkpoints that share an encoder; omit it")
     if is_exported(args.checkpoint):
         run_exported(args)
         return
@@ -266,7 +264,7 @@ def run_depth(args: argparse.Namespace) -> None:
     options = [*args.inputs, "--checkpoint", args.checkpoint, "--out", args.out]
     if args.tile == 0:
         raise ConfigError("give --tile a number of pixels; depth has no usual one")
-    for name in ("config", "device", "batch", "tile", "overlap"):
+    for name in ("config", "device", "batch", "size", "tile", "overlap"):
         if getattr(args, name) is not None:
             options += [f"--{name}", getattr(args, name)]
     options += ["--write", *args.write] if args.write else []

@@ -67,6 +67,7 @@ def sweep(args: argparse.Namespace) -> tuple[str, Best]:
 
     from pe_spatial.cli.own_data import run_name, use_data
     from pe_spatial.engine.configs import read_config
+    from pe_spatial.probing.report import check_score
 
     with arguments.without_prints():
         cfg = read_config(args.config)
@@ -84,6 +85,7 @@ def sweep(args: argparse.Namespace) -> tuple[str, Best]:
     if tracks:
         return "tracking", sweep_tracking(args, cfg)
     task = "depth" if not takes_data else "detection" if cfg.get("default_scope") == "mmdet" else "segmentation"
+    check_score(args.score, task)
     return task, sweep_heads(args, cfg)
 
 

@@ -8,13 +8,23 @@ from pe_spatial.engine.report import best_layer, draw_scores
 from pe_spatial.errors import ConfigError
 from pe_spatial.probing.sweep import LayerSweep
 
-HIGHER_IS_BETTER = {
-    **dict.fromkeys(("bbox_mAP", "segm_mAP", "bbox_mAP_50", "segm_mAP_50"), True),
-    **dict.fromkeys(("mIoU", "mDice", "mAcc", "aAcc"), True),
-    **dict.fromkeys(("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog", "mae"), False),
-    **dict.fromkeys(("d1", "d2", "d3"), True),
+SCORES = {
+    "detection": dict.fromkeys(("bbox_mAP", "segm_mAP", "bbox_mAP_50", "segm_mAP_50"), True),
+    "segmentation": dict.fromkeys(("mIoU", "mDice", "mAcc", "aAcc"), True),
+    "depth": dict.fromkeys(("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog", "mae"), False)
+    | dict.fromkeys(("d1", "d2", "d3"), True),
 }
-"""Scores that layers can be compared by; the default is the first one that the config's metrics contain."""
+"""Task -> scores that layers can be compared by, and whether higher is better.
+
+The default is the first one that the config's metrics contain.
+"""
+HIGHER_IS_BETTER = {name: higher for scores in SCORES.values() for name, higher in scores.items()}
+
+
+def check_score(name: str | None, task: str) -> None:
+    """Raise ConfigError unless layers can be compared by this score, so that nobody waits for an evaluation first."""
+    if name is not None and name not in SCORES[task]:
+        raise ConfigError(f"--score is {name}; layers are compared for {task} by {', '.join(SCORES[task])}")
 
 
 def choose_score(metrics: Mapping[str, float], name: str | None = None) -> tuple[str, bool]:

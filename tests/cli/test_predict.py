@@ -161,6 +161,7 @@ def test_only_broken_inputs_fail(checkpoint, photos, tmp_path):
         (("photos", "--overlap", "9"), "--overlap is of tiles; give --tile too"),
         (("photos", "--tile", "--overlap", "9999"), "the overlap is 9999; tiles of 1024 pixels allow"),
         (("photos", "--tta"), "no tta_model and no tta_pipeline"),
+        (("photos", "--size", "64"), "is a model for detection, which has no --size; it has --write"),
         (("photos", "--box", "1:1,2,3,4"), "is a model for detection, which has no --box; it has --write"),
         (("photos", "--write", "ply"), "a model for detection does not write 'ply' but images, json, csv, masks"),
     ],

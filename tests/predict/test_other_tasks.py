@@ -111,6 +111,8 @@ def test_predict_with_a_depth_estimator(depth, photos, tmp_path):
     assert "0 predicted, 3 kept" in command("infer_depth", photos, *args, "--write", "png", cwd=tmp_path)
     with pytest.raises(SystemExit, match="give --tile a number of pixels"):
         command("predict", photos, *args, "--tile", cwd=tmp_path)
+    command("predict", photos, *args[:2], "--out", tmp_path / "small", "--size", 32, "--write", "png", cwd=tmp_path)
+    assert json.loads((tmp_path / "small" / "metadata.json").read_text())["model"]["size"] == 32
 
 
 @pytest.fixture(scope="module")

@@ -447,9 +447,13 @@ def test_command(config, tmp_path, monkeypatch):
     assert "layer 1: already trained" in command("sweep_layers", "probe.py", *options, cwd=tmp_path)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", "--layers", "0,7"])
-    with pytest.raises(SystemExit, match=r"^error: layers are 0, 7; the encoder has blocks 0 to 2"):
-        runpy.run_path(str(REPO / "tools" / "sweep_layers.py"), run_name="__main__")
+    for options, message in (
+        (("--layers", "0,7"), "layers are 0, 7; the encoder has blocks 0 to 2"),
+        (("--layers", "0", "--score", "rmse"), "--score is rmse; layers are compared for segmentation by mIoU, mDice"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sweep_layers.py", "probe.py", *options])
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            runpy.run_path(str(REPO / "tools" / "sweep_layers.py"), run_name="__main__")
 
 
 @pytest.mark.mmdet
