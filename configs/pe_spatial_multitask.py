@@ -9,9 +9,9 @@
 #   expected  not measured yet, and not published: PE's authors train one head at a time
 #
 # A step has a batch of each task from its own dataset and one update; the run ends with a checkpoint for each task.
-# Models, data and batch sizes are those of the configs below, changed by `options`; `weight` multiplies the losses of a
-# task. Tune the encoder too: --cfg-options model.frozen=False. A small version without downloads:
-# tests/multitask/test_training.py
+# Models, data, batch sizes and optimizers are those of the configs below, changed by `options`; `weight` multiplies the
+# losses of a task. The schedule is one for all, with factors on their learning rates. Tune the encoder too, by
+# `optim_wrapper.encoder`: --cfg-options model.frozen=False. A small version without downloads: projects/multitask
 
 _base_ = '_base_/runtime.py'
 
@@ -46,20 +46,24 @@ train_dataloader = dict(
     batch_size=1,
     num_workers=4,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type='MultiTaskSampler'),
     collate_fn=dict(type='only_item'),
     dataset=dict(type='MultiTaskDataset', tasks=tasks))
 
 iterations = 40000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations + 1)
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05))
+    constructor='TaskOptimWrapperConstructor',
+    encoder=dict(
+        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.1),
+        clip_grad=dict(max_norm=1.0),
+        constructor='LayerDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate='vitdet')))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=500, end=iterations),
 ]
 default_hooks = dict(checkpoint=dict(interval=2000))
-custom_hooks = [dict(type='ClipTasks', encoder=dict(max_norm=1.0)), dict(type='WriteTasks')]
+custom_hooks = [dict(type='WriteTasks')]
 find_unused_parameters = True  # clips prompted by masks do not use all of the decoder
 randomness = dict(seed=0)

@@ -20,6 +20,7 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 from torch.utils.data import Sampler
 
+from pe_spatial.engine.runner import plain_model
 from pe_spatial.errors import ConfigError
 
 
@@ -119,14 +120,26 @@ class SeedStepHook(Hook):
     priority = "VERY_HIGH"
 
     def before_train_iter(self, runner: Runner, **_: Any) -> None:
-        """Seed."""
-        seed_everything(runner.seed, get_rank(), runner.iter)
+        """Seed; a model of several tasks (`step_seed`) seeds before each, so that it computes as it does alone."""
+        numbers = runner.seed, get_rank(), runner.iter
+        seed_everything(*numbers)
+        model: Any = plain_model(runner.model)
+        if hasattr(model, "step_seed"):
+            model.step_seed = numbers
 
 
 def make_deterministic(cfg: Config, seed: int) -> None:
     """Change `cfg` so that each run with `seed` gives the same losses."""
     cfg.randomness = dict(seed=seed, deterministic=True)
-    loader = cfg.train_dataloader
+    if "tasks" in cfg.train_dataloader.dataset:
+        cfg.train_dataloader.dataset.deterministic = True  # it seeds the loader of each task
+    else:
+        seed_loader(cfg.train_dataloader)
+    cfg.custom_hooks = [dict(type="SeedStepHook"), *(cfg.get("custom_hooks") or ())]
+
+
+def seed_loader(loader: Any) -> None:
+    """Seed the augmentation of each image that a loader, a config, draws; ConfigError if it has no pipeline."""
     if "pipeline" not in loader.dataset:
         raise ConfigError(
             f"the training dataset is a {loader.dataset.get('type')} without its own pipeline; "
@@ -134,4 +147,3 @@ def make_deterministic(cfg: Config, seed: int) -> None:
         )
     loader.dataset.pipeline = [dict(type="SeedAugmentation"), *loader.dataset.pipeline]
     loader.sampler = dict(type="SeededSampler", sampler=loader.sampler)
-    cfg.custom_hooks = [dict(type="SeedStepHook"), *(cfg.get("custom_hooks") or ())]

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank, is_distributed
 from mmengine.fileio.backends import register_backend
 from mmengine.hooks import EMAHook, Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import FUNCTIONS, HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -128,7 +129,9 @@ class NonFiniteLossHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Guard the optimizer if the run continues after such a step."""
         if self.patience != 1:
-            runner.optim_wrapper.optimizer.register_step_pre_hook(_drop_non_finite_gradients)
+            wrapper = runner.optim_wrapper
+            for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+                one.optimizer.register_step_pre_hook(_drop_non_finite_gradients)
 
     def after_train_iter(self, runner: Runner, *, outputs: dict[str, Any], data_batch: Any, **_: Any) -> None:
         """Check the loss."""

@@ -16,7 +16,7 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.model import BaseDataPreprocessor
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -265,6 +265,10 @@ class ShardedRunner(RunnerMixin, Runner):
         return isinstance(self.model, FSDPModule)
 
     def _shard(self, wrapper: OptimWrapper) -> None:
+        if isinstance(wrapper, OptimWrapperDict):
+            raise ConfigError(
+                "ShardedRunner shards one optimizer, and heads that train together have one each; remove runner_type"
+            )
         if isinstance(wrapper, AmpOptimWrapper):
             raise ConfigError(
                 "optim_wrapper.type=AmpOptimWrapper scales losses, which ShardedRunner does not support; "

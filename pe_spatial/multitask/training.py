@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor, BaseModel
-from mmengine.registry import DATASETS, FUNCTIONS, HOOKS, MODELS, DefaultScope
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    FUNCTIONS,
+    HOOKS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    DefaultScope,
+)
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.encoder.checkpoint import load_checkpoint
 from pe_spatial.engine.configs import read_config
+from pe_spatial.engine.determinism import seed_everything, seed_loader
+from pe_spatial.engine.precision import BFloat16OptimWrapper
 from pe_spatial.engine.runner import plain_model
 from pe_spatial.engine.summary import encoders as encoder_options
 from pe_spatial.errors import ConfigError
@@ -48,10 +60,16 @@ def task_config(config: str, options: Mapping[str, Any] | None = None, weight: f
 class MultiTaskModel(BaseModel):
     """The models of several configs on one encoder; each step has a batch of each task, and one update.
 
+    With a frozen encoder each head trains as it does alone: it starts from the same weights, and its losses are
+    computed in the precision of its own config. In a deterministic run they are the same to the last bit.
+
     Args:
         tasks: see `Tasks`. Their encoders must have the same variant and the same geometry; they may read other layers.
         checkpoint: weights of the encoder, as in `load_checkpoint`.
         frozen: keep the encoder as it is; False tunes it with the losses of all tasks.
+
+    Attributes:
+        step_seed: in a deterministic run, the numbers that the random numbers of each task follow from in this step.
 
     Raises ConfigError for encoders that cannot be one.
     """
@@ -63,11 +81,16 @@ class MultiTaskModel(BaseModel):
         self.checkpoint, self.frozen = checkpoint, frozen
         self.weights = {task: float(options.get("weight", 1.0)) for task, options in tasks.items()}
         self.configs = {task: task_config(**options) for task, options in tasks.items()}
+        self.step_seed: tuple[int, ...] | None = None
         self.shared = SharedEncoder(loaded=False)
         self.models = nn.ModuleDict()
         self._names: dict[str, dict[str, str]] = {}  # task -> name in its model -> name in the encoder, '' for heads
+        self._random: dict[str, Tensor] = {}  # the state of random numbers before a model initializes its weights
+        start = torch.get_rng_state()
         for task, cfg in self.configs.items():
+            torch.set_rng_state(start)
             model: Any = _build(cfg)
+            self._random[task] = torch.get_rng_state()
             if hasattr(model, "frozen"):  # a depth estimator runs its encoder without autograd otherwise
                 model.frozen = model.frozen and frozen
             self._names[task] = _encoder_names(model)
@@ -83,7 +106,8 @@ class MultiTaskModel(BaseModel):
     def init_weights(self) -> None:
         """Initialize the heads as their configs say, and load the encoder."""
         models: Any = self.models
-        for model in models.values():
+        for task, model in models.items():
+            torch.set_rng_state(self._random[task])
             model.init_weights()
         if self.checkpoint is not None:
             load_checkpoint(self.encoder, self.checkpoint)
@@ -108,8 +132,13 @@ class MultiTaskModel(BaseModel):
         """Return the losses of a task, times its weight, and its other numbers."""
         model: Any = self.models[task]
         weight = self.weights[task]
+        if self.step_seed is not None:
+            seed_everything(*self.step_seed)
+        half = self.configs[task].optim_wrapper.get("type") == BFloat16OptimWrapper.__name__
+        device = next(self.parameters()).device.type
         self.shared.begin()
-        found = model._run_forward(model.data_preprocessor(batch, True), mode="loss")
+        with torch.autocast(device, torch.bfloat16) if half else nullcontext():
+            found = model._run_forward(model.data_preprocessor(batch, True), mode="loss")
         self.shared.begin()  # frees the maps
         for name, value in found.items():
             if "loss" in name:
@@ -142,22 +171,79 @@ def _encoder_names(model: nn.Module) -> dict[str, str]:
     }
 
 
+class TaskOptimWrappers(OptimWrapperDict):
+    """An optimizer for each task, which all step after one backward pass through the sum of the losses."""
+
+    def optim_context(self, model: nn.Module) -> Any:  # noqa: ARG002
+        """Return no context: the model computes the losses of each task in its own precision."""
+        return nullcontext()
+
+    def update_params(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        """Limit the gradients of each task, and step, as its own wrapper does."""
+        loss.backward()
+        for wrapper in self.values():
+            wrapper.step()
+            wrapper.zero_grad()
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TaskOptimWrapperConstructor:
+    """Optimize each head by the `optim_wrapper` of its own config, and an encoder that is tuned by `encoder`.
+
+    So a head has its own learning rate, decay, precision and limit of gradients: one limit for all would let the task
+    with the largest gradients shrink those of the others. `param_scheduler` of the run holds for all of them, or has
+    a list for each task.
+
+    Raises ConfigError for other options, and for wrappers that scale losses or accumulate gradients.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
+        options = {**optim_wrapper_cfg, **({"paramwise_cfg": paramwise_cfg} if paramwise_cfg else {})}
+        self.encoder = options.pop("encoder", None)
+        if options or not self.encoder:
+            raise ConfigError(
+                f"optim_wrapper has {', '.join(options) or 'no encoder'}; heads that train together are optimized as "
+                "their own configs say (tasks.NAME.options changes them), and a tuned encoder by optim_wrapper.encoder"
+            )
+
+    def __call__(self, model: nn.Module) -> TaskOptimWrappers:
+        """Build the wrappers of a `MultiTaskModel`."""
+        tasks: Any = plain_model(model)
+        parts = {task: (tasks.models[task], cfg.optim_wrapper) for task, cfg in tasks.configs.items()}
+        if not tasks.frozen:
+            parts["encoder"] = (tasks.encoder, self.encoder)
+        wrappers = {name: build_optim_wrapper(part, cfg) for name, (part, cfg) in parts.items()}
+        for name, wrapper in wrappers.items():
+            if type(wrapper) not in (OptimWrapper, BFloat16OptimWrapper) or wrapper._accumulative_counts != 1:
+                raise ConfigError(
+                    f"the optim_wrapper of {name} is {type(wrapper).__name__} with accumulative_counts="
+                    f"{wrapper._accumulative_counts}; heads that train together step after each batch, with "
+                    "OptimWrapper or BFloat16OptimWrapper"
+                )
+            if wrapper.clip_grad_kwargs:
+                wrapper.grad_name = f"{name}.{wrapper.grad_name}"  # in the log
+        return TaskOptimWrappers(**wrappers)
+
+
 @DATASETS.register_module()
 class MultiTaskDataset(Dataset):
-    """Each item is a batch of each task, {task: batch}, drawn at random from the task's training dataset.
+    """The training datasets of several tasks; an item is a batch of each, {task: batch}, as `MultiTaskSampler` draws.
 
     Its loader has `batch_size=1` and `collate_fn=dict(type='only_item')`. The length is that of the longest epoch.
 
     Args:
         tasks: see `Tasks`; datasets and batch sizes are those of `train_dataloader`.
+        deterministic: seed the augmentation of each image, as `make_deterministic` does.
     """
 
-    def __init__(self, tasks: Tasks) -> None:
+    def __init__(self, tasks: Tasks, *, deterministic: bool = False) -> None:
         self.metainfo: Mapping[str, Any] = {}  # mmengine requires it
         self.loaders: dict[str, Any] = {}
         self.datasets: dict[str, Any] = {}
         for task, options in tasks.items():
             cfg = task_config(**options)
+            if deterministic:
+                seed_loader(cfg.train_dataloader)
             self.loaders[task] = cfg.train_dataloader
             with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
                 self.datasets[task] = DATASETS.build(cfg.train_dataloader.dataset)
@@ -165,14 +251,53 @@ class MultiTaskDataset(Dataset):
     def __len__(self) -> int:
         return max(math.ceil(len(x) / self.loaders[task].batch_size) for task, x in self.datasets.items())
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        batches = {}  # of any images: the sampler's index only counts steps
-        for task, dataset in self.datasets.items():
-            size = self.loaders[task].batch_size
-            chosen = np.random.choice(len(dataset), size, replace=size > len(dataset))
+    def __getitem__(self, drawn: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        batches = {}
+        for task, indices in drawn.items():
             kind = FUNCTIONS.get((self.loaders[task].get("collate_fn") or dict(type="pseudo_collate"))["type"])
-            batches[task] = kind([dataset[int(i)] for i in chosen])
+            batches[task] = kind([self.datasets[task][i] for i in indices])
         return batches
+
+
+@DATA_SAMPLERS.register_module()
+class MultiTaskSampler(Sampler):
+    """Draws for each step the batch of each task, {task: indices}, as the task's own loader draws it.
+
+    Args:
+        dataset: a `MultiTaskDataset`.
+        seed: that of the run, which the samplers of the tasks get.
+    """
+
+    def __init__(self, dataset: MultiTaskDataset, *, seed: int | None = None) -> None:
+        self.length, self.skipped = len(dataset), 0
+        self.samplers: dict[str, tuple[Any, Any]] = {}  # one for images, and one for batches
+        for task, loader in dataset.loaders.items():
+            images = DATA_SAMPLERS.build(loader.sampler, default_args=dict(dataset=dataset.datasets[task], seed=seed))
+            options = dict(sampler=images, batch_size=loader.batch_size)
+            kind = loader.get("batch_sampler")
+            own = DATA_SAMPLERS.build(kind, default_args=options) if kind else BatchSampler(**options, drop_last=False)
+            self.samplers[task] = images, own
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        drawn = [self._batches(task) for task in self.samplers]
+        steps = (dict(zip(self.samplers, batches, strict=True)) for batches in zip(*drawn, strict=True))
+        return islice(steps, self.skipped, None)
+
+    def _batches(self, task: str) -> Iterator[list[int]]:
+        images, batches = self.samplers[task]
+
+        def epoch(number: int) -> Iterator[list[int]]:
+            images.set_epoch(number)
+            return iter(batches)
+
+        return chain.from_iterable(map(epoch, count()))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def skip(self, number: int) -> None:
+        """Start after `number` steps, as a resumed run does."""
+        self.skipped += number
 
 
 @FUNCTIONS.register_module()
@@ -194,32 +319,3 @@ class WriteTasks(Hook):
             with atomic_write(Path(runner.work_dir, f"{task}.pth")) as unfinished:
                 meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(dataset.datasets[task].metainfo))
                 torch.save({"state_dict": model.task_state(task), "meta": meta}, unfinished)
-
-
-@HOOKS.register_module()
-class ClipTasks(Hook):
-    """Limit the gradients of each task's head as `optim_wrapper.clip_grad` of its config does, before each step.
-
-    One limit for all would let the task with the largest gradients shrink those of the others.
-
-    Args:
-        encoder: the limit of an encoder that is tuned, such as dict(max_norm=1.0); None for no limit.
-    """
-
-    def __init__(self, encoder: Mapping[str, Any] | None = None) -> None:
-        self.encoder = encoder
-
-    def before_train(self, runner: Runner) -> None:
-        """Take the parameters, which are sharded by now if they are."""
-        model: Any = plain_model(runner.model)
-        limits = [(model.models[task], cfg.optim_wrapper.get("clip_grad")) for task, cfg in model.configs.items()]
-        limits.append((model.encoder, self.encoder))
-        parts = [(list(part.parameters()), dict(limit)) for part, limit in limits if limit]
-        kinds: dict[str, Any] = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
-
-        def clip(*_: Any) -> None:
-            for parameters, options in parts:
-                rest = {name: value for name, value in options.items() if name != "type"}
-                kinds[options.get("type", "norm")]([p for p in parameters if p.grad is not None], **rest)
-
-        runner.optim_wrapper.optimizer.register_step_pre_hook(clip)

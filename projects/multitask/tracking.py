@@ -4,7 +4,7 @@
 #   data      as joint.py
 #   hardware  one CPU core
 #   cost      9 minutes of a busy core
-#   expected  J&F 78.7 on 25 other clips, measured here
+#   expected  J&F 77.1 with --deterministic on 25 other clips, measured here
 
 _base_ = '../video_tracking/synthetic.py'
 
