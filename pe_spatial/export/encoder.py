@@ -31,7 +31,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.encoder, self.inputs, self.step = encoder, inputs, step
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(encoder.config, name), dtype=torch.float32) * 255
+            values = torch.tensor(getattr(encoder.config, name), dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

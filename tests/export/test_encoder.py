@@ -72,6 +72,14 @@ def test_every_geometry_in_every_format(tmp_path, name, form):
     check_equal(ExportedEncoder(tmp_path / "out"), graph, SIZES)
 
 
+def test_pixels_are_normalized_as_the_config_says():
+    graph, images = encoder_graph(tiny("release")), torch.from_numpy(pixels(1, 32, 48))
+    encoder = graph.module.encoder
+    with torch.no_grad():
+        expected = encoder((images.permute(0, 3, 1, 2) - 127.5) / 127.5)
+        torch.testing.assert_close(graph.module(images), tuple(expected))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["release", "vitdet"])
 def test_torch_takes_two_windows_and_more(tmp_path, name):
