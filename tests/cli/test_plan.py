@@ -177,7 +177,7 @@ def test_an_assumed_number_is_said(capsys, tmp_path):
 def test_clips_have_the_frames_and_objects_of_the_pipeline(capsys, tmp_path):
     pytest.importorskip("sam2")
     options = ["--variants", "t16", "--gpus", "1", "--cfg-options", "model.tracker.grid=4"]
-    options += ["model.prompting.corrections=1"]  # every click is planned, and takes its time
+    options += ["model.prompting.corrections=0"]  # every click is planned, and takes its time
     options += ["train_dataloader.dataset.pipeline.0.num_frames=2", "train_dataloader.dataset.pipeline.3.size=64"]
     out, rows = plan(capsys, tmp_path, *options, config=str(REPO / "configs" / "pe_spatial_sam2_davis.py"))
     assert "64 x 64 px, 1 clips of 2 frames on each of 1 GPUs" in out

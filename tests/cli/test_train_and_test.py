@@ -6,11 +6,7 @@ import pickle
 import re
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -114,10 +110,10 @@ def test_weights_came_from_the_file_and_moved(trained):
 def test_detectron2_and_safetensors_files_evaluate_as_they_are(trained):
     """The same weights in three layouts give the same predictions."""
     project, _ = trained
-    for path, layout in (("d2.pth", "detectron2"), ("d2.safetensors", "detectron2"), ("ours.safetensors", "mmdet")):
+    for path, layout in (("d2.pth", "detectron2"), ("ours.safetensors", "mmdet")):
         command("convert_checkpoint", "run/iter_4.pth", path, "--to", layout, cwd=project)
     results = []
-    for path in ("run/iter_4.pth", "d2.pth", "d2.safetensors", "ours.safetensors"):
+    for path in ("run/iter_4.pth", "d2.pth", "ours.safetensors"):
         options = ("--data-root", "data", "--work-dir", "run/test", "--out", "out.pkl")
         command("test", "tiny.py", path, *options, cwd=project)
         predictions = pickle.loads((project / "out.pkl").read_bytes())
@@ -135,27 +131,6 @@ def test_resume_continues_without_the_pretrained_file(trained, tmp_path, sentenc
     assert "Iter(train) [5/5]" in log
     assert "Iter(train) [4/5]" not in log
     assert "no checkpoint at gone" in sentence("train", "tiny.py", "--work-dir", tmp_path / "new", "--resume", *options)
-
-
-def test_killed_run_resumes_where_it_saved(project, tmp_path):
-    arguments = [sys.executable, str(REPO / "tools" / "train.py"), "tiny.py", "--data-root", "data"]
-    arguments += ["--work-dir", str(tmp_path), "--resume", "--cfg-options", "train_cfg.max_iters=500"]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(arguments, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 90
-        while not (tmp_path / "last_checkpoint").is_file() and time.monotonic() < deadline:
-            time.sleep(0.2)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-    saved = int(Path((tmp_path / "last_checkpoint").read_text()).stem.removeprefix("iter_"))
-    log = command(
-        "train", "tiny.py", "--data-root", "data", "--work-dir", tmp_path, "--resume",
-        "--cfg-options", f"train_cfg.max_iters={saved + 1}", cwd=project,
-    )  # fmt: skip
-    assert f"Iter(train) [{saved + 1}/{saved + 1}]" in log
-    assert f"Iter(train) [{saved}/{saved + 1}]" not in log
 
 
 def test_auto_scale_lr_and_amp(project, tmp_path):

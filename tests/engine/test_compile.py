@@ -61,21 +61,16 @@ def weights(path):
 
 @pytest.mark.slow
 def test_compiled_training_equals_training(tmp_path):
-    """Sizes change in every step, also after resuming; the checkpoint loads into a plain encoder."""
-    run(tmp_path / "plain")
-    run(tmp_path / "compiled", compile=dict(backend="aot_eager"))
-    last = "iter_10.pth"
-    expected, compiled = weights(tmp_path / "plain" / last), weights(tmp_path / "compiled" / last)
+    """Resumed in the middle, compiled, while sizes change in every step, a run ends with the same checkpoint."""
+    halves = {"default_hooks.checkpoint.interval": 5}
+    run(tmp_path / "plain", **halves)
+    middle = str(tmp_path / "plain" / "iter_5.pth")
+    run(tmp_path / "compiled", resume=middle, compile=dict(backend="aot_eager"), **halves)
+    expected, compiled = (weights(tmp_path / name / "iter_10.pth") for name in ("plain", "compiled"))
     assert list(compiled) == list(expected)  # no name of a wrapper
     assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
-    torch._dynamo.reset()
-    counters.clear()
-    run(tmp_path / "resumed", resume=str(tmp_path / "compiled" / "iter_8.pth"), compile=dict(backend="aot_eager"))
-    resumed = weights(tmp_path / "resumed" / last)
-    assert list(resumed) == list(expected)
-    assert_close(resumed, compiled, rtol=1e-5, atol=1e-6)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert (compiled["head.weight"] - weights(middle)["head.weight"]).abs().max() > 1e-3  # it did train
     PerceptionEncoder(TINY, geometry="vitdet", window_size=2, global_attn_indexes=[1]).load_state_dict(
         {name.removeprefix("backbone."): x for name, x in compiled.items() if name.startswith("backbone.")}
     )

@@ -395,7 +395,7 @@ def test_kills_before_each_operation_on_files(tmp_path):
     assert {path.name[1:5] for path in left} == {"iter", "last"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_while_checkpoints_are_written(tmp_path, monkeypatch):
     """Forked processes write one checkpoint after the other; a kill hits each fortieth of the time of a write."""
     monkeypatch.setattr("mmengine.config.Config.pretty_text", "", raising=True)  # formatting it takes most of the time

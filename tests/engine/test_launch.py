@@ -24,17 +24,21 @@ ENVIRON = {
 }
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A folder with a config of 30 steps, of which every third is saved."""
-    changes = {"train_cfg.max_iters": 30, "default_hooks.checkpoint.interval": 3, "log_level": "INFO"}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with a config whose every third step is saved."""
+    folder = tmp_path_factory.mktemp("launch")
+    changes = {"train_cfg.max_iters": STEPS, "default_hooks.checkpoint.interval": 3, "log_level": "INFO"}
     cfg = tiny_config("unused", **changes)
     for key in ("work_dir", "experiment_name", "randomness"):
         cfg.pop(key)
     cfg.custom_imports = dict(imports=["helpers.tiny_run"])
     cfg.env_cfg = dict(dist_cfg=dict(backend="nccl"))  # as the configs have it; without a GPU it becomes gloo
-    Config(cfg.to_dict()).dump(tmp_path / "tiny.py")
-    return tmp_path
+    Config(cfg.to_dict()).dump(folder / "tiny.py")
+    return folder
 
 
 def launch(project, name, *flags, **environ):
@@ -75,11 +79,30 @@ def workers(process):
     return [int(child) for child in children]
 
 
+@pytest.fixture(scope="module")
+def stopped(project):
+    """The curve of a run of two processes that was told to stop, and the step after which it was."""
+    process = launch(project, "run", 2, SLOW_STEPS="0.1")
+    wait_for(project / "run" / "iter_3.pth", process)
+    time.sleep(0.15)  # a signal that arrives before step 3 ends would save it again
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    latest = Path((project / "run" / "last_checkpoint").read_text()).name
+    again = launch(project, "run", 2, SLURM_RESTART_COUNT="1")  # as SLURM starts a job that it requeued
+    assert again.wait(120) == 0, again.stderr.read()[-3000:]
+    return curve(project, "run"), int(re.fullmatch(r"iter_(\d+).pth", latest)[1])
+
+
 @pytest.mark.slow
-def test_two_nodes_survive_the_loss_of_a_worker(project):
-    """Two launchers with a rendezvous of their own; SIGKILL in the middle; the same curve as without."""
-    whole = launch(project, "whole", 2)
-    assert whole.wait(180) == 0, whole.stderr.read()[-3000:]
+def test_told_to_stop_the_launcher_saves_and_later_goes_on(stopped):
+    losses, step = stopped
+    assert 3 < step < STEPS
+    assert sorted(losses) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_two_nodes_survive_the_loss_of_a_worker(project, stopped):
+    """Two launchers with a rendezvous of their own; SIGKILL in the middle; the same curve as one that stopped."""
     environ = dict(NNODES="2", MASTER_ADDR="localhost", PORT="29517", JOB="lost")
     slow = {"SLOW_STEPS": "0.1", **environ}  # time to be killed in
     nodes = [launch(project, "part", 1, **slow) for _ in range(2)]
@@ -87,25 +110,9 @@ def test_two_nodes_survive_the_loss_of_a_worker(project):
     (victim,) = workers(nodes[1])
     os.kill(victim, signal.SIGKILL)
     assert [node.wait(180) for node in nodes] == [0, 0]
-    assert (project / "part" / "iter_30.pth").is_file()
-    assert curve(project, "part") == curve(project, "whole")
-    assert len(curve(project, "whole")) == 30
+    assert (project / "part" / f"iter_{STEPS}.pth").is_file()
+    assert curve(project, "part") == stopped[0]
     assert len(list((project / "part").glob("*/vis_data"))) > 1  # it did start twice
-
-
-@pytest.mark.slow
-def test_told_to_stop_the_launcher_saves_and_later_goes_on(project):
-    process = launch(project, "run", 2, SLOW_STEPS="0.1")
-    wait_for(project / "run" / "iter_3.pth", process)
-    time.sleep(0.15)  # a signal that arrives before step 3 ends would save it again
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    latest = Path((project / "run" / "last_checkpoint").read_text()).name
-    stopped = int(re.fullmatch(r"iter_(\d+).pth", latest)[1])
-    assert 3 < stopped < 30
-    again = launch(project, "run", 2, SLURM_RESTART_COUNT="1")  # as SLURM starts a job that it requeued
-    assert again.wait(120) == 0, again.stderr.read()[-3000:]
-    assert sorted(curve(project, "run")) == list(range(1, 31))
 
 
 @pytest.mark.parametrize("arguments", [(), ("config.py",), ("config.py", "eight"), ("config.py", "0")])
