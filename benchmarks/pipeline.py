@@ -29,13 +29,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "_base_" / "datasets" / "coco_i
 
 def stock(pipeline: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return MMDetection's pipeline of large-scale jitter, for ours."""
-    size, rest = (1024, 1024), [step for step in pipeline if step["type"] in ("FilterAnnotations", "RandomFlip")]
+    size, filters = (1024, 1024), [step for step in pipeline if step["type"] == "FilterAnnotations"]
     return [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True, poly2mask=False),
         dict(type="RandomResize", scale=size, ratio_range=(0.1, 2.0), resize_type="Resize", keep_ratio=True),
         dict(type="RandomCrop", crop_type="absolute", crop_size=size, recompute_bbox=True, allow_negative_crop=True),
-        *rest,
+        *filters,
+        dict(type="RandomFlip", prob=0.5),
         dict(type="PackDetInputs"),
     ]
 

@@ -60,8 +60,12 @@ def read_rgb(path: str | Path) -> np.ndarray:
     return decode_rgb(read_bytes(path), str(path))
 
 
-def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode_rgb(
+    data: bytes, path: str, *, size: tuple[int, int] | None = None, writable: bool = True
+) -> np.ndarray:
     """Decode an image to (H, W, 3) uint8 RGB, rotated according to EXIF; DatasetError names `path` if that fails.
+
+    `writable=False` saves a copy.
 
     If `size` (height, width) matches the stored image but not the rotated one, the annotations refer to the stored one,
     and it is not rotated. If it matches both, the image is rotated, as in MMDetection.
@@ -72,7 +76,7 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
             image: Any = turn_upright(stored)
             if size is not None and image.size != size[::-1] == stored.size:
                 image = stored
-            return to_rgb(image)
+            return to_rgb(image, writable=writable)
     except MemoryError:
         raise  # not the image's fault
     except UnidentifiedImageError as error:
@@ -83,8 +87,11 @@ def decode_rgb(data: bytes, path: str, *, size: tuple[int, int] | None = None) -
         raise DatasetError(f"{path} cannot be decoded ({reason}). Replace it or remove it from the dataset") from error
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert an image of any mode to (H, W, 3) uint8 RGB; ValueError for pixels without a defined range."""
+def to_rgb(image: Image.Image, *, writable: bool = True) -> np.ndarray:
+    """Convert an image of any mode to (H, W, 3) uint8 RGB; ValueError for pixels without a defined range.
+
+    `writable=False` saves a copy.
+    """
     if image.mode.startswith("I"):  # 16 bits (PIL's own conversion would clip them at 255)
         if image.getextrema()[1] > 65535:  # type: ignore[operator]
             raise ValueError("pixels of 32 bits have no defined range")
@@ -92,7 +99,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(gray)
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: asarray would be read-only
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return np.array(image) if writable else np.asarray(image)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -41,10 +41,11 @@ def log_skipped(skipped: set[str], kind: str, path: str, problem: Exception) -> 
         MMLogger.get_current_instance().warning(f"skipped ({len(skipped)} {kind} so far in this process): {problem}")
 
 
-_TRANSFORMS = Registry("transform", parent=TRANSFORMS, scope="pe_spatial", locations=[__name__])
+SCOPED_TRANSFORMS = Registry("transform", parent=TRANSFORMS, scope="pe_spatial", locations=[__name__])
+"""Transforms with the name of one of OpenMMLab's; configs write `pe_spatial.` before it."""
 
 
-@_TRANSFORMS.register_module("LoadImageFromFile")  # MMDetection's DetInferencer looks for this name, in any scope
+@SCOPED_TRANSFORMS.register_module("LoadImageFromFile")  # MMDetection's DetInferencer looks for this name, in any scope
 class LoadCheckedImage(BaseTransform):
     """Read an image of any mode as 8-bit BGR, rotated by its EXIF, and compare its size with the annotations.
 
@@ -69,7 +70,7 @@ class LoadCheckedImage(BaseTransform):
         try:
             data = fileio.get(path, backend_args=self.backend_args)
             size = (results["height"], results["width"]) if "height" in results else None
-            image = decode_rgb(data, path, size=size)
+            image = decode_rgb(data, path, size=size, writable=False)
             expected = size or image.shape[:2]
             if image.shape[:2] != expected:
                 raise DatasetError(

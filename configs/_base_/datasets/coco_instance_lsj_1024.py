@@ -17,7 +17,7 @@ train_pipeline = [
         type='RandomCrop', crop_type='absolute', crop_size=size, recompute_bbox=True, allow_negative_crop=True),
     # crops without objects stay, as negatives (MMDetection's keep_empty=True would draw another image)
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2), keep_empty=False),
-    dict(type='RandomFlip', prob=0.5),
+    dict(type='pe_spatial.RandomFlip', prob=0.5),  # MMDetection's, in less time
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
