@@ -25,10 +25,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(unfinished, path)
 
 
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write bytes, or text in UTF-8, as `atomic_write` does."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write `value` as JSON; the file is complete or absent."""
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1))
+    write_file(path, json.dumps(value, indent=1))
 
 
 @contextmanager

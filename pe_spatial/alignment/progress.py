@@ -19,7 +19,7 @@ from pe_spatial.alignment.material import open_material
 from pe_spatial.alignment.measure import HIGHER_IS_BETTER, METRICS, Encoding, Scores, measure
 from pe_spatial.atomic import atomic_write, write_json
 from pe_spatial.engine.report import best_layer
-from pe_spatial.engine.runner import plain_model
+from pe_spatial.engine.weights import plain_model
 from pe_spatial.errors import ConfigError
 
 

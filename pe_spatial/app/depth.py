@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pe_spatial.app.models import Models
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.depth.outputs import depth_range
 from pe_spatial.depth.pointcloud import encode_ply, exif_camera, guessed_camera
 from pe_spatial.errors import DatasetError
@@ -35,8 +35,7 @@ class Measured:
         size = self.depth.image_size
         camera = exif_camera(self.path, size) or guessed_camera(size, fov)
         data, count = encode_ply(self.depth.depth, self.rgb, camera, ["depth along z in meters"])
-        with atomic_write(path) as unfinished:
-            unfinished.write_bytes(data)
+        write_file(path, data)
         return f"{count} points, {camera}"
 
 

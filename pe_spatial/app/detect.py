@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pe_spatial.app.models import Models
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.predict.results import Detections
 
 
@@ -35,8 +35,7 @@ class Found:
         categories = [dict(id=i, name=name) for i, name in enumerate(shown.class_names, 1)]
         height, width = shown.image_size
         image = dict(id=0, file_name=self.name, width=width, height=height)
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(json.dumps(dict(images=[image], categories=categories, annotations=shown.to_coco())))
+        write_file(path, json.dumps(dict(images=[image], categories=categories, annotations=shown.to_coco())))
 
 
 def detect(models: Models, path: str | None) -> Found:

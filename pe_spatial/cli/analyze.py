@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pe_spatial.atomic import atomic_write
+    from pe_spatial.atomic import write_file
 
     if len(args.results) > 2 or args.worst < 0 or args.bootstrap < 0:
         raise ConfigError("give one or two results, and 0 or more as --worst and --bootstrap")
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
             allowed = OF_CONFIGS if args.truth.endswith(".py") else ()
             refuse(args, *(name for name in names if name not in allowed), because=f"results of {kind} have no")
     html, lines = {"detection": of_detection, "depth": of_depth, "video": of_video}[kind](args)
-    with atomic_write(args.out) as unfinished:
-        unfinished.write_text(html, encoding="utf-8")
+    write_file(args.out, html)
     print(*lines, f"wrote {args.out}", sep="\n")
 
 

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.errors import ConfigError, DatasetError
 
 
@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for path, convert in ((args.json, evaluation.to_json), (args.csv, evaluation.to_csv)):
         if path:
             try:
-                with atomic_write(path) as unfinished:
-                    unfinished.write_text(convert(), encoding="utf-8")
+                write_file(path, convert())
             except OSError as error:
                 raise DatasetError(f"cannot write {path}: {error}") from error
     means = evaluation.global_results

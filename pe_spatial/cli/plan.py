@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from mmengine.logging import MMLogger
 
-    from pe_spatial.atomic import atomic_write
+    from pe_spatial.atomic import write_file
     from pe_spatial.cli.own_data import use_data
     from pe_spatial.engine.configs import read_config
     from pe_spatial.engine.fit import fit
@@ -96,5 +96,4 @@ def run(args: argparse.Namespace) -> None:
         print(f"\nIt fits with {chosen.accumulated} x {chosen.batch} images in an update:")
         print(f"pe-spatial train {args.config} {chosen}".rstrip())
     if args.json:
-        with atomic_write(args.json) as unfinished:
-            unfinished.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(args.json, json.dumps(rows, indent=1) + "\n")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pe_spatial.atomic import atomic_write
+    from pe_spatial.atomic import write_file
     from pe_spatial.engine.configs import read_config
     from pe_spatial.errors import ConfigError
     from pe_spatial.integrations.swap.policy import count_parameters, plan_swap
@@ -48,6 +48,5 @@ def run(args: argparse.Namespace) -> None:
         return
     if out.exists() and not args.force:
         raise ConfigError(f"{out} already exists; give another --out, or --force to overwrite it")
-    with atomic_write(out) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_file(out, text)
     print(f"{out}: train it with pe-spatial train {out}")

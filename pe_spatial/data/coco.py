@@ -3,11 +3,14 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pe_spatial.data.files import Files, read_json, split_of
 from pe_spatial.data.parts import Part, Reading, join
 from pe_spatial.errors import DatasetError, listed
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 _OTHER_TASKS = re.compile(r"(panoptic|stuff|captions?|(?:person_)?keypoints|image_info|densepose|unlabeled)(?![a-z])")
 _LISTS = ("images", "annotations", "categories")
@@ -128,3 +131,14 @@ def _form(parts: dict[str, Part]) -> str:
     if any("neg_category_ids" in image for image in part.images):
         return "LVIS"
     return "Objects365" if [c["id"] for c in part.categories] == list(range(1, 366)) else "COCO"
+
+
+def decode_mask(segmentation: Any, size: tuple[int, int] | None) -> "ndarray":
+    """Return the mask (H, W) bool of COCO's polygons or run lengths; compressed ones know their size (H, W)."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        segmentation = mask.merge(mask.frPyObjects(segmentation, *(size or ())))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask.frPyObjects(segmentation, *(size or ()))
+    return mask.decode(segmentation).astype(bool)

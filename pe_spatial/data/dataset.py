@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.data import coco, labelme, voc, yolo
 from pe_spatial.data.files import Files, progress, read_json
 from pe_spatial.data.parts import Part, Reading
@@ -123,8 +123,7 @@ def write_splits(dataset: OwnDataset, folder: str | Path) -> dict[str, Path]:
     paths = {}
     for name, split in dataset.splits.items():
         paths[name] = Path(folder) / f"{name}.json"
-        with atomic_write(paths[name]) as unfinished:
-            unfinished.write_text(json.dumps(split.content))
+        write_file(paths[name], json.dumps(split.content))
     return paths
 
 

@@ -14,9 +14,9 @@ from mmdet.structures.bbox import get_box_tensor
 from mmdet.structures.mask import PolygonMasks
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-from pycocotools import mask as run_lengths
 
 from pe_spatial.data import OwnDataset, write_splits
+from pe_spatial.data.coco import decode_mask
 from pe_spatial.data.sheet import Example, Statistics, draw_sheet
 from pe_spatial.detection.annotations import IGNORED, SKIPPED, read_coco
 from pe_spatial.engine.configs import as_config_error
@@ -52,7 +52,10 @@ def browse_dataset(dataset: OwnDataset, path: str | Path, *, split: str, count: 
             image=decode_rgb(read_bytes(file), str(file), size=(image["height"], image["width"])),
             boxes=boxes,
             labels=[labels[a["category_id"]] for a in objects],
-            masks=[_mask(a.get("segmentation"), image) for a in objects],
+            masks=[
+                decode_mask(mask, (image["height"], image["width"])) if isinstance(mask, dict) else mask
+                for mask in (a.get("segmentation") for a in objects)
+            ],
             title=f"{image['file_name']} ({image['width']}x{image['height']})",
         ))  # fmt: skip
     draw_sheet(path, examples, dataset.classes, _statistics(contents, len(dataset.classes)), lines)
@@ -123,14 +126,6 @@ def _statistics(contents: Mapping[str, dict[str, Any]], classes: int) -> Statist
         own = Counter(a["image_id"] for a in objects)
         per_image += [own[image["id"]] for image in content["images"]]
     return Statistics(per_class, sides, per_image)
-
-
-def _mask(segmentation: Any, image: Mapping[str, Any]) -> Any:
-    if not isinstance(segmentation, dict):
-        return segmentation
-    if isinstance(segmentation["counts"], list):
-        segmentation = run_lengths.frPyObjects(segmentation, image["height"], image["width"])
-    return run_lengths.decode(segmentation)
 
 
 def _as_trained(item: Mapping[str, Any]) -> Example:

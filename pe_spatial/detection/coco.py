@@ -15,6 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 
 from pe_spatial.detection.annotations import IGNORED, SKIPPED, as_nfc, read_coco
+from pe_spatial.engine.classes import add_imports
 from pe_spatial.engine.loading import LoadCheckedImage, RefetchBrokenMixin
 from pe_spatial.engine.nodes import use_checked
 from pe_spatial.errors import ConfigError, DatasetError, listed
@@ -204,9 +205,7 @@ def use_checked_annotations(cfg: Config) -> None:
     keys = [f"{split}_{part}" for split in ("train", "val", "test") for part in ("dataloader", "evaluator")]
     if cfg.get("default_scope") != "mmdet" or not any([_exchange(cfg.get(key)) for key in keys]):
         return
-    imports = dict(cfg.get("custom_imports") or {}, allow_failed_imports=False)
-    imports["imports"] = list(dict.fromkeys([*imports.get("imports", ()), "pe_spatial.detection"]))
-    cfg.custom_imports = imports
+    add_imports(cfg, "pe_spatial.detection")
 
 
 def _exchange(node: Any) -> bool:

@@ -21,8 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.detection.coco_metric import CheckedCocoMetric
-from pe_spatial.engine.runner import plain_model
-from pe_spatial.engine.weights import load_weights
+from pe_spatial.engine.weights import load_weights, plain_model
 from pe_spatial.images import decode_rgb, read_bytes
 
 SCORE = 0.4

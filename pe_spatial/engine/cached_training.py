@@ -23,10 +23,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pe_spatial.engine.determinism import SeededIndex
+from pe_spatial.engine.determinism import SeededIndex, seed_augmentation
 from pe_spatial.engine.feature_cache import DTYPES, FeatureCache, digest, layer_digests
 from pe_spatial.engine.nodes import pipelines, type_name
-from pe_spatial.engine.runner import plain_model
+from pe_spatial.engine.weights import plain_model
 from pe_spatial.errors import ConfigError, DatasetError, listed, one_of
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -367,10 +367,7 @@ def own_random_numbers(*seed: int) -> Iterator[None]:
     """Seed Python, NumPy and torch on the CPU, if there are numbers, and restore all of them at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     if seed:
-        number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        random.seed(number)
-        np.random.seed(number)
-        torch.default_generator.manual_seed(number)
+        torch.default_generator.manual_seed(seed_augmentation(seed))
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ Nothing is stored: the random numbers of a step follow from (seed, rank, step), 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,21 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 from torch.utils.data import Sampler
 
-from pe_spatial.engine.runner import plain_model
+from pe_spatial.engine.weights import plain_model
 from pe_spatial.errors import ConfigError
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and torch from several numbers, so that adjacent ones share nothing."""
+def seed_augmentation(numbers: Sequence[int]) -> int:
+    """Seed Python and NumPy from several numbers, so that adjacent ones share nothing; return the seed."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    return seed
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and torch in this way."""
+    torch.manual_seed(seed_augmentation(numbers))
 
 
 class SeededIndex(int):
@@ -101,9 +106,7 @@ class SeedAugmentation(BaseTransform):
         """
         draw = results.get("sample_idx")
         if isinstance(draw, SeededIndex):
-            seed = int(np.random.SeedSequence(draw.seed).generate_state(1)[0])
-            random.seed(seed)
-            np.random.seed(seed)
+            seed_augmentation(draw.seed)
             self._seeded = True
         elif not self._seeded:
             raise ConfigError(

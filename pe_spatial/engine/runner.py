@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import init_dist, is_distributed, master_only
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import nn
 
 import pe_spatial.integrations.openmmlab  # noqa: F401  (registers)
 from pe_spatial.encoder.lora_files import add_base, describe_adapters, omit_base
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.engine.configs import as_config_error
 from pe_spatial.engine.console import QuietStartMixin
-from pe_spatial.engine.weights import read_safely
+from pe_spatial.engine.weights import plain_model, read_safely
 from pe_spatial.errors import ConfigError, TrainingError
 
 
@@ -99,12 +97,6 @@ class RunnerMixin(QuietStartMixin):
 
 _STATES = {"": "state_dict", "module.": "ema_state_dict"}
 """The state dicts of a checkpoint, by the prefix of their names."""
-
-
-def plain_model(model: Any) -> nn.Module:
-    """Return a model without the wrappers of distributed training and of test-time augmentation."""
-    model = model.module if is_model_wrapper(model) else model
-    return model.module if isinstance(model, BaseTTAModel) else model
 
 
 class QuietRunner(RunnerMixin, Runner):

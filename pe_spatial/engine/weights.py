@@ -15,7 +15,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from pe_spatial.atomic import atomic_write
 from pe_spatial.convert.converter import check_destination, to_mmdet
@@ -145,7 +145,7 @@ def load_weights_of_any_layout(runner: Runner) -> None:
     """Let `runner` load weights alone, strictly: of our training, a safetensors file, a released detector."""
 
     def load(source: str, **_: Any) -> Any:
-        model = _model(runner)
+        model: Any = plain_model(runner.model)
         if hasattr(model, "load_encoder"):  # the model is an encoder: its file, in any layout, or 'released'
             model.load_encoder(source)
             runner.logger.info(f"Load encoder from {source}")
@@ -170,7 +170,7 @@ def load_what_fits(runner: Runner) -> None:
 
     def load(source: str, **_: Any) -> Any:
         path, checkpoint = _read(runner, source)
-        model = _model(runner)
+        model = plain_model(runner.model)
         state, expected = checkpoint["state_dict"], model.state_dict()
         fits = [name for name, value in expected.items() if name in state and state[name].shape == value.shape]
         share = sum(expected[name].numel() for name in fits) / max(sum(x.numel() for x in expected.values()), 1)
@@ -195,19 +195,17 @@ def _read(runner: Runner, source: str) -> tuple[Path, dict[str, Any]]:
     path = locate(source)
     check_complete(split_entry(path)[0])
     file = read_checkpoint(path, in_parts=hasattr(type(runner), "checkpoint_file"))
-    checkpoint = {**file.rest, "state_dict": unwrap(to_mmdet(file), _names(_model(runner)))}
+    checkpoint = {**file.rest, "state_dict": unwrap(to_mmdet(file), plain_model(runner.model).state_dict())}
     if "parts" in checkpoint:  # the runner reads them when it calls the hooks
         runner.checkpoint_file = file.path
     runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
     return path, checkpoint
 
 
-def _model(runner: Runner) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _names(model: nn.Module) -> Mapping[str, Tensor]:
-    return (model.module if isinstance(model, BaseTTAModel) else model).state_dict()
+def plain_model(model: Any) -> nn.Module:
+    """Return a model without the wrappers of distributed training and of test-time augmentation."""
+    model = model.module if is_model_wrapper(model) else model
+    return model.module if isinstance(model, BaseTTAModel) else model
 
 
 def merge_checkpoint(cfg: Config, source: str, target: str | Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.engine.configs import read_config
 from pe_spatial.integrations.swap.write import difference, plain, source
 
@@ -33,17 +33,14 @@ def write_config(path: Path, cfg: Config, *, base: str, notes: Sequence[str] = (
     changes = difference(before, {key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_START})
     lines = [*comments, "", f"_base_ = {inherited!r}", ""]
     lines += _assignments(changes, before)
-    text = "\n".join(lines) + "\n"
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_file(path, "\n".join(lines) + "\n")
     try:
         same = _compared(Config.fromfile(path, import_custom_modules=False)) == wanted
     except Exception:  # of a base with lazy imports, or values that have no source
         same = False
     if not same:
         complete = Config({key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_START})
-        with atomic_write(path) as unfinished:
-            unfinished.write_text("\n".join([*comments, "", complete.pretty_text]), encoding="utf-8")
+        write_file(path, "\n".join([*comments, "", complete.pretty_text]))
 
 
 def _assignments(changes: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

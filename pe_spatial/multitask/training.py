@@ -33,8 +33,8 @@ from pe_spatial.encoder.checkpoint import load_checkpoint
 from pe_spatial.engine.configs import read_config
 from pe_spatial.engine.determinism import seed_everything, seed_loader
 from pe_spatial.engine.precision import BFloat16OptimWrapper
-from pe_spatial.engine.runner import plain_model
 from pe_spatial.engine.summary import encoders as encoder_options
+from pe_spatial.engine.weights import plain_model
 from pe_spatial.errors import ConfigError
 from pe_spatial.multitask.sharing import SharedEncoder, encoders
 

@@ -23,12 +23,6 @@ class DepthMapPredictor(Predictor):
         super().__init__(self.estimator.model, device=device, dtype=dtype, compile=compile)
         self.quantity, self.size = self.estimator.quantity, self.estimator.training_size
 
-    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
-        return rgb
-
-    def _shape(self, item: np.ndarray) -> tuple[int, ...]:
-        return item.shape
-
     @torch.inference_mode()
     def _predict(self, items: Sequence[np.ndarray]) -> list[DepthMap]:
         with self._precision():

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
-from pe_spatial.atomic import atomic_write, write_json
+from pe_spatial.atomic import atomic_write, write_file, write_json
 from pe_spatial.depth.outputs import encode_png16
 from pe_spatial.engine.sources import Sources, count_images, is_video
 from pe_spatial.errors import DatasetError
@@ -132,8 +132,7 @@ class ResultFolder:
             with atomic_write(self.folder / "drawn" / f"{name}.jpg") as unfinished:
                 Image.fromarray(result.draw(rgb)).save(unfinished, format="JPEG", quality=92)
         self._save_masks(name, result)
-        with atomic_write(self._part(name)) as unfinished:
-            unfinished.write_text(self._line(f"{name}{path.suffix}", rgb, result))
+        write_file(self._part(name), self._line(f"{name}{path.suffix}", rgb, result))
 
     def _video(self, name: str, path: Path, done: Callable[[], Any]) -> None:
         waiting: deque[np.ndarray] = deque()
@@ -181,7 +180,7 @@ class ResultFolder:
         if "masks" not in self.formats:
             return
         if isinstance(result, DepthMap):
-            _write_bytes(self.folder / "masks" / f"{name}.png", encode_png16(result.depth, 1000, {})[0])
+            write_file(self.folder / "masks" / f"{name}.png", encode_png16(result.depth, 1000, {})[0])
         if isinstance(result, SegmentationMap):
             _write_png(self.folder / "masks" / f"{name}.png", result.labels.astype(np.uint8))
         for number, crop in enumerate(getattr(result, "crops", None) or ()):
@@ -245,8 +244,3 @@ def _box(one: dict[str, Any]) -> list[float]:
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     with atomic_write(path) as unfinished:
         Image.fromarray(pixels).save(unfinished, format="PNG")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with atomic_write(path) as unfinished:
-        unfinished.write_bytes(data)

@@ -43,12 +43,6 @@ class MaskProposer(ObjectPredictor):
         super().__init__(sam.to(device), device=device, dtype=dtype)
         self.score, self.generator = score, SAM2AutomaticMaskGenerator(self.model, points_per_side=points)
 
-    def _prepare(self, rgb: np.ndarray) -> np.ndarray:
-        return rgb
-
-    def _shape(self, item: np.ndarray) -> Any:
-        return item.shape
-
     @torch.inference_mode()
     def _predict(self, items: Sequence[np.ndarray]) -> list[Detections]:
         with self._precision():

@@ -53,11 +53,11 @@ class Streamed:
 
     def _prepare(self, rgb: np.ndarray) -> Any:
         """Return what `_predict` needs of an image (H, W, 3)."""
-        raise NotImplementedError
+        return rgb
 
     def _shape(self, item: Any) -> Any:
         """Return what items of one batch must have in common."""
-        raise NotImplementedError
+        return item.shape
 
     def _predict(self, items: Sequence[Any]) -> list[Any]:
         raise NotImplementedError

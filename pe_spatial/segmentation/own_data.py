@@ -10,8 +10,8 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import BaseSegDataset
-from pycocotools import mask as run_lengths
 
+from pe_spatial.data.coco import decode_mask
 from pe_spatial.data.colors import palette
 from pe_spatial.data.dataset import OwnDataset
 from pe_spatial.engine.classes import add_imports, set_classes
@@ -83,7 +83,7 @@ class ObjectSegDataset(BaseSegDataset):
         objects: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in content["images"]}
         for one in sorted(content["annotations"], key=lambda one: -one["area"]):
             label = NO_LABEL if one["iscrowd"] else labels[one["category_id"]]
-            objects[one["image_id"]].append((label, one.get("segmentation") or []))
+            objects[one["image_id"]].append((label, one.get("segmentation")))
         return [
             dict(
                 img_path=f"{self.data_prefix['img_path']}{image['file_name']}",
@@ -110,18 +110,8 @@ class LoadObjectLabels(BaseTransform):
             )
         labels = np.zeros((height, width), np.uint8)
         for label, segmentation in results["objects"]:
-            labels[_decode(segmentation, height, width)] = label
+            if segmentation:
+                labels[decode_mask(segmentation, (height, width))] = label
         results["gt_seg_map"] = labels
         results["seg_fields"].append("gt_seg_map")
         return results
-
-
-def _decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return the mask (H, W) bool of polygons or run lengths."""
-    if not segmentation:
-        return np.zeros((height, width), bool)
-    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
-        segmentation = run_lengths.frPyObjects(segmentation, height, width)
-    if isinstance(segmentation, list):
-        segmentation = run_lengths.merge(segmentation)
-    return run_lengths.decode(segmentation).astype(bool)

@@ -19,7 +19,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import atomic_write, write_file
 from pe_spatial.detection.deta.postprocess import postprocess
 from pe_spatial.detection.soft_nms import soft_nms
 from pe_spatial.errors import ConfigError
@@ -241,8 +241,7 @@ class DETATTA(BaseTTAModel):
         settings = json.dumps(self._describe(), indent=1)
         path = self.resume_dir / "settings.json"
         if not path.is_file():
-            with atomic_write(path) as unfinished:
-                unfinished.write_text(settings)
+            write_file(path, settings)
         if path.read_text() != settings:
             raise ConfigError(
                 f"{self.resume_dir} contains detections of another checkpoint or of other options (see its "

@@ -13,7 +13,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 from mmengine.registry import METRICS
 
-from pe_spatial.atomic import atomic_write
+from pe_spatial.atomic import write_file
 from pe_spatial.detection.annotations import as_nfc
 from pe_spatial.detection.coco_metric import check_samples, log_tested
 from pe_spatial.detection.lvis.dataset import FREQUENCIES, read_lvis
@@ -90,8 +90,7 @@ class FastLVISMetric(BaseMetric):
         log_tested(MMLogger.get_current_instance(), tested, self.truth.imgs, self.ann_file)
         if self.out_file:
             detections = [d for r in results for d in _as_json(r, *self.metrics)]
-            with atomic_write(self.out_file) as unfinished:
-                unfinished.write_text(json.dumps(detections, default=bytes.decode))  # counts of masks are bytes
+            write_file(self.out_file, json.dumps(detections, default=bytes.decode))  # counts of masks are bytes
         for metric in self.metrics:
             detections = [d for r in results for d in _as_json(r, metric)]
             out.update({f"{metric}_{k}": value for k, value in self._evaluate(metric, detections, tested).items()})

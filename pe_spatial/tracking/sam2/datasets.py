@@ -5,7 +5,6 @@ A `MaskSource` has `frames`, the names of the annotated frames, `read(frame)`, t
 reads files when needed, caches what it reads while it exists (for one clip), and can be pickled to data workers.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, TRANSFORMS
 
+from pe_spatial.data.coco import decode_mask
+from pe_spatial.data.files import read_json
 from pe_spatial.engine.loading import RefetchBrokenMixin, log_skipped
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.images import read_rgb
@@ -134,26 +135,16 @@ MaskSource = PngMasks | SAVMasks | CocoMasks
 
 def _decode(segmentation: Any, size: tuple[int, int] | None, source: str) -> np.ndarray:
     """Decode RLE to (H, W) bool; with a `size` (height, width) also polygons and uncompressed RLE."""
-    from pycocotools import mask
-
     try:
-        if size is not None and isinstance(segmentation, list):
-            segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
-        elif size is not None and isinstance(segmentation["counts"], list):
-            segmentation = mask.frPyObjects(segmentation, *size)
-        return mask.decode(segmentation).astype(bool)
+        return decode_mask(segmentation, size)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DatasetError(f"a mask of {source} cannot be decoded ({error!r}); correct the annotations") from error
 
 
 def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise DatasetError(f"no file {path}; check data_root (--data-root) and data_prefix") from None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not path.exists():
+        raise DatasetError(f"no file {path}; check data_root (--data-root) and data_prefix")
+    content = read_json(path)
     if not isinstance(content, dict) or not set(keys) <= set(content):
         raise DatasetError(f"{path} lacks {' or '.join(keys)}; check layout and data_prefix")
     return content
