@@ -133,6 +133,10 @@ def check_data(args: argparse.Namespace, task: str, class_names: Sequence[str]) 
         raise ConfigError("a tracker takes no --calibration; omit it")
     if task == "tracking" and args.images and args.gt is None:
         raise ConfigError("the --images of a tracker are videos, folders of frames; give --gt MASKS too, or omit them")
+    if args.gt is not None:
+        from pe_spatial.export.scores import check_truth
+
+        check_truth(task, [Path(image) for image in args.images], args.gt)
 
 
 def run_tracker(args: argparse.Namespace, predictor: Any) -> None:

@@ -59,17 +59,21 @@ class GroundTruth:
         elif not self.source.is_dir():
             raise DatasetError(f"{source} is neither a folder nor a .csv file; give ground truth as one of them")
 
-    def read(self, name: str, image: Path, prediction: np.ndarray) -> np.ndarray | None:
-        """Return the depth (H, W) of an image in meters, or None; DatasetError for another size or a wrong scale."""
+    def find(self, name: str, image: Path) -> tuple[str | None, float | None]:
+        """Return the file of the depth map of an image, or None, and its units per meter."""
         if self.pairs is not None:
             pair = self.pairs.get(image.resolve(), {})
-            path, scale, option = pair.get("depth_path"), pair.get("depth_scale"), "units_per_meter="
-        else:
-            paths = [self.source / f"{name}{suffix}" for suffix in FORMATS]
-            path, option = next((str(path) for path in paths if path.is_file()), None), "--gt-scale "
-            scale = 1 if path and path.endswith((".npy", ".npz", ".exr")) else self.scale or 1000
+            return pair.get("depth_path"), pair.get("depth_scale")
+        paths = [self.source / f"{name}{suffix}" for suffix in FORMATS]
+        path = next((str(path) for path in paths if path.is_file()), None)
+        return path, 1 if path and path.endswith((".npy", ".npz", ".exr")) else self.scale or 1000
+
+    def read(self, name: str, image: Path, prediction: np.ndarray) -> np.ndarray | None:
+        """Return the depth (H, W) of an image in meters, or None; DatasetError for another size or a wrong scale."""
+        path, scale = self.find(name, image)
         if path is None:
             return None
+        option = "--gt-scale " if self.pairs is None else "units_per_meter="
         depth = fit_to_image(read_depth(path, scale=scale), path, prediction.shape, image)
         check_scale(depth, scale=scale, max_depth=None, path=path, option=option)
         if self.pairs is None and self.scale is None and scale != 1:

@@ -15,10 +15,11 @@ from mmengine.utils import import_modules_from_strings
 
 import pe_spatial
 from pe_spatial.depth import estimator
-from pe_spatial.errors import ConfigError
+from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.export.certificate import reference_cases
 from pe_spatial.export.dense import depth_graph, segmenter_graph
 from pe_spatial.export.graph import export
+from pe_spatial.export.scores import check_truth
 from pe_spatial.runtime import dense
 from pe_spatial.runtime.compare import LIMITS, problems
 from pe_spatial.runtime.verify import compare
@@ -169,6 +170,18 @@ def test_certificate_catches_what_differs(tmp_path, randomize, monkeypatch, muta
     assert problems(*compare(EagerSession(graph), cases), LIMITS["fp32"]) == []
     mutate(graph, monkeypatch)
     assert problems(*compare(EagerSession(graph), cases), LIMITS["fp32"])
+
+
+def test_missing_truth_is_said_before_the_export(tmp_path, randomize):
+    depth_predictor("linear", tmp_path / "w.pth", randomize)
+    Image.fromarray(next(iter(images()))).save(tmp_path / "room.png")
+    (tmp_path / "depth").mkdir()
+    args = (tmp_path / "w.pth", "--images", tmp_path / "room.png", "--gt", tmp_path / "depth")
+    with pytest.raises(SystemExit, match="depth has no depth map of the images; give maps of their names"):
+        command("export", *args, "--out", tmp_path / "out", cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DatasetError, match=r"has no masks of .*room.png; give --gt MASKS of its frames"):
+        check_truth("tracking", [tmp_path / "room.png"], tmp_path / "depth")
 
 
 @pytest.mark.long
