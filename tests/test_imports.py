@@ -45,7 +45,9 @@ ARROWS = {
     "features": {"features", "encoder", "integrations", "language"} | GROUND,
     "alignment": {"alignment", "encoder", "data", "features"} | TASKS | SERVICES | GROUND,
     "analysis": {"analysis", "encoder", "data"} | TASKS | SERVICES | GROUND,
-    "multitask": {"multitask", "loading", "predict", "encoder", "engine", "integrations", "tracking"} | GROUND,
+    "multitask": {"multitask", "loading", "predict", "runtime", "export"}
+    | {"encoder", "engine", "integrations", "tracking"}
+    | GROUND,
     "labeling": {"labeling", "predict", "data", "tracking"} | GROUND,
     "app": {"app", "labeling", "multitask", "loading", "predict", "features", "language"}
     | {"encoder", "depth", "tracking"}

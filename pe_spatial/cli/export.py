@@ -4,6 +4,7 @@ pe-spatial export pe_spatial_b16_512 --layers 5,8,11 --out exported --format onn
 pe-spatial export work_dirs/coco/iter_66375.pth --out exported --format openvino --images photos/*.jpg
 pe-spatial export depth.pth --out exported --images rooms/*.jpg --gt depth/        # RMSE of both
 pe-spatial export tracker.pth --out exported --images davis/* --gt masks/          # J&F of both
+pe-spatial export detector.pth depth.pth tracker.pth --size 512 --out exported     # one graph of their encoder
 pe-spatial export --verify exported              # again, anywhere, with the runtime alone
 
 Writes into --out the graph, manifest.json, and a certificate: the largest difference from PyTorch at every stage. Where
@@ -27,14 +28,16 @@ ENCODER_OPTIONS = ("weights", "layers", "geometry", "input", "whole_windows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = f"checkpoint, config, or {VARIANT_HELP}"
-    parser.add_argument("source", nargs="?", type=variant, metavar="MODEL", help=source)
+    source = f"checkpoint, config, or {VARIANT_HELP}; several checkpoints if they share one frozen encoder"
+    parser.add_argument("source", nargs="*", type=variant, metavar="MODEL", help=source)
     parser.add_argument("--out", type=Path, help="new folder to write")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="what to write")
     precisions = ("fp32", "fp16", "bf16", "int8", "int8-static")
     precision = "of the file; int8: weights, int8-static: activations too, with --calibration"
     parser.add_argument("--precision", choices=precisions, default="fp32", help=precision)
     parser.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="images for int8-static")
+    size = "several checkpoints: side of the square that all get, which the graphs are for"
+    parser.add_argument("--size", type=int, metavar="PIXELS", help=size)
     parser.add_argument("--config", help="config of other weights (default: the config inside the checkpoint)")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images for the certificate")
     truth = "annotations in COCO's form: the certificate of a detector then has AP, before and after; with --image-root"
@@ -60,8 +63,13 @@ def run(args: argparse.Namespace) -> None:
     if args.verify is not None:
         run_verify(args)
         return
-    if args.source is None or args.out is None:
+    if not args.source or args.out is None:
         raise ConfigError("name the model and the folder: pe-spatial export MODEL --out FOLDER")
+    if len(args.source) > 1:
+        run_together(args)
+        return
+    (args.source,) = args.source
+    refuse(args, "size", because="one model is exported for any size, without")
     from pe_spatial.export.certificate import certify
     from pe_spatial.export.graph import export
 
@@ -156,6 +164,22 @@ def run_tracker(args: argparse.Namespace, predictor: Any) -> None:
     print_scores(extra.get("scores", {}))
 
 
+def run_together(args: argparse.Namespace) -> None:
+    """Export several models on one encoder."""
+    import pe_spatial
+    from pe_spatial.multitask.export import certify_together, export_together
+
+    others = ("calibration", "config", "images", "annotations", "image_root", "gt", "gt_scale", *ENCODER_OPTIONS)
+    refuse(args, *others, because="several models are exported without")
+    with without_prints():
+        model = pe_spatial.MultiTask(args.source, size=args.size)
+        parts, manifest = export_together(model, args.out, form=args.format, precision=args.precision)
+    with certified(args.out):
+        print(f"{args.out}: {', '.join(manifest.options['tasks'])} on one encoder, {args.format}")
+        found = certify_together(model, parts, args.out)
+    print_differences(found)
+
+
 def scores(predictor: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return RMSE or J&F of PyTorch and of the exported folder."""
     from pe_spatial.export.scores import depth_scores, tracking_scores
@@ -219,10 +243,10 @@ def run_verify(args: argparse.Namespace) -> None:
     """Repeat a certificate."""
     from pe_spatial.runtime.verify import verify
 
-    if args.source is not None or args.out is not None:
+    if args.source or args.out is not None:
         raise ConfigError("--verify takes a folder and nothing else; omit the model and --out")
-    others = ("calibration", "config", "images", "annotations", "image_root", "gt", "gt_scale", *ENCODER_OPTIONS)
-    refuse(args, *others, because="--verify takes a folder and nothing else, not")
+    others = ("size", "calibration", "config", "images", "annotations", "image_root", "gt", "gt_scale")
+    refuse(args, *others, *ENCODER_OPTIONS, because="--verify takes a folder and nothing else, not")
     if (args.format, args.precision) != ("onnx", "fp32"):
         raise ConfigError("--verify takes format and precision from the folder; omit --format and --precision")
     print_differences(verify(args.verify))
@@ -234,6 +258,8 @@ def print_differences(result: dict[str, Any]) -> None:
         print(f"{name:14} differs by {one['largest']:.2g} at most (largest value {one['scale']:.3g})")
     if "stream" in result:
         print(f"a video of {result['stream']['frames']} frames: masks with IoU {result['stream']['iou']:.4f} or more")
+    if "agreement" in result:
+        print(f"classes of pixels and tracked masks agree in {result['agreement']:.4f} or more")
     found = result["detections"]
     if found:
         print(

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pe_spatial.cli.arguments import choose_device, given, without_prints
+from pe_spatial.cli.arguments import choose_device, given, refuse, without_prints
 from pe_spatial.cli.track import read_prompts
 from pe_spatial.errors import ConfigError
+from pe_spatial.predict.together import Together
+from pe_spatial.runtime.loading import load_exported
 from pe_spatial.runtime.manifest import is_exported
 
 _NOT_SHARED = (
@@ -23,7 +25,6 @@ def run_tasks(args: argparse.Namespace) -> None:
     """Predict with all checkpoints of --checkpoint."""
     from tqdm import tqdm
 
-    import pe_spatial
     from pe_spatial.engine.predictions import record_model, recorded
     from pe_spatial.engine.sources import Sources, is_video
     from pe_spatial.multitask.folder import TaskFolders
@@ -35,7 +36,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     sources = Sources(args.inputs, exclude=args.out)
     score = 0.3 if args.score is None else args.score
     with without_prints():
-        model = pe_spatial.MultiTask(args.checkpoint, device=choose_device(args), score=score, size=args.size)
+        model = _load(args, score)
     prompts = None
     if args.points or args.box or args.mask:
         if "tracking" not in model.tasks:
@@ -53,9 +54,9 @@ def run_tasks(args: argparse.Namespace) -> None:
             raise ConfigError(f"{path} has {count_frames(path)} frames, so there is no frame {last} to prompt on")
     folder = TaskFolders(args.out, model, prompts=prompts, formats=args.write or ("images", "json", "csv"),
                          progress=partial(tqdm, unit="image"))  # fmt: skip
-    options = dict(score=score, size=args.size, write=sorted(folder.formats), prompts=_written(args))
-    for task, checkpoint in zip(model.tasks, args.checkpoint, strict=True):
-        record_model(args.out / task, checkpoint, overwrite=args.overwrite, **options)
+    options = dict(score=score, size=model.size, write=sorted(folder.formats), prompts=_written(args))
+    for task, source in zip(model.tasks, model.sources, strict=True):
+        record_model(args.out / task, source, overwrite=args.overwrite, **options)
     print(*model.groups(), sep="\n")
     folder.run(sources, overwrite=args.overwrite)
     objects = folder.finish_tasks()
@@ -65,14 +66,30 @@ def run_tasks(args: argparse.Namespace) -> None:
         sys.exit("error: no input could be read (listed above)")
 
 
+def _load(args: argparse.Namespace, score: float) -> Together:
+    """Load the checkpoints, or the folder that `export` wrote for several."""
+    import pe_spatial
+
+    if len(args.checkpoint) > 1:
+        return pe_spatial.MultiTask(args.checkpoint, device=choose_device(args), score=score, size=args.size)
+    model = load_exported(args.checkpoint[0], score=score)
+    if args.size not in (None, model.size):
+        raise ConfigError(
+            f"{args.checkpoint[0]} is for frames of --size {model.size}, not {args.size}; omit the option"
+        )
+    return model
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that several checkpoints do not have."""
     if wrong := given(args, _NOT_SHARED):
         option = f"--{wrong[0].replace('_', '-')}"
         raise ConfigError(f"several checkpoints have no {option}; omit it, or predict with each alone")
     exported = [checkpoint for checkpoint in args.checkpoint if is_exported(checkpoint)]
-    if exported:
+    if exported and len(args.checkpoint) > 1:
         raise ConfigError(f"{exported[0]} is an exported model, which shares no encoder; predict with it alone")
+    if exported:
+        refuse(args, "device", because=f"{exported[0]} is exported for a CPU, without")
     wrong = [name for name in args.write or () if name not in _FORMATS]
     if wrong:
         raise ConfigError(f"several checkpoints do not write {wrong[0]!r} but {', '.join(_FORMATS)}")

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             "there is nothing to predict; give images, folders, videos, a camera (before --checkpoint), or --data DATA"
         )
-    if len(args.checkpoint) > 1:
+    if len(args.checkpoint) > 1 or _is_together(args.checkpoint[0]):
         from pe_spatial.cli.multitask import run_tasks
 
         run_tasks(args)
@@ -132,6 +132,10 @@ def run(args: argparse.Namespace) -> None:
         run_tracking(args)
     else:
         run_predictor(args, cfg)
+
+
+def _is_together(checkpoint: str) -> bool:
+    return is_exported(checkpoint) and read_manifest(checkpoint).task == "multitask"
 
 
 def check_options(args: argparse.Namespace, task: str) -> None:

@@ -123,7 +123,8 @@ def trace(exportable: Exportable) -> Any:
         with torch.no_grad():
             # Some conditions on sizes decide only how memory is laid out; they become checks, which ONNX omits.
             return torch.export.export(
-                module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                module, inputs, dynamic_shapes=shapes if any(shapes) else None, strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
     except Exception as error:  # torch raises almost anything here
         raise ConfigError(f"{type(module).__name__} cannot be traced: {_first_line(error)}") from error

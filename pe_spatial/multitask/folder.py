@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pe_spatial.multitask.models import MultiTask
 from pe_spatial.predict.folder import ResultFolder
+from pe_spatial.predict.together import Together
 
 TRACKED = ("object",)
 """The class of tracked objects: a tracker knows none."""
@@ -27,7 +27,7 @@ class TaskFolders(ResultFolder):
     """
 
     def __init__(
-        self, folder: Path, model: MultiTask, *, prompts: Any, formats: Collection[str], progress: Callable[..., Any]
+        self, folder: Path, model: Together, *, prompts: Any, formats: Collection[str], progress: Callable[..., Any]
     ) -> None:
         def predict(images: Any) -> Iterator[Any]:
             return model.stream(images, prompts)

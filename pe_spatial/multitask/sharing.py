@@ -94,7 +94,7 @@ class SharedEncoder:
         for parent, child, encoder in places:
             group = self._group(name, encoder)
             group.add(name, encoder)
-            setattr(parent, child, _Reader(self, group, name, encoder))
+            setattr(parent, child, Reader(self, group, name, encoder))
 
     def _group(self, name: str, encoder: PerceptionEncoder) -> Group:
         if encoder.lora is not None:
@@ -134,12 +134,16 @@ class SharedEncoder:
         return known.encoded[group]
 
 
-class _Reader(nn.Module):
-    """Stands where the encoder of a model was, and has its attributes."""
+class Reader(nn.Module):
+    """Stands where the encoder of a model was, and has its attributes.
+
+    Attributes:
+        reads_tokens: the model has asked for class tokens.
+    """
 
     def __init__(self, shared: SharedEncoder, group: Group, name: str, encoder: PerceptionEncoder) -> None:
         super().__init__()
-        self.out_indices = encoder.out_indices
+        self.out_indices, self.reads_tokens = encoder.out_indices, False
         self._read = shared, group, name  # a tuple, so that the weights are not those of every model
 
     def __getattr__(self, name: str) -> Any:
@@ -150,12 +154,20 @@ class _Reader(nn.Module):
         except AttributeError:
             return getattr(self._read[1].encoder, name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
+        """Return itself: a copy of a model reads from the same encoder."""
+        return self
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """As `PerceptionEncoder.forward`."""
-        return self.forward_with_class_tokens(images)[0]
+        return self._encoded(images)[0]
 
     def forward_with_class_tokens(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As `PerceptionEncoder.forward_with_class_tokens`."""
+        self.reads_tokens = True
+        return self._encoded(images)
+
+    def _encoded(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         shared, group, name = self._read
         maps, tokens = shared.encode(group, name, images)
         return tuple(maps[i] for i in self.out_indices), tuple(tokens[i] for i in self.out_indices if tokens)

@@ -10,6 +10,7 @@ from pe_spatial.runtime.dense import ExportedDepth, ExportedSegmenter
 from pe_spatial.runtime.detection import ExportedDetector
 from pe_spatial.runtime.encoder import ExportedEncoder
 from pe_spatial.runtime.manifest import read_manifest
+from pe_spatial.runtime.together import ExportedTogether
 from pe_spatial.runtime.tracker import ExportedTracker
 
 
@@ -24,7 +25,7 @@ def load_exported(folder: str | Path, **options: Any) -> Any:
     """
     kinds: dict[str, Any] = {
         "encoder": ExportedEncoder, "detection": ExportedDetector, "depth": ExportedDepth,
-        "segmentation": ExportedSegmenter, "tracking": ExportedTracker,
+        "segmentation": ExportedSegmenter, "tracking": ExportedTracker, "multitask": ExportedTogether,
     }  # fmt: skip
     task = read_manifest(folder).task
     if task not in kinds:

@@ -23,7 +23,7 @@ class Manifest:
     """What an exported folder holds.
 
     Args:
-        task: 'encoder', 'detection', 'segmentation', 'depth' or 'tracking'.
+        task: 'encoder', 'detection', 'segmentation', 'depth' or 'tracking'; 'multitask' for a folder of those.
         format: 'onnx', 'openvino', 'torch' or 'tensorrt'.
         precision: 'fp32', 'fp16', 'bf16', 'int8' (weights) or 'int8-static' (weights and activations).
         inputs: name -> dict(dtype=, shape=); named dimensions are free. `pixels` are uint8 RGB (B, H, W, 3), `images`
@@ -95,6 +95,15 @@ def read_manifest(folder: str | Path) -> Manifest:
             "complete folder again, or export the model again"
         )
     return manifest
+
+
+def check_complete(folder: Path, manifest: Manifest) -> None:
+    """Raise ConfigError for a head alone, whose graph takes maps of an encoder in another folder."""
+    if "pixels" not in manifest.inputs:
+        raise ConfigError(
+            f"{folder} is one head of several on one encoder, and takes its maps; give the folder above it, which "
+            "holds the encoder"
+        )
 
 
 def sha256(path: Path) -> str:

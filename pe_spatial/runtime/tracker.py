@@ -14,8 +14,8 @@ import numpy as np
 
 from pe_spatial.images import bilinear_weights
 from pe_spatial.predict.videos import VideoTracker
-from pe_spatial.runtime.manifest import read_manifest
-from pe_spatial.runtime.sessions import open_session
+from pe_spatial.runtime.manifest import check_complete, read_manifest
+from pe_spatial.runtime.sessions import Session, open_session
 from pe_spatial.tracking.sam2.online import (
     MAX_LOGIT,
     Bank,
@@ -35,17 +35,23 @@ class ExportedTracker(VideoTracker):
 
     Args:
         folder: what `pe-spatial export` wrote for a tracker.
+        image_encoder: runs that part, which then takes no pixels; None opens the folder's.
         options: `backend` and `threads`, see `open_session`.
     """
 
-    def __init__(self, folder: str | Path, **options: Any) -> None:
+    def __init__(self, folder: str | Path, *, image_encoder: Session | None = None, **options: Any) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         manifests = {name: read_manifest(self.folder / name) for name in self.manifest.options["parts"]}
+        if image_encoder is None:
+            check_complete(self.folder, manifests["image_encoder"])
         self._sessions = {
-            name: open_session(self.folder / name, manifest, **options) for name, manifest in manifests.items()
-        }
+            name: image_encoder if image_encoder and name == "image_encoder" else
+            open_session(self.folder / name, manifest, **options) for name, manifest in manifests.items()
+        }  # fmt: skip
         self._inputs = {name: list(manifest.inputs) for name, manifest in manifests.items()}
+        if image_encoder is not None:
+            self._inputs["image_encoder"] = []
         self.mask_size: int = manifests["mask_decoder"].inputs["mask"]["shape"][-1]
         """Side of the logits that the decoder takes and returns, 4g."""
 

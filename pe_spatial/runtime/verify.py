@@ -38,6 +38,15 @@ def verify(folder: str | Path, *, backend: str | None = None) -> dict[str, Any]:
         result["stages"] = {f"{name}/{stage}": one for name, found in parts.items() for stage, one in found.items()}
         result["stream"] = dict(frames=len(reference["frames"]), iou=iou)
         wrong = stream_problems(iou, certificate["limits"])
+    elif manifest.task == "multitask":
+        from pe_spatial.runtime.together import ExportedTogether, compare_results, results_of
+
+        parts = {name: verify(folder / name, backend=backend)["stages"] for name in manifest.options["parts"]}
+        found = results_of(ExportedTogether(folder, backend=backend), reference.pop("frames"))
+        stages, result["detections"], agreement = compare_results(found, reference)
+        result["stages"] = {f"{name}/{key}": one for name, part in parts.items() for key, one in part.items()} | stages
+        result["agreement"] = agreement
+        wrong = together_problems(stages, result["detections"], agreement, certificate["limits"])
     else:
         session = open_session(folder, manifest, backend=backend, stages=True)
         result["stages"], result["detections"] = compare(session, cases_of(reference))
@@ -45,6 +54,17 @@ def verify(folder: str | Path, *, backend: str | None = None) -> dict[str, Any]:
     if wrong:
         raise ConfigError(f"{folder} does not compute what PyTorch did: {'; '.join(wrong)}. Do not use it")
     return result
+
+
+def together_problems(
+    stages: Mapping[str, Mapping[str, float]], matched: Mapping[str, float] | None, agreement: float,
+    limits: Mapping[str, float],
+) -> list[str]:  # fmt: skip
+    """Return a sentence for each difference of results above its limit, see `together.compare_results`."""
+    wrong = problems(stages, matched, limits)
+    if agreement < limits.get("iou", 0):
+        wrong.append(f"masks and classes agree in {agreement:.3f} (limit {limits['iou']:g})")
+    return wrong
 
 
 Case = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
