@@ -145,9 +145,11 @@ def test_other_encoders_come_with_their_own_statistics_and_patch():
 @pytest.mark.slow
 @pytest.mark.parametrize(("scope", "family"), [(scope, family) for scope, names in STEPS.items() for family in names])
 def test_family_trains_a_step_and_predicts(scope, family, monkeypatch):
-    """With fewer proposals than docs/swap.md: enough for positive and negative ones in every head."""
+    """With smaller images and fewer proposals than docs/swap.md: enough for positive and negative ones everywhere."""
     pytest.importorskip(scope)
     monkeypatch.setattr(check, "_LIMITS", dict(nms_pre=50, max_per_img=10, num=16))
+    monkeypatch.setattr(check, "DETECTION", (96, 128))
+    monkeypatch.setattr(check, "SEGMENTATION", (64, 96))
     row = check_family(scope, family)
     assert row["original"] == "runs"
     assert row["swapped"] == "runs"
