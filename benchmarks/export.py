@@ -83,14 +83,14 @@ def matrix_rate(side: int = 1536, rounds: int = 5) -> float:
     return 2 * side**3 / min(times)
 
 
-def calls_of(graph: Exportable, folder: Path) -> dict[str, Callable[[np.ndarray], Values]]:
+def calls_of(graph: Exportable, folder: Path, *, compiled: bool) -> dict[str, Callable[[np.ndarray], Values]]:
     """Return name -> a call that takes pixels and returns the outputs."""
 
     def in_torch(module: Any) -> Callable[[np.ndarray], Values]:
         return lambda x: dict(zip(graph.outputs, (v.numpy() for v in module(torch.from_numpy(x))), strict=False))
 
     calls = {"eager": in_torch(graph.module)}
-    if not graph.translations:  # what a detector selects is not for torch.compile
+    if compiled:
         calls["compiled"] = in_torch(torch.compile(graph.module, dynamic=False))
     for form, precision in (("torch", "fp32"), ("onnx", "fp32"), *FROM_ONNX):
         path = folder / f"{form}-{precision}"
@@ -135,12 +135,13 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="compile a detector too, which takes minutes")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     graph = load(args.source)
     write_forms(graph, args.folder, args.size)
     if not args.write_only:
-        calls = calls_of(graph, args.folder)
+        calls = calls_of(graph, args.folder, compiled=args.compiled or not graph.translations)
         print(f"{args.source}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
         for batch in args.batches:
             measure(calls, graph, pixels(batch, args.size), args.rounds)

@@ -104,10 +104,11 @@ class PerceptionEncoderPyramid(nn.Module):
         h, w = images.shape[-2:]
         if self.any_size:
             cell = math.lcm(self.encoder.patch_size, *self.strides)
-            images = F.pad(images, (0, -w % cell, 0, -h % cell))
+            images = F.pad(images, (0, (cell - w % cell) % cell, 0, (cell - h % cell) % cell))
         levels = as_float32(self.pyramid(self.encoder(images)))
-        if self.any_size:
-            levels = tuple(_cut(x, -(-h // s), -(-w // s)) for x, s in zip(levels, self.strides, strict=True))
+        if self.any_size:  # without negative numbers, which ONNX divides towards zero
+            sides = [((h + s - 1) // s, (w + s - 1) // s) for s in self.strides]
+            levels = tuple(_cut(x, *side) for x, side in zip(levels, sides, strict=True))
         return levels
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class _Pyramid(nn.Module):
             raise ValueError(f"unused is {self.unused}; places 0 to {len(strides) - 1} are allowed, not all of them")
 
     def _zeros(self, i: int, like: Tensor) -> Tensor:
-        h, w = (round(side * self.in_stride / self.strides[i]) for side in like.shape[-2:])
+        h, w = (side * self.in_stride // self.strides[i] for side in like.shape[-2:])
         return like.new_zeros(()).expand(like.shape[0], self.out_channels[i], h, w)
 
 

@@ -7,16 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
 
 from pe_spatial.detection.deta.detector import DETA
 from pe_spatial.encoder.backbone import PerceptionEncoderPyramid
 from pe_spatial.engine.nodes import type_name
 from pe_spatial.errors import ConfigError
 from pe_spatial.export.deta import DETAGraph
+from pe_spatial.export.detections import DetectorGraph
 from pe_spatial.export.encoder import encoder_facts
 from pe_spatial.export.graph import Exportable
+from pe_spatial.export.one_stage import OneStageGraph
 from pe_spatial.export.pixels import Pixels, scaled_size, size_of_short_side
 from pe_spatial.export.suppression import translations
+from pe_spatial.export.transformer import TransformerGraph
 from pe_spatial.export.two_stage import TwoStageGraph
 
 
@@ -32,21 +37,43 @@ def detector_graph(predictor: Any, *, source: str = "") -> Exportable:
     model = predictor.model
     square = isinstance(model, DETA)
     pixels, resizing = pixels_of(model.data_preprocessor, predictor.pipeline.transforms, square=square)
-    graph = DETAGraph(model, pixels) if square else TwoStageGraph(model, pixels)
+    graph = graph_of(model, pixels)
     side = pixels.multiple
     backbone = model.backbone
     facts = encoder_facts(backbone.encoder) if isinstance(backbone, PerceptionEncoderPyramid) else {}
-    example = torch.randint(0, 256, (2, max(side - 20, 48), max(side - 36, 40), 3), dtype=torch.uint8)
+    exportable = exportable_of(graph)
+    exportable.class_names = predictor.class_names
+    exportable.model = facts | dict(type=type(model).__name__, source=source, pad_to=side) | resizing
+    exportable.options = dict(canvas=side, resizing=resizing) if square else {}
+    return exportable
+
+
+def graph_of(model: Any, pixels: Pixels) -> DetectorGraph:
+    """Return the graph of a detector; ConfigError for one that is not written here."""
+    if isinstance(model, DETA):
+        return DETAGraph(model, pixels)
+    if hasattr(model, "roi_head"):
+        return TwoStageGraph(model, pixels)
+    if isinstance(model, DetectionTransformer):
+        return TransformerGraph(model, pixels)
+    if isinstance(model, SingleStageDetector) and hasattr(model, "bbox_head"):
+        return OneStageGraph(model, pixels)
+    raise ConfigError(f"a {type(model).__name__} is not exported; detectors with a bbox_head or an roi_head are")
+
+
+def exportable_of(graph: DetectorGraph) -> Exportable:
+    """Return a graph to export, of any batch and any size."""
+    side = graph.pixels.multiple
+    # levels of several cells, since the tracer takes a size of one for a constant; a canvas has them
+    least = (0, 0) if graph.pixels.square else (2 * graph.coarsest + 44, 3 * graph.coarsest + 36)
+    size = max(side - 20, 48, least[0]), max(side - 36, 40, least[1])
     return Exportable(
         module=graph,
         task="detection",
-        inputs={"pixels": example},
+        inputs={"pixels": torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)},
         dynamic={"pixels": {0: "batch", 1: "height", 2: "width"}},
         outputs=graph.outputs(),
         stages=graph.stages(),
-        class_names=predictor.class_names,
-        model=facts | dict(type=type(model).__name__, source=source, pad_to=side) | resizing,
-        options=dict(canvas=side, resizing=resizing) if square else {},
         translations=translations(),
     )
 

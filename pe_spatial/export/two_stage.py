@@ -7,7 +7,6 @@ B images, P proposals, D detections, C classes. Boxes are x1, y1, x2, y2.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,30 +18,23 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from pe_spatial.detection.heads import Detectron2BBoxHead, Detectron2CascadeRoIHead, Detectron2RPNHead, Float32Linear
-from pe_spatial.encoder.backbone import PerceptionEncoderPyramid
-from pe_spatial.encoder.pyramid import as_float32
+from pe_spatial.detection.heads import Detectron2BBoxHead, Detectron2CascadeRoIHead, Detectron2RPNHead
 from pe_spatial.errors import ConfigError
+from pe_spatial.export.detections import DetectorGraph, blanked, check_nms, clipped, rescaled
 from pe_spatial.export.pixels import Pixels
 from pe_spatial.export.suppression import LOWEST, best, separated, suppressed
 from pe_spatial.runtime.compare import PROPOSALS
 
-OUTPUTS = ("boxes", "scores", "labels", "valid")
 
-
-class TwoStageGraph(nn.Module):
+class TwoStageGraph(DetectorGraph):
     """A two-stage detector of MMDetection.
 
     `model` is copied. ConfigError for parts that are not written here, by their class.
     """
 
     def __init__(self, model: Any, pixels: Pixels) -> None:
-        super().__init__()
         check_parts(model)
-        self.model, self.pixels = copy.deepcopy(model).eval(), pixels
-        for module in self.model.modules():
-            if isinstance(module, Float32Linear):
-                module.__class__ = nn.Linear  # type: ignore[assignment]  # without the context for autocast, which a graph does not have
+        super().__init__(model, pixels)
         for level, anchors in enumerate(model.rpn_head.prior_generator.base_anchors):
             self.register_buffer(f"anchors_{level}", anchors.clone(), persistent=False)
         self.rpn, self.rcnn = model.rpn_head.test_cfg, model.roi_head.test_cfg
@@ -53,13 +45,10 @@ class TwoStageGraph(nn.Module):
         self.extractors: list[Any] = list(extractors) if several else [extractors] * len(self.heads)
         self.detectron2 = isinstance(self.heads[-1], Detectron2BBoxHead)
         self.masks: bool = model.roi_head.with_mask
-        backbone = model.backbone
-        self.maps = isinstance(backbone, PerceptionEncoderPyramid) and not backbone.any_size
-        self.layers = [f"layer_{i}" for i in backbone.encoder.out_indices] if self.maps else []
 
     def outputs(self) -> list[str]:
         """Return the names of the results."""
-        return [*OUTPUTS, *(["masks"] if self.masks else [])]
+        return [*super().outputs(), *(["masks"] if self.masks else [])]
 
     def stages(self) -> list[str]:
         """Return the names of what `forward` returns after the results."""
@@ -75,23 +64,13 @@ class TwoStageGraph(nn.Module):
         """
         images, size = self.pixels(pixels)
         original = pixels.shape[1], pixels.shape[2]
-        maps, levels = self._levels(images)
+        maps, levels = self.levels(images)
         objectness, deltas = zip(*map(self._rpn, levels), strict=True)
         proposals, valid = self._propose(objectness, deltas, size)
         boxes, scores, labels, valid = self._detect(levels, proposals, valid, size)
         results = [self._masks(levels, boxes, labels, original, size) & valid[..., None, None]] if self.masks else []
-        keep = valid[..., None]
-        boxes = torch.where(keep, boxes / _xyxy(boxes, size) * _xyxy(boxes, original), 0.0)
-        scores, labels = torch.where(valid, scores, 0.0), torch.where(valid, labels, 0)
-        return (boxes, scores, labels, valid, *results, *maps, *levels, *objectness, *deltas, proposals)
-
-    def _levels(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        if not self.maps:
-            return (), self.model.extract_feat(images)
-        backbone = self.model.backbone
-        maps = backbone.encoder(backbone.normalize(images))
-        levels = as_float32(backbone.pyramid(maps))
-        return maps, self.model.neck(levels) if self.model.with_neck else levels
+        found = blanked(rescaled(boxes, size, original), scores, labels, valid)
+        return (*found, *results, *maps, *levels, *objectness, *deltas, proposals)
 
     def _rpn(self, level: Tensor) -> tuple[Tensor, Tensor]:
         head = self.model.rpn_head
@@ -198,7 +177,7 @@ class TwoStageGraph(nn.Module):
         if not pairs[-1][0].class_agnostic:
             index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, *probabilities.shape[2:])
             probabilities = probabilities.gather(1, index)
-        boxes = boxes / _xyxy(boxes, size) * _xyxy(boxes, original)
+        boxes = rescaled(boxes, size, original)
         masks = paste(probabilities[:, 0].unflatten(0, boxes.shape[:2]), boxes, original)
         return masks >= self.rcnn.mask_thr_binary
 
@@ -234,13 +213,7 @@ def decode(coder: Any, rois: Tensor, deltas: Tensor, size: tuple[int, int]) -> T
         growth = growth.clamp(-largest, largest)
     centers, sides = centers + moves, sides * growth.exp()
     boxes = torch.cat((centers - sides * 0.5, centers + sides * 0.5), dim=-1)
-    return torch.minimum(boxes.clamp(min=0), _xyxy(boxes, size)) if coder.clip_border else boxes
-
-
-def _xyxy(like: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return (w, h, w, h) as a tensor, also of symbolic sizes."""
-    one = torch.ones(1, device=like.device)
-    return torch.cat((one * size[1], one * size[0])).repeat(2)
+    return clipped(boxes, size) if coder.clip_border else boxes
 
 
 def _of_class(head: Any, logits: Tensor, deltas: Tensor) -> Tensor:
@@ -267,5 +240,4 @@ def check_parts(model: Any) -> None:
         if head.custom_activation and not isinstance(head, Detectron2BBoxHead):
             raise ConfigError(f"{type(head.loss_cls).__name__} computes scores of its own, which is not exported")
     for name, cfg in (("rpn", model.rpn_head.test_cfg), ("rcnn", model.roi_head.test_cfg)):
-        if cfg.nms.get("type", "nms") != "nms":
-            raise ConfigError(f"test_cfg.{name}.nms is {cfg.nms.type!r}; 'nms' is exported")
+        check_nms(f"test_cfg.{name}.nms", cfg.nms)

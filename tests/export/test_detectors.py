@@ -15,16 +15,18 @@ from PIL import Image
 from torchvision.ops import batched_nms
 
 from pe_spatial.errors import ConfigError, DatasetError
+from pe_spatial.export.certificate import reference_cases
 from pe_spatial.export.detector import detector_graph
 from pe_spatial.export.graph import Exportable, export
 from pe_spatial.export.pixels import Pixels, resize_like_opencv, resize_like_pillow, scaled_size, size_of_short_side
 from pe_spatial.export.suppression import best, separated, suppressed
 from pe_spatial.export.two_stage import paste
-from pe_spatial.images import short_side_size
+from pe_spatial.images import read_rgb, short_side_size
 from pe_spatial.runtime.compare import LIMITS, match, problems, worst
 from pe_spatial.runtime.detection import ExportedDetector, check_canvas
 from pe_spatial.runtime.manifest import read_manifest, write_manifest
 from pe_spatial.runtime.sessions import open_session
+from pe_spatial.runtime.verify import compare
 
 SMALL = partial(scaled_size, scale=(333, 200))
 pytestmark = pytest.mark.mmdet
@@ -211,10 +213,6 @@ def weight(graph):
 
 @pytest.mark.parametrize("mutation", [None, rpn_threshold, channels, another_resize, weight])
 def test_certificate_catches(golden, tmp_path, mutation):
-    from pe_spatial.export.certificate import reference_cases
-    from pe_spatial.images import read_rgb
-    from pe_spatial.runtime.verify import compare
-
     predictor, images, _ = golden_detector(golden, "maskrcnn", tmp_path)
     graph = detector_graph(predictor)
     cases = reference_cases(graph, 1, [read_rgb(images[0])], predictor)[-1:]
@@ -222,3 +220,15 @@ def test_certificate_catches(golden, tmp_path, mutation):
         mutation(graph)
     found = problems(*compare(EagerSession(graph), cases), LIMITS["fp32"])
     assert bool(found) == bool(mutation)
+
+
+def test_certificate_catches_another_nms_of_deta(golden, tmp_path):
+    predictor, images, _ = golden_detector(golden, "deta", tmp_path)
+    with torch.no_grad():  # proposals so large that final boxes overlap, which those of random weights do not
+        predictor.model.bbox_head.reg_branches[predictor.model.decoder.num_layers][-1].bias[2:] += 1
+    graph = detector_graph(predictor)
+    cases = reference_cases(graph, 1, [read_rgb(images[0])], predictor)[-1:]
+    assert problems(*compare(EagerSession(graph), cases), LIMITS["fp32"]) == []
+    graph.module.options["iou_threshold"] = 0.65
+    (found,) = problems(*compare(EagerSession(graph), cases), LIMITS["fp32"])
+    assert "detections have no partner" in found

@@ -62,3 +62,16 @@ def found(result):
     """Return detections in the form that `compare.match` takes."""
     values = dict(boxes=result.boxes, scores=result.scores, labels=result.labels)
     return values if result.masks is None else values | {"masks": result.masks}
+
+
+def predicted(model, images):
+    """Return what a detector of MMDetection finds in images (B, H, W, 3) uint8 RGB, for `compare.match`."""
+    from mmdet.structures import DetDataSample
+
+    size = images.shape[1:3]
+    inputs = [torch.from_numpy(image.copy()).permute(2, 0, 1).flip(0) for image in images]
+    sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
+    data = model.data_preprocessor(dict(inputs=inputs, data_samples=[sample.clone() for _ in inputs]), False)
+    with torch.no_grad():
+        results = [one.pred_instances for one in model(**data, mode="predict")]
+    return [dict(boxes=r.bboxes.numpy(), scores=r.scores.numpy(), labels=r.labels.numpy()) for r in results]
