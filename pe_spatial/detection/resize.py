@@ -48,7 +48,7 @@ class DeferredResize(Resize):
 
 
 @SCOPED_TRANSFORMS.register_module("RandomFlip")
-class FlipPlanes(RandomFlip):
+class PlanarRandomFlip(RandomFlip):
     """MMDetection's `RandomFlip`, with the channels of the flipped image one after another in memory.
 
     MMDetection flips a view, and packing copies that byte by byte. In configs it is `pe_spatial.RandomFlip`.

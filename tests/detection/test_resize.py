@@ -14,7 +14,7 @@ from mmdet.structures.mask import PolygonMasks
 from mmengine.registry import TRANSFORMS, DefaultScope
 
 import pe_spatial.detection
-from pe_spatial.detection.resize import FlipPlanes, _Polygons, resize_part
+from pe_spatial.detection.resize import PlanarRandomFlip, _Polygons, resize_part
 
 SIZES = ((50, 70), (300, 41), (128, 128))
 
@@ -66,7 +66,7 @@ def test_polygons_are_cropped_as_mmdetection_crops_them():
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical", "diagonal"])
 def test_flips_are_those_of_mmdetection_in_memory_as_packed(direction):
-    ours, theirs = (step(prob=1.0, direction=direction)(sample(0)) for step in (FlipPlanes, RandomFlip))
+    ours, theirs = (step(prob=1.0, direction=direction)(sample(0)) for step in (PlanarRandomFlip, RandomFlip))
     assert (ours["img"] == theirs["img"]).all()
     assert ours["img"].transpose(2, 0, 1).flags.c_contiguous
     assert_close(ours["gt_bboxes"].tensor, theirs["gt_bboxes"].tensor, rtol=0, atol=0)
