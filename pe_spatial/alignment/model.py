@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pe_spatial.alignment.losses import SHARPNESS, pairwise_similarity, token_cosine
 from pe_spatial.alignment.student import Masking, build_student, fill_gray, start_with_layer_scale
 from pe_spatial.alignment.teachers import Teacher
+from pe_spatial.encoder.files import CheckpointError
 from pe_spatial.encoder.vit import PerceptionEncoder
 from pe_spatial.errors import ConfigError, one_of
 from pe_spatial.integrations.openmmlab import Backbone
@@ -115,7 +116,10 @@ class SpatialAlignment(BaseModel):
         return loss["weight"] * token_cosine(mapped, target)
 
     def init_weights(self) -> None:
-        """Load the student, then the teachers; only the first call counts."""
+        """Load the student, then the teachers; only the first call counts.
+
+        Raises CheckpointError for the student's weights and ConfigError for a teacher's.
+        """
         if self._loaded:
             return
         if self._start is None:
@@ -123,8 +127,11 @@ class SpatialAlignment(BaseModel):
         else:
             assert isinstance(self.backbone, Backbone)
             start_with_layer_scale(self.backbone, self._start, exact=self.exact)
-        for teacher in self.teachers.values():
-            teacher.load()
+        for name, teacher in self.teachers.items():
+            try:
+                teacher.load()
+            except CheckpointError as error:  # without the advice that training adds for the student's
+                raise ConfigError(f"teacher {name}: {error}") from error
         self._loaded = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpatialAlignment:

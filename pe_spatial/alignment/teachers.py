@@ -58,7 +58,8 @@ class EncoderTeacher(Teacher):
         dtype: 'bfloat16' halves the memory of its weights.
         options: of the encoder, such as `geometry`.
 
-    Raises ConfigError for a layer that the encoder does not have, and without weights.
+    Raises ConfigError for a layer that the encoder does not have, for images that are no whole patches, and without
+    weights.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class EncoderTeacher(Teacher):
         except ValueError as error:
             raise ConfigError(f"layer {layer} is outside of the teacher, which has blocks 0 to {depth - 1}") from error
         self.encoder = build_encoder(variant, out_indices=[layer], init_cfg=init_cfg, **options)
+        patch = self.encoder.patch_size
+        if image_size is not None and (image_size < patch or image_size % patch):
+            raise ConfigError(f"image_size of a teacher is {image_size}; take a multiple of its patch size, {patch}")
         self.requires_grad_(False).eval()
         self.image_size = image_size
         self.dtype = getattr(torch, dtype)

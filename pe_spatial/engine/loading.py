@@ -28,9 +28,10 @@ class RefetchBrokenMixin(BaseDataset):
             if sample is not None:
                 return sample
             idx = self._rand_another()
+        place = self.ann_file or self.data_prefix.get("img") or self.data_root
         raise DatasetError(
-            f"{self.max_refetch + 1} draws from {self.ann_file or self.data_prefix} gave no usable image "
-            "(the log names the broken ones). Check data_root (--data-root), or restore the files."
+            f"{self.max_refetch + 1} draws from {place} gave no usable image (the log names the broken ones). "
+            "Check data_root (--data-root), or restore the files."
         )
 
 

@@ -25,6 +25,7 @@ from pe_spatial.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.mmdet
 GRID = (4, 4)
+BOTH = [dict(kind="token_cosine", teacher="core"), dict(kind="pairwise_similarity", teacher="masks")]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def model_config(weights, **changes):
         type="SpatialAlignment",
         backbone=dict(type="PerceptionEncoder", variant=TINY.__dict__, drop_path_rate=0.4, init_cfg=weights),
         teachers=dict(core=dict(type="EncoderTeacher", layer=1), masks=dict(type="ObjectMaskTeacher", objects=3)),
-        losses=[dict(kind="token_cosine", teacher="core"), dict(kind="pairwise_similarity", teacher="masks")],
+        losses=BOTH,
         layer_scale=0.1,
         masking=dict(ratio=0.75),
     )
@@ -174,6 +175,8 @@ def test_object_masks_are_the_covered_parts_of_patches():
     assert (maps[0, 2, :, 0] > 0.9).all()
     assert_close(maps[0, 2, :, 1], torch.full((4,), 0.5), rtol=0, atol=0.05)
     assert (maps[0, 2, :, 2:] < 0.1).all()
+    sample.instances.data[:, :, 20:24] = 0  # a quarter of it, none of which is at its center
+    assert (teacher(torch.zeros(1, 3, 64, 64), GRID, [sample])[0, 2, :, 1] > 0.2).all()
 
 
 def test_masks_are_blocks_of_the_stated_part_and_hide_the_pixels():
@@ -243,7 +246,7 @@ def test_teachers_of_other_widths_grids_and_projects(weights, tmp_path):
     with pytest.raises(ConfigError, match=r"6x6 patches and the student 4x4, and neither is a multiple"):
         model.targets(images, GRID, samples)
     teacher["init_cfg"] = dict(type="Pretrained", checkpoint=str(tmp_path / "none.pt"))
-    with pytest.raises(CheckpointError, match=r"none\.pt"):
+    with pytest.raises(ConfigError, match=r"^teacher other: .*none\.pt"):
         build(weights, teachers=dict(other=teacher), losses=losses)
 
 
@@ -255,6 +258,10 @@ def test_teachers_of_other_widths_grids_and_projects(weights, tmp_path):
                 teachers=dict(x=dict(type="EncoderTeacher", layer=4)), losses=[dict(kind="token_cosine", teacher="x")]
             ),
             "layer 4 is outside of the teacher.*0 to 3",
+        ),
+        (
+            dict(teachers=dict(core=dict(type="EncoderTeacher", layer=1, image_size=72)), losses=BOTH[:1]),
+            "image_size of a teacher is 72; take a multiple of its patch size, 16",
         ),
         (dict(losses=[]), "losses is empty"),
         (dict(losses=[dict(kind="l2", teacher="core")]), "kind of a loss is 'l2'; allowed are 'token_cosine'"),
