@@ -59,11 +59,11 @@ class GroundTruth:
         elif not self.source.is_dir():
             raise DatasetError(f"{source} is neither a folder nor a .csv file; give ground truth as one of them")
 
-    def find(self, name: str, image: Path) -> tuple[str | None, float | None]:
+    def find(self, name: str, image: Path) -> tuple[str | None, float]:
         """Return the file of the depth map of an image, or None, and its units per meter."""
         if self.pairs is not None:
             pair = self.pairs.get(image.resolve(), {})
-            return pair.get("depth_path"), pair.get("depth_scale")
+            return pair.get("depth_path"), pair.get("depth_scale", 1000)
         paths = [self.source / f"{name}{suffix}" for suffix in FORMATS]
         path = next((str(path) for path in paths if path.is_file()), None)
         return path, 1 if path and path.endswith((".npy", ".npz", ".exr")) else self.scale or 1000
