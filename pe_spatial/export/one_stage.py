@@ -105,8 +105,9 @@ class GFLSelection(Selection):
     """Distances are expected values of distributions."""
 
     def values(self, level: int, deltas: Tensor) -> Tensor:
-        moved = self.head.integral(deltas.permute(0, 2, 3, 1)) * self.head.prior_generator.strides[level][0]
-        return moved.reshape(deltas.shape[0], -1, 4)
+        bins = torch.arange(self.head.reg_max + 1, device=deltas.device, dtype=deltas.dtype)  # its buffer has no ONNX
+        shares = _by_prior(deltas, 4 * len(bins)).unflatten(-1, (4, len(bins))).softmax(-1)
+        return shares @ bins * self.head.prior_generator.strides[level][0]
 
     def decoded(self, level: int, priors: Tensor, values: Tensor) -> Tensor:  # noqa: ARG002
         return self.head.bbox_coder.decode(self.head.anchor_center(priors), values)
