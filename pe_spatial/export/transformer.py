@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.dense_heads import DETRHead
-from mmdet.models.detectors import DDQDETR, DETR, DeformableDETR, GroundingDINO
+from mmdet.models.detectors import DDQDETR, DETR, DINO, DeformableDETR, GroundingDINO
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class TransformerGraph(DetectorGraph):
                 module.__class__ = SampledAttention
         self.model.bbox_head.predict_by_feat = lambda *outputs, **_: outputs  # the last layer's, without a selection
         self.deformable = isinstance(model, DeformableDETR)
+        if isinstance(model, DINO):
+            self.model.forward_decoder = self._decode
 
     def stages(self) -> list[str]:
         """Return the names of what `forward` returns after the results."""
@@ -92,6 +94,14 @@ class TransformerGraph(DetectorGraph):
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         inputs = dict(feat=tokens, feat_mask=padding, feat_pos=torch.cat(positions, dim=1), **shapes)
         return inputs, dict(memory_mask=padding, **shapes)
+
+    def _decode(self, memory: Tensor, memory_mask: Tensor, dn_mask: None, **inputs: Any) -> dict[str, Any]:
+        """As `DINO.forward_decoder`, which asks for the length of a batch, and so fixes it."""
+        branches = self.model.bbox_head.reg_branches
+        states, references = self.model.decoder(
+            value=memory, key_padding_mask=memory_mask, self_attn_mask=dn_mask, reg_branches=branches, **inputs
+        )
+        return dict(hidden_states=states, references=list(references))
 
     @staticmethod
     def _padding(level: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
