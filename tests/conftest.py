@@ -67,12 +67,13 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """Put the signal handlers back that a test, or a run in it that ended early, has replaced."""
+def own_settings() -> Iterator[None]:
+    """Put back what a test, or a run in it that ended early, has set: signal handlers, deterministic algorithms."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ predictor's; normalization, padding, flips and the range of depth are in the gra
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -52,12 +53,48 @@ class DepthGraph(DenseGraph):
 class LogitsGraph(DenseGraph):
     """An `EncoderDecoder` of MMSegmentation on a complete image or on a window."""
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.pooling = any(isinstance(part, nn.AdaptiveAvgPool2d) for part in model.decode_head.modules())
+        if self.pooling:
+            self.head = _with_average_pools(copy.deepcopy(model.decode_head))
+
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         """(B, H, W, 3) uint8 RGB -> logits (B, classes, H, W)."""
-        head = self.model.decode_head
+        head = self.head if self.pooling else self.model.decode_head
         logits = head(self.model.extract_feat(self.normalized(pixels)))
         size = pixels.shape[1:3]
         return (F.interpolate(logits, size, mode="bilinear", align_corners=self.model.align_corners),)
+
+
+class AveragePool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two products, because ONNX files hold the cells of one size otherwise."""
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, h, w)."""
+        rows, columns = (shares(length, cells).to(x) for length, cells in zip(x.shape[2:], self.size, strict=True))
+        return rows @ x @ columns.mT
+
+
+def shares(length: int, cells: int) -> Tensor:
+    """Return how much each of `length` places counts in the mean of each cell, (cells, length)."""
+    cell, place = torch.arange(cells)[:, None], torch.arange(length)
+    inside = (place >= cell * length // cells) & (place < ((cell + 1) * length + cells - 1) // cells)
+    return inside / inside.sum(1, keepdim=True)
+
+
+def _with_average_pools(module: nn.Module) -> nn.Module:
+    """Exchange what averages over cells of a fixed number, in place."""
+    for name, part in module.named_children():
+        if isinstance(part, nn.AdaptiveAvgPool2d):
+            setattr(module, name, AveragePool(part.output_size))
+        else:
+            _with_average_pools(part)
+    return module
 
 
 def depth_graph(predictor: Any, *, source: str = "") -> Exportable:

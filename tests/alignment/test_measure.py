@@ -160,7 +160,6 @@ def test_hook_measures_the_student_changes_nothing_and_continues_its_file(world,
         prepare_training(cfg, deterministic=True)
         runner = train(cfg)
         losses.append({k: v.clone() for k, v in runner.model.state_dict().items()})
-    torch.use_deterministic_algorithms(False)
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
     history = json.loads((tmp_path / "with/progress.json").read_text())["measured"]
     assert [entry["step"] for entry in history] == [0, 1, 2]

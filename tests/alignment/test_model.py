@@ -28,12 +28,6 @@ GRID = (4, 4)
 BOTH = [dict(kind="token_cosine", teacher="core"), dict(kind="pairwise_similarity", teacher="masks")]
 
 
-@pytest.fixture(autouse=True)
-def give_back():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(3)

@@ -48,11 +48,9 @@ def run(folder, resume=None, **changes):
 
 
 @pytest.fixture(autouse=True)
-def give_back():
+def start_anew():
     torch._dynamo.reset()
     counters.clear()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def weights(path):

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 
 import pytest
-import torch
 
 pytest.importorskip("mmengine")
 from helpers.tiny_run import Jitter, tiny_config
@@ -111,4 +110,3 @@ def test_workers_by_spawn(tmp_path, method):
         assert train(cfg).iter == 1
     finally:
         multiprocessing.set_start_method(before, force=True)
-        torch.use_deterministic_algorithms(False)

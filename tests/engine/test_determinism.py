@@ -14,12 +14,6 @@ from pe_spatial.engine.determinism import SeedAugmentation, SeededIndex, make_de
 from pe_spatial.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def give_back():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def run(work_dir, *, seed=3, stop=None, **options):
     cfg = tiny_config(work_dir, **options)
     make_deterministic(cfg, seed)

@@ -32,12 +32,6 @@ class Adapted(BaseModel):
         return dict(loss=self.head(self.backbone(stripes[:, None, None].expand(-1, 3, 64, -1))[0].mean((2, 3))).mean())
 
 
-@pytest.fixture(autouse=True)
-def give_back():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(3)

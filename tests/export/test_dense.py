@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 pytest.importorskip("mmseg")
 from helpers.exported import EagerSession
@@ -17,7 +18,7 @@ import pe_spatial
 from pe_spatial.depth import estimator
 from pe_spatial.errors import ConfigError, DatasetError
 from pe_spatial.export.certificate import reference_cases
-from pe_spatial.export.dense import depth_graph, segmenter_graph
+from pe_spatial.export.dense import AveragePool, depth_graph, segmenter_graph
 from pe_spatial.export.graph import export
 from pe_spatial.export.scores import check_truth
 from pe_spatial.runtime import dense
@@ -134,6 +135,13 @@ def test_labels_in_other_runtimes(tmp_path, randomize):
     export(segmenter_graph(predictor), tmp_path / "out")
     for backend in ("onnxruntime", "openvino"):
         check_labels(dense.ExportedSegmenter(tmp_path / "out", backend=backend, threads=1), predictor)
+
+
+@pytest.mark.parametrize("cells", [1, (3, 2), 6])
+def test_average_pools_are_those_of_torch(cells):
+    for size in ((6, 6), (7, 11), (3, 20)):
+        x = torch.randn(2, 4, *size)
+        assert_close(AveragePool(cells)(x), torch.nn.functional.adaptive_avg_pool2d(x, cells))
 
 
 def test_what_the_runtime_does_not_do_is_refused(tmp_path, randomize):
