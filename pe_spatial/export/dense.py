@@ -70,13 +70,14 @@ class LogitsGraph(DenseGraph):
 class AveragePool(nn.Module):
     """`nn.AdaptiveAvgPool2d` as two products, because ONNX files hold the cells of one size otherwise."""
 
-    def __init__(self, size: int | tuple[int, int]) -> None:
+    def __init__(self, size: Any) -> None:
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else size
+        self.size = size if isinstance(size, tuple) else (size, size)  # None: as many cells as there are places
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, h, w)."""
-        rows, columns = (shares(length, cells).to(x) for length, cells in zip(x.shape[2:], self.size, strict=True))
+        sides = zip(x.shape[2:], self.size, strict=True)
+        rows, columns = (shares(length, cells or length).to(x) for length, cells in sides)
         return rows @ x @ columns.mT
 
 

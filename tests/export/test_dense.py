@@ -137,7 +137,7 @@ def test_labels_in_other_runtimes(tmp_path, randomize):
         check_labels(dense.ExportedSegmenter(tmp_path / "out", backend=backend, threads=1), predictor)
 
 
-@pytest.mark.parametrize("cells", [1, (3, 2), 6])
+@pytest.mark.parametrize("cells", [1, (3, 2), 6, (None, 4)])
 def test_average_pools_are_those_of_torch(cells):
     for size in ((6, 6), (7, 11), (3, 20)):
         x = torch.randn(2, 4, *size)
