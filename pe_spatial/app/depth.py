@@ -50,7 +50,7 @@ def build_depth(models: Models) -> None:
     import gradio as gr
 
     from pe_spatial.app.events import job
-    from pe_spatial.app.widgets import download, ready, upload
+    from pe_spatial.app.widgets import download, ready, upload, write_once
 
     measured = gr.State()
     with gr.Row():
@@ -62,7 +62,8 @@ def build_depth(models: Models) -> None:
             camera = gr.Markdown(elem_id="depth-camera")
             result = download("PLY", "depth-ply")
         with gr.Column(scale=3):
-            pair = gr.ImageSlider(label="Photo and depth", interactive=False, format="png", elem_id="depth-slider")
+            slider = gr.ImageSlider(label="Photo and depth", interactive=False, format="png", elem_id="depth-slider")
+            pair = write_once(slider)
 
     def predict(path: str | None) -> Any:
         result = measure(models, path)

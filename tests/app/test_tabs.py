@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+from pathlib import Path
 from zipfile import ZipFile
 
 import cv2
@@ -179,6 +180,24 @@ def test_label_a_clip_and_continue_with_another_server(tmp_path):
         label.open_known(other, "cats")
     with pytest.raises(DatasetError, match="there is no video"):
         label.needed(None)
+
+
+def test_the_file_of_an_image_is_written_once(tmp_path):
+    """Else a browser that reads it while the same image is shown again gets a part of it."""
+    gr = pytest.importorskip("gradio")
+    from pe_spatial.app.widgets import image_view, write_once
+
+    image = np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8)
+    for component, value in ((image_view("a", "a"), image), (write_once(gr.ImageSlider(format="png")), (image, image))):
+        component.GRADIO_CACHE = str(tmp_path / component.get_block_name())
+        found = component.postprocess(value)
+        path = Path((found.root[1] if isinstance(value, tuple) else found).path)
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+        before = path.stat()
+        component.postprocess(value)
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+        assert path.stat().st_ino == before.st_ino
+    assert image_view("a", "a").postprocess(None) is None
 
 
 def test_missing_and_bad_uploads_are_one_sentence(models, image, tmp_path):
