@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
+from pe_spatial.data.coco import decode_mask
 from pe_spatial.data.dataset import Split, open_dataset
 from pe_spatial.engine.configs import read_config
 from pe_spatial.engine.loading import LoadCheckedImage
@@ -209,8 +210,6 @@ def _objects(split: Split) -> list[Example]:
 
 def _draw(objects: Sequence[tuple[int, Mapping[str, Any]]], size: tuple[int, int]) -> np.ndarray:
     """Draw objects, the largest first."""
-    from pycocotools import mask as run_lengths
-
     classes = np.zeros(size, np.uint8)
     for number, one in sorted(objects, key=lambda pair: -pair[1]["bbox"][2] * pair[1]["bbox"][3]):
         shape = one.get("segmentation")
@@ -218,10 +217,7 @@ def _draw(objects: Sequence[tuple[int, Mapping[str, Any]]], size: tuple[int, int
             x, y, w, h = (max(0, round(value)) for value in one["bbox"])
             classes[y : y + h, x : x + w] = number
             continue
-        if isinstance(shape, list) or isinstance(shape["counts"], list):
-            shape = run_lengths.frPyObjects(shape, *size)
-        shape = run_lengths.merge(shape) if isinstance(shape, list) else shape
-        classes[run_lengths.decode(shape).astype(bool)] = number
+        classes[decode_mask(shape, size)] = number
     return classes
 
 
